@@ -1,0 +1,58 @@
+# Every target prepares .venv by itself and is quick when pyproject.toml and constraints.txt have not changed.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEV    := $(VENV)/.stamp-dev
+BENCH  := $(VENV)/.stamp-bench
+JOBS   ?= 2
+ARGS   ?=
+# One thread per test process: JOBS workers that each take every core only slow one another down.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types format bench freeze clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(DEV) ## create .venv with the tested versions
+
+demo: $(DEV) ## train hope beside a transformer, read with memory, write demo/report.html (under 8 minutes)
+	@$(BIN)/python -m nestling.demo $(ARGS)
+
+test: lint types ## ruff, mypy and the fast tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+
+test-slow: $(DEV) ## the tests marked slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(ARGS)
+
+lint: $(DEV) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV) ## mypy on src
+	$(BIN)/mypy
+
+format: $(DEV) ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BENCH) ## speed and memory, every figure a ratio within one run (ARGS="--quick" for a short look)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+freeze: $(BENCH) ## write what is installed to constraints.txt
+	@{ head -2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove .venv, caches and the demo's output
+	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
+
+$(DEV): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (the first time downloads PyTorch and takes some minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BENCH): $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@

@@ -1,0 +1,10 @@
+"""Errors meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what, where, and what to do.
+
+    The command line prints it on stderr and leaves with exit code 2; library callers catch it like any exception.
+    """

@@ -1,0 +1,228 @@
+"""Causal softmax attention: the non-parametric solution of the associative memory (NL Eq. 62-63).
+
+B batch, N rows, T time, L row length, H query heads, G key and value heads, D head width, S keys in view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.state import State
+
+SMALLEST_BLOCK = 128
+"""Queries per call of a windowed attention at least: smaller calls cost more in overhead than the mask they save."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Settings of `SoftmaxAttention`.
+
+    Attributes:
+        hidden_size: width of the input and the output.
+        num_heads: query heads; `hidden_size / num_heads` is the head width and must be even (RoPE turns pairs).
+        num_kv_heads: key and value heads, a divisor of `num_heads` (grouped queries, Ainslie et al. 2023); None takes
+            as many as query heads.
+        window: tokens in view, the token itself included; None sees everything.
+        rope_theta: base of the rotary frequencies (Su et al. 2021); 10000 is the value of that paper and of Llama.
+
+    Raises:
+        ValueError: sizes that do not divide, or are not positive.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size < 1 or self.num_heads < 1 or self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}: "
+                "rotary positions turn pairs of channels of a head"
+            )
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 token, or None for no limit; got {self.window}")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta must be positive; got {self.rope_theta}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass
+class AttentionState(State):
+    """Keys and values of the tokens still in view, right-aligned.
+
+    Slot j of row n holds the token at position `position[n] - S + j`; slots before the row's first token hold zeros.
+    Keys are stored rotated, in the dtype of the parameters, so that a file fits the model under autocast too.
+    """
+
+    k: Float[Tensor, "N S G D"]
+    v: Float[Tensor, "N S G D"]
+    position: Int[Tensor, " N"]
+
+
+class SoftmaxAttention(SequenceLayer):
+    """Multi-head attention with rotary positions, grouped queries, an optional window and a key-value cache."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        kv_heads = config.num_kv_heads or config.num_heads
+        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
+        self.key = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=False)
+        self.value = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=False)
+        self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for linear in (self.query, self.key, self.value, self.output):
+            linear.reset_parameters()
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        """An empty cache."""
+        weight = self.key.weight
+        empty = weight.new_zeros(batch_size, 0, weight.shape[0] // self.config.head_dim, self.config.head_dim)
+        return AttentionState(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64))
+
+    def run(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, AttentionState]:
+        """See `SequenceLayer.run`."""
+        if state is not None and not isinstance(state, AttentionState):
+            raise TypeError(f"softmax attention continues from an AttentionState, not from {type(state).__name__}")
+        time = x.shape[1]
+        heads = (-1, self.config.head_dim)
+        cos, sin = _rotation(self.config, state, time, x.device)
+        q = _rotate(self.query(x).unflatten(-1, heads), cos, sin)
+        k = _rotate(self.key(x).unflatten(-1, heads), cos, sin)
+        v = self.value(x).unflatten(-1, heads)
+        unseen = None
+        if state is not None and state.k.shape[1]:
+            unseen = _unseen_slots(state)
+            k = torch.cat((state.k.to(k.dtype), k), 1)
+            v = torch.cat((state.v.to(v.dtype), v), 1)
+        y = attend(q, k, v, self.config.window, unseen)
+        kept = _keep_last(k, v, time, state, lengths, self.config)
+        dtype = self.key.weight.dtype
+        return self.output(y.flatten(-2)), AttentionState(kept.k.to(dtype), kept.v.to(dtype), kept.position)
+
+
+def attend(
+    q: Float[Tensor, "N T H D"],
+    k: Float[Tensor, "N S G D"],
+    v: Float[Tensor, "N S G D"],
+    window: int | None = None,
+    unseen: Int[Tensor, " N"] | None = None,
+) -> Float[Tensor, "N T H D"]:
+    """Causal attention of the last T of S tokens, each to at most `window` tokens that end with itself.
+
+    A windowed attention goes block by block, so its cost and memory grow with `T * window`, not with `T * S`.
+
+    Args:
+        q: queries.
+        k: keys; the last T belong to the queries.
+        v: values.
+        window: tokens in view; None for all.
+        unseen: leading slots of each row that hold no token.
+    """
+    time, cached = q.shape[1], k.shape[1] - q.shape[1]
+    step = time if window is None else max(window, SMALLEST_BLOCK)
+    blocks = []
+    for start in range(0, time, step):
+        stop = min(start + step, time)
+        first = 0 if window is None else max(0, cached + start - window + 1)
+        seen = slice(first, cached + stop)
+        mask = _visible(stop - start, cached + stop - first, window, None if unseen is None else unseen - first)
+        blocks.append(_attend_block(q[:, start:stop], k[:, seen], v[:, seen], mask))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention under an explicit mask, or the causal one (nothing to mask for a single query) when it is None."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask.to(q.device),
+        is_causal=mask is None and q.shape[1] > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+def _visible(queries: int, keys: int, window: int | None, unseen: Tensor | None) -> Tensor | None:
+    """Which of `keys` slots the last `queries` of them see; None when plain causality says it all."""
+    if unseen is not None and not bool((unseen > 0).any()):
+        unseen = None
+    limited = window is not None and keys > window
+    if unseen is None and not limited and (queries == keys or queries == 1):
+        return None
+    slots = torch.arange(keys)
+    behind = slots[keys - queries :, None] - slots
+    mask = behind >= 0
+    if window is not None:
+        mask = mask & (behind < window)
+    if unseen is None:
+        return mask
+    return mask & (slots >= unseen[:, None, None])[:, None]
+
+
+def _unseen_slots(state: AttentionState) -> Tensor | None:
+    """Leading cache slots of every row that hold no token, None when all are filled."""
+    unseen = (state.k.shape[1] - state.position).clamp_min(0)
+    return unseen if bool(unseen.any()) else None
+
+
+def _keep_last(
+    k: Tensor, v: Tensor, time: int, state: AttentionState | None, lengths: Tensor | None, config: AttentionConfig
+) -> AttentionState:
+    """The state after the first `lengths` (None: all) of the last `time` slots of `k` and `v` joined their rows."""
+    before = torch.zeros(len(k), dtype=torch.int64) if state is None else state.position
+    position = before + time if lengths is None else before + lengths
+    longest = time if state is None and lengths is None else int(position.max())
+    keep = longest if config.window is None else min(longest, config.window)
+    if lengths is None:
+        tail = slice(k.shape[1] - keep, None)
+        return AttentionState(_own(k[:, tail], k), _own(v[:, tail], v), position)
+    absolute = position[:, None] - keep + torch.arange(keep)
+    index = (absolute - before[:, None] + k.shape[1] - time).clamp_min(0).to(k.device)[..., None, None]
+    held = (absolute >= 0).to(k.device)[..., None, None]
+    k, v = (torch.where(held, torch.take_along_dim(t, index, 1), torch.zeros_like(t[:, :1])) for t in (k, v))
+    return AttentionState(k, v, position)
+
+
+def _own(part: Tensor, whole: Tensor) -> Tensor:
+    """`part`, not as a view that keeps a longer `whole` alive."""
+    return part if part.shape == whole.shape else part.clone()
+
+
+def _rotation(
+    config: AttentionConfig, state: AttentionState | None, time: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[1 or N, time, 1, D / 2]`. Angles are taken in float64: float32 has no digits left for the
+    fast channels at position 10^6."""
+    start = torch.zeros(1, dtype=torch.int64) if state is None else state.position
+    if len(start) > 1 and bool((start == start[0]).all()):
+        start = start[:1]
+    position = start.to(device)[:, None] + torch.arange(time, device=device)
+    channel = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
+    angle = position[:, :, None, None] * config.rope_theta ** (-channel / config.head_dim)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Float[Tensor, "N T H D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "N T H D"]:
+    """Turn every pair (i, i + D / 2) of channels by its angle, in float32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    a, b = x.to(dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)

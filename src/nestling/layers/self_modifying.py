@@ -1,0 +1,352 @@
+"""Self-modifying Titans (NL section 8.1-8.2, Eq. 83-97)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.rule import Rule
+from nestling.memory.state import State
+from nestling.ops.chunk_rule import decay_products
+from nestling.ops.normalize import safe_normalize
+from nestling.ops.short_conv import short_conv
+
+DEEP = ("memory", "k", "v", "q")
+GATES = ("eta", "alpha")
+ADAPTIVE = ("memory", "k", "v", "eta", "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfModifyingConfig(Rule):
+    """Settings of `SelfModifyingTitans`; those of the learning rule are `Rule`'s.
+
+    Attributes:
+        hidden_size: width of the layer's input and output.
+        num_heads: H; every head has memories of width `hidden_size / num_heads`.
+        memory: "mlp" (NL Eq. 89) or "matrix" for M_memory, M_k, M_v (and M_q). The gates' memories are always matrices
+            with one output.
+        depth: layers of an MLP memory.
+        expansion: hidden width of an MLP memory over its head width.
+        activation: of the MLP memories.
+        adapt: the memories that learn in context, of "memory", "k", "v", "q", "eta", "alpha". The others keep their
+            meta-learned weights (Table 6 ablates them one by one). Naming "q" makes q = M_q(x) (`adaptive_q`), which
+            is otherwise the projection x W_q (Eq. 83).
+        self_targets: every memory generates its own targets, M_m(v_t) (Eq. 84). Without it, the target is v_t (Titans).
+        chunk_size: tokens in a chunk of M_memory.
+        self_chunk_size: tokens in a chunk of the other memories, a multiple of `chunk_size`; None is the same.
+        max_erase: upper end of e_t + (folded) l_t. 2 allows negative eigenvalues, which state tracking needs.
+        inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
+            MLPs, which did not learn parity with larger shares.
+        use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
+        conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
+        output_gate: multiply the normalised output by silu(x W_g).
+        checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
+        norm_eps: of the output norm.
+
+    Raises:
+        ValueError: sizes that do not divide, unknown memories, or a rule that has no closed form.
+    """
+
+    hidden_size: int
+    num_heads: int
+    memory: Literal["mlp", "matrix"] = "mlp"
+    depth: int = 2
+    expansion: int = 1
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    adapt: tuple[str, ...] = ADAPTIVE
+    self_targets: bool = True
+    chunk_size: int = 64
+    self_chunk_size: int | None = None
+    max_erase: float = 2.0
+    inner_lr_scale: float | None = None
+    use_retention: bool = True
+    conv_size: int = 4
+    output_gate: bool = True
+    checkpoint_chunks: int | None = None
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "adapt", tuple(self.adapt))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.memory not in ("mlp", "matrix"):
+            raise ValueError(f"memory is 'mlp' or 'matrix', not {self.memory!r}")
+        if self.memory == "mlp" and self.depth < 2:
+            raise ValueError(f"an MLP memory has depth >= 2, not {self.depth}; use memory='matrix' for one weight")
+        if self.activation not in ("silu", "gelu", "relu"):
+            raise ValueError(f"activation is 'silu', 'gelu' or 'relu', not {self.activation!r}")
+        if unknown := set(self.adapt) - {*DEEP, *GATES}:
+            raise ValueError(f"adapt names {sorted(unknown)}; memories are {', '.join(DEEP + GATES)}")
+        if "memory" not in self.adapt:
+            raise ValueError("adapt must name 'memory': a layer whose main memory never learns is a feed-forward layer")
+        if self.chunk_size < 1 or self.outer_chunk % self.chunk_size:
+            raise ValueError(f"self_chunk_size {self.self_chunk_size} is not a multiple of chunk_size {self.chunk_size}")
+        if not 0 < self.max_erase <= 2:
+            raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
+        if not 0 < self.share < 1:
+            raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
+
+    @property
+    def outer_chunk(self) -> int:
+        """Chunk of the memories other than M_memory; positions count modulo it."""
+        return self.self_chunk_size or self.chunk_size
+
+    @property
+    def share(self) -> float:
+        """First value of l_t / e_t."""
+        if self.inner_lr_scale is not None:
+            return self.inner_lr_scale
+        return 0.5 if self.memory == "matrix" else 0.1
+
+    @property
+    def layers(self) -> int:
+        """Weights of a deep memory."""
+        return self.depth if self.memory == "mlp" else 1
+
+
+@dataclass
+class SelfModifyingState(State):
+    """State of `SelfModifyingTitans`.
+
+    Attributes:
+        main: the bank of M_memory (with all other adaptive memories when the chunk sizes agree).
+        own: the bank of the other adaptive memories when they have a chunk of their own.
+        conv: the last `conv_size - 1` inputs of the convolution.
+        position: tokens read so far, `[N]` int64 on the CPU.
+    """
+
+    main: BankState
+    own: BankState | None
+    conv: Tensor
+    position: Tensor
+
+
+class SelfModifyingTitans(SequenceLayer):
+    """Memories that generate their keys, values, rates and targets, and learn all of them in context.
+
+    For the weights at the start of a chunk (NL Eq. 90) and u = silu(conv(x W_in)), normalised per head:
+
+        k_t = M_k(u_t), v_t = M_v(u_t), eta_t = M_eta(u_t), alpha_t = M_alpha(u_t); q_t = silu(conv(x W_q)) or M_q(u_t)
+        target of every memory m: M_m(v_t);  write (k_t, M_m(v_t)) by the rule;  o_t = M_memory,t(q_t)
+
+    with k, v and q of length 1. The rates stay in their stable range whatever the memories say:
+
+        a_t = sigmoid(alpha_t + bias)^(1/16)
+        e_t = max_erase * sigmoid(eta_t + bias), l_t = share * e_t * (1 - b_t)             chunk gradients, delta erase
+        e_t = 0, l_t = share * sigmoid(eta_t + bias) * max(1/C, 1 - a_t) * (1 - b_t)       chunk gradients, no erase
+        e_t + l_t = max_erase * sigmoid(eta_t + bias), l_t = share * e_t (or e_t = 0)      online gradients
+
+    so that on a constant token the error of a chunk shrinks (docs/paper_map.md has the bound).
+    """
+
+    def __init__(self, config: SelfModifyingConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.head_dim = c.hidden_size // c.num_heads
+        self.fixed_q = "q" not in c.adapt
+        deep = DEEP[:3] if self.fixed_q else DEEP
+        gates = GATES if c.use_retention else GATES[:1]
+        split = c.outer_chunk != c.chunk_size
+        adaptive = [n for n in deep + gates if n in c.adapt]
+        self.main = self._bank([n for n in adaptive if n == "memory" or not split])
+        self.own = self._bank([n for n in adaptive if n != "memory"]) if split and len(adaptive) > 1 else None
+        fixed = [n for n in deep + gates if n not in c.adapt]
+        self.fixed = self._bank(fixed) if fixed else None
+
+        streams = 2 if self.fixed_q else 1
+        self.in_proj = nn.Linear(c.hidden_size, streams * c.hidden_size, bias=False)
+        self.conv = nn.Parameter(torch.empty(streams * c.hidden_size, c.conv_size))
+        self.momentum_proj = nn.Linear(c.hidden_size, c.num_heads) if c.momentum else None
+        self.gate_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if c.output_gate else None
+        self.out_norm = nn.Parameter(torch.ones(self.head_dim))
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        self.eta_bias = nn.Parameter(torch.empty(c.num_heads))
+        self.alpha_bias = nn.Parameter(torch.empty(c.num_heads)) if c.use_retention else None
+        self.share = nn.Parameter(torch.empty(c.layers, c.num_heads))
+        self.reset_parameters()
+
+    def _bank(self, names: list[str]) -> MemoryBank:
+        c = self.config
+        deep, gates = (tuple(n for n in names if n in group) for group in (DEEP, GATES))
+        return MemoryBank(deep, gates, c.num_heads, self.head_dim, c.layers, c.expansion, c.activation)
+
+    def reset_parameters(self) -> None:
+        """Retentions from 0.958 to 0.9998 over the heads, rates at the middle of their range, the convolution near identity."""
+        c = self.config
+        nn.init.zeros_(self.eta_bias)
+        if self.alpha_bias is not None:
+            with torch.no_grad():
+                self.alpha_bias.copy_(torch.linspace(0.0, 6.0, c.num_heads))
+        nn.init.constant_(self.share, math.log(c.share / (1 - c.share)))
+        nn.init.normal_(self.conv, std=0.1)
+        with torch.no_grad():
+            self.conv[:, -1] += 1.0
+        if self.momentum_proj is not None:
+            # sigmoid(0) = 0.5: a surprise that fades over a few tokens.
+            nn.init.zeros_(self.momentum_proj.bias)
+
+    def init_state(self, batch_size: int) -> SelfModifyingState:
+        """The meta-learned fast weights, no surprise, an empty convolution tail."""
+        c, weight = self.config, self.in_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return SelfModifyingState(
+            main=self.main.init_state(batch_size, c.momentum, dtype),
+            own=None if self.own is None else self.own.init_state(batch_size, c.momentum, dtype),
+            conv=torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device),
+            position=torch.zeros(batch_size, dtype=torch.long),
+        )
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], SelfModifyingState]:
+        """See `SequenceLayer.run`."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        assert isinstance(state, SelfModifyingState)
+        if x.shape[1] == 0:
+            return x, state
+        streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
+        b = None if self.momentum_proj is None else self.momentum_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            o, main, own = self._memories(streams, b, state, lengths)
+        after = state.position + (x.shape[1] if lengths is None else lengths)
+        gate = None if self.gate_proj is None else F.silu(self.gate_proj(x))
+        y = self._output(o.to(x.dtype), gate)
+        return y, SelfModifyingState(main, own, conv, after)
+
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        o = F.rms_norm(o.transpose(1, 2), (self.head_dim,), self.out_norm.to(o.dtype), self.config.norm_eps).flatten(-2)
+        return self.out_proj(o if gate is None else o * gate)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _memories(
+        self, streams: Tensor, b: Tensor | None, state: SelfModifyingState, lengths: Tensor | None
+    ) -> tuple[Tensor, BankState, BankState | None]:
+        """All chunks: outputs `[N, H, L, V]` and the banks' new states."""
+        dtype = state.conv.dtype
+        parts = [safe_normalize(self._heads(s)) for s in F.silu(streams.to(dtype)).split(self.config.hidden_size, -1)]
+        tokens: dict[str, Tensor] = {"u": parts[0]}
+        if self.fixed_q:
+            tokens["q"] = parts[1]
+        if b is not None:
+            tokens["log_b"] = F.logsigmoid(b.to(dtype)).transpose(1, 2)
+        if self.fixed is not None:
+            names = self.fixed.deep + self.fixed.gates
+            weights = self.fixed.init_state(streams.shape[0], False, dtype).start
+            tokens |= self.fixed.read(weights, parts[0], names)
+
+        grid = Grid.of(state.position, lengths, streams.shape[1], self.config.outer_chunk)
+        if grid.offsets is not None:
+            tokens = {n: shift_rows(t, grid) for n, t in tokens.items()}
+        outputs, main, own = [], state.main, state.own
+        spans = chunk_spans(grid.phase, grid.slots, self.config.outer_chunk)
+        sizes = [end - start for start, end in spans]
+        pieces = [dict(zip(tokens, part, strict=True)) for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)]
+        stride = self.config.checkpoint_chunks
+        for at in range(0, len(spans), stride or 1):
+            group = slice(at, at + (stride or 1))
+            args = (spans[group], pieces[group], main, own, grid)
+            if stride and torch.is_grad_enabled():
+                y, main, own = checkpoint(self._chunks, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, main, own = self._chunks(*args)
+            outputs.append(y)
+        o = torch.cat(outputs, dim=2)
+        return (o if grid.offsets is None else unshift_rows(o, grid, streams.shape[1])), main, own
+
+    def _chunks(
+        self, spans: list[tuple[int, int]], pieces: list[dict[str, Tensor]], main: BankState, own: BankState | None, grid: Grid
+    ) -> tuple[Tensor, BankState, BankState | None]:
+        outputs = []
+        for (start, end), tokens in zip(spans, pieces, strict=True):
+            generated = self._generate(tokens, main, own)
+            if own is not None and self.own is not None:
+                _, own = self._step(self.own, own, generated, start, end, grid)
+                own = grid.cross(own, end, self.config.outer_chunk)
+            sub = chunk_spans(start, end, self.config.chunk_size)
+            split = {n: t.split([e - s for s, e in sub], 2) for n, t in generated.items()}
+            for i, (s, e) in enumerate(sub):
+                y, main = self._step(self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
+                main = grid.cross(main, e, self.config.chunk_size)
+                outputs.append(y)
+        return torch.cat(outputs, dim=2), main, own
+
+    def _generate(self, tokens: dict[str, Tensor], main: BankState, own: BankState | None) -> dict[str, Tensor]:
+        """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
+        made = dict(tokens)
+        for bank, state in ((self.main, main), (self.own, own)):
+            names = () if bank is None else tuple(n for n in bank.deep + bank.gates if n != "memory")
+            if names and bank is not None and state is not None:
+                made |= bank.read(state.start, tokens["u"], names)
+        for name in ("k", "v", "q"):
+            if name in self.config.adapt or name != "q":
+                made[name] = safe_normalize(made[name])
+        del made["u"]
+        made["eta"] = torch.sigmoid(made["eta"] + self.eta_bias[:, None])
+        if self.alpha_bias is not None:
+            made["log_a"] = F.logsigmoid(made.pop("alpha") + self.alpha_bias[:, None]) / 16
+        return made
+
+    def _step(
+        self, bank: MemoryBank, state: BankState, tokens: dict[str, Tensor], start: int, end: int, grid: Grid
+    ) -> tuple[Tensor, BankState]:
+        """One chunk of one bank: targets, gradients, write; the main bank also answers the queries."""
+        c = self.config
+        valid = grid.valid_slots(start, end, tokens["k"].device)
+        rates = self._rates(tokens, valid)
+        at_key = bank.forward(state.start, tokens["k"])
+        if c.self_targets:
+            at_value = bank.forward(state.start, tokens["v"])
+            target, gate_target = at_value.output, at_value.gates
+        else:
+            target, gate_target = bank.shared_target(tokens["v"])
+        gradients = bank.gradients(c, state.start, at_key, target, gate_target)
+        fresh = state.start[0] is state.running[0]
+        writes = bank.write(c, state, at_key, gradients, rates, fresh)
+        y = tokens["k"]
+        if bank is self.main:
+            if c.read == "token":
+                y = bank.read_first(c, tokens["q"], state, writes, rates)
+            else:
+                y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
+        return y, bank.advance(state, writes, rates)
+
+    def _rates(self, tokens: dict[str, Tensor], valid: Tensor | None) -> Rates:
+        """Rates in their stable range (see the class); tokens that are not there have e = l = 0 and a = b = 1."""
+        c, eta = self.config, tokens["eta"]
+        log_a, log_b = tokens.get("log_a"), tokens.get("log_b")
+        if valid is not None:
+            eta = eta * valid
+        share = torch.sigmoid(self.share.to(eta.dtype))[:, :, None]
+        if c.gradient == "online" and c.objective == "l2":
+            total = c.max_erase * eta
+            erase = total / (1 + share[-1]) if c.erase else None
+            rate = total if erase is None else erase
+            shares = list(share) if c.erase else [*share[:-1], torch.ones_like(share[-1])]
+        elif c.erase:
+            erase = rate = c.max_erase * eta
+            shares = list(share)
+        else:
+            erase, shares = None, list(share)
+            rate = eta
+            if c.objective != "dot":
+                floor = 1.0 / c.chunk_size
+                rate = eta * (floor if log_a is None else (-torch.expm1(log_a)).clamp_min(floor))
+        if log_b is not None:
+            rate = rate * -torch.expm1(log_b)
+        log_a = torch.zeros_like(eta) if log_a is None else log_a
+        return Rates(erase, [rate * s for s in shares], decay_products(log_a, log_b, valid))

@@ -1,0 +1,62 @@
+"""The face all sequence layers share: padding and packing outside, left-aligned rows inside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nestling.memory.state import State
+from nestling.ops.packing import find_rows
+
+
+class SequenceLayer(nn.Module, ABC):
+    """A layer `y, state = layer(x, state=None, mask=None, cu_seqlens=None)`.
+
+    A subclass implements `run` and `init_state`. `run` sees rows that start at slot 0; what follows a row's length is
+    padding whose output nobody reads.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T hidden"],
+        state: State | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "B T hidden"], State]:
+        """Run the layer over `x`, continuing from `state`.
+
+        Args:
+            x: input.
+            state: what an earlier call returned, one row per row of `x` (per document with `cu_seqlens`); None starts
+                every row from the meta-learned initial state.
+            mask: `[B, T]`, non-zero for real tokens. Masked tokens neither write nor advance the chunk; their output is 0.
+            cu_seqlens: `[N + 1]` boundaries of documents packed in one row; every document has a state row of its own.
+
+        Raises:
+            ValueError: a mask, boundary or state that does not fit `x`.
+        """
+        rows = find_rows((x.shape[0], x.shape[1]), mask, cu_seqlens)
+        if rows is None:
+            check_state(state, x.shape[0])
+            return self.run(x, state, None)
+        check_state(state, len(rows.lengths))
+        y, state = self.run(rows.pack(x), state, rows.lengths)
+        return rows.unpack(y), state
+
+    @abstractmethod
+    def run(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """`[N, L, hidden]` left-aligned rows; `lengths` (`[N]` int64 on the CPU) is None when all have L tokens."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token."""
+
+
+def check_state(state: State | None, rows: int) -> None:
+    """Refuse a state made for another number of rows."""
+    if state is not None and state.batch_size != rows:
+        raise ValueError(
+            f"the state has {state.batch_size} rows and the input {rows}; use state.select(rows) to make them agree"
+        )

@@ -1,0 +1,245 @@
+"""Banks: memories that share their keys, rates and chunk, run as one set of batched matrix products.
+
+A bank holds M deep memories of one architecture and G gate memories. A deep memory of depth 1 is a matrix, y = W x; of
+depth L it is an MLP with residual, M(x) = x + W_L act(... act(W_1 x)) (NL Eq. 89 for L = 2; Titans for general depth).
+A gate memory is a matrix with one output, since a gate is a number. All memories read the same key, so their first
+weights are stacked along the output dimension: `[N, H, M * hidden + G, K]`; further weights are `[N, H, M, out, in]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nestling.memory.objective import output_gradient
+from nestling.memory.rule import Rule
+from nestling.memory.state import State
+from nestling.ops.chunk_rule import Decay, Writes, chunk_advance, chunk_read, chunk_writes
+
+
+@dataclass
+class BankState(State):
+    """Fast weights of a bank, one tensor a layer.
+
+    Attributes:
+        start: weights at the start of the current chunk; keys, targets and gradients come from them.
+        running: weights after the last token.
+        surprise: momentum S, or None.
+    """
+
+    start: list[Tensor]
+    running: list[Tensor]
+    surprise: list[Tensor] | None
+
+
+@dataclass
+class Trace:
+    """A forward pass: layer inputs (layer 0 first), slopes act'(z) before layers 1.., and the output.
+
+    `output` is `[N, H, L, M * V + G]` for depth 1; else `[N, H, M, L, V]`, with the gates `[N, H, L, G]` apart.
+    """
+
+    inputs: list[Tensor]
+    slopes: list[Tensor]
+    output: Tensor
+    gates: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per-token rates of a chunk: e_t `[N, H, L]` (None without erase), l_t of every layer, and the decay products."""
+
+    erase: Tensor | None
+    inner_lr: list[Tensor]
+    decay: Decay
+
+    def of_layer(self, layer: int) -> Decay:
+        """The decay products, with a dimension for the memories in layers that have one."""
+        return self.decay if layer == 0 else self.decay.unsqueeze(-1)
+
+
+class MemoryBank(nn.Module):
+    """The meta-learned initial fast weights of a bank, and the bank's forward, gradient, write and read.
+
+    Args:
+        deep: names of the deep memories, in stacking order.
+        gates: names of the gate memories.
+        num_heads: H.
+        width: K = V, the head dimension.
+        depth: layers of a deep memory.
+        expansion: hidden width over `width`.
+        activation: "silu", "gelu" or "relu".
+    """
+
+    def __init__(
+        self, deep: tuple[str, ...], gates: tuple[str, ...], num_heads: int, width: int, depth: int, expansion: int, activation: str
+    ) -> None:
+        super().__init__()
+        self.deep, self.gates = deep, gates
+        self.width, self.depth, self.activation = width, depth, activation
+        self.hidden = width if depth == 1 else width * expansion
+        count = len(deep)
+        rows = count * self.hidden + len(gates)
+        shapes: list[tuple[int, ...]] = [(num_heads, rows, width)]
+        for layer in range(1, depth):
+            out = width if layer == depth - 1 else self.hidden
+            shapes.append((num_heads, count, out, self.hidden))
+        self.initial = nn.ParameterList([nn.Parameter(torch.empty(s)) for s in shapes])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """First weights N(0, 1/K); last weights of an MLP at half that, so that the residual leads at the start."""
+        for i, weight in enumerate(self.initial):
+            last = i == self.depth - 1 and self.depth > 1
+            nn.init.normal_(weight, std=(0.5 if last else 1.0) / math.sqrt(weight.shape[-1]))
+
+    def init_state(self, batch_size: int, momentum: bool, dtype: torch.dtype) -> BankState:
+        """The meta-learned fast weights, one copy a row; gradients reach the parameters through it.
+
+        The first weights of MLPs and gates are scaled by sqrt(K): their inputs have length 1, and hidden activations
+        and logits should start at unit variance while the parameters keep the size of other linear layers'.
+        """
+        first = self.initial[0].to(dtype)
+        scale = torch.full((first.shape[1], 1), math.sqrt(self.width), dtype=dtype, device=first.device)
+        if self.depth == 1:
+            scale[: len(self.deep) * self.hidden] = 1.0
+        weights = [first * scale] + [w.to(dtype) for w in self.initial[1:]]
+        rows = [w.expand(batch_size, *w.shape) for w in weights]
+        surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
+        return BankState(start=rows, running=list(rows), surprise=surprise)
+
+    def read(self, weights: list[Tensor], x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Outputs of the named memories at given weights: deep `[N, H, L, V]`, gates `[N, H, L]`.
+
+        `names` is all of the bank's, or all but the first deep memory.
+        """
+        skip = len(self.deep) - sum(n in names for n in self.deep)
+        if skip:
+            weights = [weights[0][..., skip * self.hidden :, :], *(w[:, :, skip:] for w in weights[1:])]
+        trace = self.forward(weights, x)
+        deep = self.deep[skip:]
+        if self.depth == 1:
+            parts = trace.output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1)
+        else:
+            parts = trace.output.unbind(2)
+            if trace.gates is not None:
+                parts += trace.gates.split(1, dim=-1)
+        values = dict(zip(deep + self.gates, parts, strict=True))
+        return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
+
+    def forward(self, weights: list[Tensor], x: Tensor) -> Trace:
+        """All memories at `x` `[N, H, L, K]`."""
+        z = x @ weights[0].mT
+        if self.depth == 1:
+            return Trace([x], [], z, None)
+        gates = None
+        if self.gates:
+            z, gates = z.split([z.shape[-1] - len(self.gates), len(self.gates)], dim=-1)
+        z = z.unflatten(-1, (-1, self.hidden)).transpose(2, 3)
+        inputs, slopes = [x], []
+        for weight in weights[1:]:
+            h, slope = activate(self.activation, z)
+            inputs.append(h)
+            slopes.append(slope)
+            z = h @ weight.mT
+        return Trace(inputs, slopes, z + x.unsqueeze(2), gates)
+
+    def gradients(
+        self, rule: Rule, weights: list[Tensor], at_key: Trace, target: Tensor, gate_target: Tensor | None
+    ) -> list[Tensor]:
+        """Gradients at every layer's output, layer 0 first, in the layout of that layer's output.
+
+        `target` has the layout of `at_key.output`, `gate_target` of `at_key.gates`. With rule.gradient "online" the
+        output weight's entry leaves out W x, which the write folds into the erase.
+        """
+        online = rule.gradient == "online"
+        g = output_gradient(rule, at_key.output, target)
+        if self.depth == 1:
+            return [-target.clamp(-rule.clip, rule.clip)] if online else [g]
+        found = [g]
+        for weight, slope in zip(reversed(weights[1:]), reversed(at_key.slopes), strict=True):
+            g = ((g @ weight) * slope).clamp(-rule.clip, rule.clip)
+            found.append(g)
+        first = found.pop().transpose(2, 3).flatten(-2)
+        if gate_target is not None:
+            assert at_key.gates is not None
+            first = torch.cat([first, output_gradient(rule, at_key.gates, gate_target)], dim=-1)
+        found.reverse()
+        if online and rule.objective == "l2":
+            found[-1] = at_key.inputs[0].unsqueeze(2) - target.clamp(-rule.clip, rule.clip)
+        return [first, *found]
+
+    def shared_target(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """v_t as every memory's target (Titans), in the output's layout; a gate's target is the mean of v_t."""
+        gate = v.mean(-1, keepdim=True).expand(*v.shape[:-1], len(self.gates))
+        if self.depth > 1:
+            return v.unsqueeze(2), gate if self.gates else None
+        return torch.cat([v.repeat(1, 1, 1, len(self.deep)), gate], dim=-1), None
+
+    def write(
+        self, rule: Rule, state: BankState, at_key: Trace, gradients: list[Tensor], rates: Rates, fresh: bool
+    ) -> list[Writes]:
+        """Solve the chunk of every layer; `fresh` says that running and start weights are the same."""
+        found = []
+        for layer, (x, g) in enumerate(zip(at_key.inputs, gradients, strict=True)):
+            lr, erase = rates.inner_lr[layer], rates.erase
+            if layer > 0:
+                # Hidden activations have any length: normalised rates keep the erase a contraction.
+                power = x.square().sum(-1).clamp_min(1.0).reciprocal()
+                lr = lr.unsqueeze(2) * power
+                erase = None if erase is None else erase.unsqueeze(2) * power
+            if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
+                erase = lr if erase is None else erase + lr
+            recalled = at_key.output if fresh and self.depth == 1 else None
+            surprise = None if state.surprise is None else state.surprise[layer]
+            step = lr.unsqueeze(-1) * g
+            found.append(
+                chunk_writes(x, step, erase, rates.of_layer(layer), state.running[layer], surprise, recalled)
+            )
+        return found
+
+    def advance(self, state: BankState, writes: list[Writes], rates: Rates) -> BankState:
+        """The state after the chunk's last token; its chunk start is unchanged."""
+        running, surprise = [], []
+        for layer, write in enumerate(writes):
+            before = None if state.surprise is None else state.surprise[layer]
+            w, s = chunk_advance(write, rates.of_layer(layer), state.running[layer], before)
+            running.append(w)
+            if s is not None:
+                surprise.append(s)
+        return BankState(state.start, running, surprise or None)
+
+    def read_first(self, rule: Rule, q: Tensor, state: BankState, writes: list[Writes], rates: Rates) -> Tensor:
+        """The first deep memory at q `[N, H, L, K]`, every token at its own fast weights; a cascade of closed forms."""
+        z = q
+        for layer, write in enumerate(writes):
+            if layer > 0:
+                z = activate(self.activation, z)[0]
+            surprise = None if state.surprise is None else self._first(state.surprise[layer], layer, -2)
+            own = Writes(
+                write.x if layer == 0 else write.x[:, :, 0],
+                self._first(write.step, layer, -1),
+                None if write.erased is None else self._first(write.erased, layer, -1),
+            )
+            weight = self._first(state.running[layer], layer, -2)
+            z = chunk_read(z, own, rates.decay, weight, surprise, rule.read_before)
+        return z if self.depth == 1 else z + q
+
+    def _first(self, t: Tensor, layer: int, stacked: int) -> Tensor:
+        """The first deep memory's part: stacked along a dimension in layer 0, along the memory dimension after it."""
+        return t.narrow(stacked, 0, self.hidden) if layer == 0 else t[:, :, 0]
+
+
+def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """act(z) and act'(z)."""
+    if name == "silu":
+        gate = torch.sigmoid(z)
+        h = z * gate
+        return h, gate + h * (1 - gate)
+    if name == "gelu":
+        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    return torch.relu(z), (z > 0).to(z.dtype)

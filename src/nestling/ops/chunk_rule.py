@@ -1,0 +1,305 @@
+"""The one rule in closed form: a chunk of tokens as matrix products and one unit-triangular solve.
+
+Notation (one chunk of C tokens; row t of X is x_t, of Gr is g_t): A[t, s] = prod_{r=s+1..t} a_r for s <= t, else 0; B
+likewise from b; A0[t] = prod_{r<=t} a_r, B0 likewise; D = A B; d0 = A B0; sh(.) puts row t-1 in row t. With u_t =
+W_{t-1} x_t and the erased part E_t = e_t u_t,
+
+    (I + diag(e) strictly_lower(sh(A) * X X^T)) E = e * (sh(A0) (X W_0^T) + sh(d0) (X S_0^T) - (sh(D) * X X^T) (l g))
+    W_t q_t = A0[t] W_0 q_t + d0[t] S_0 q_t - sum_r D[t,r] (x_r.q_t) l_r g_r - sum_s A[t,s] (x_s.q_t) E_s
+    W_C     = A0[C] W_0 + d0[C] S_0 - (D[C,:] * l g + A[C,:] * E)^T X
+    S_C     = B0[C] S_0 - (B[C,:] * l g)^T X
+
+Without momentum D = A, d0 = 0, and P = l g + E solves the same system with right-hand side l g + e * sh(A0) (X W_0^T).
+
+Tokens that are not there (`valid` is False) leave W and S as they are: a = b = 1, e = l = 0, and their S is not added,
+so D = A diag(valid) B and d0 = A (valid * B0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Products of the retentions and momenta of one chunk. `None` fields: the rule has no retention or no momentum.
+
+    Attributes:
+        inner: A, `[..., C, C]`, lower triangular with the diagonal.
+        start: A0, `[..., C]`.
+        inner_momentum: D, `[..., C, C]`.
+        start_momentum: d0, `[..., C]`.
+        last_momentum: last row of B, `[..., C]`.
+        last_start_momentum: last entry of B0, `[...]`.
+    """
+
+    inner: Float[Tensor, "*batch C C"]
+    start: Float[Tensor, "*batch C"]
+    inner_momentum: Float[Tensor, "*batch C C"] | None = None
+    start_momentum: Float[Tensor, "*batch C"] | None = None
+    last_momentum: Float[Tensor, "*batch C"] | None = None
+    last_start_momentum: Float[Tensor, "*batch"] | None = None
+
+    def unsqueeze(self, dim: int) -> Decay:
+        """The same products with a new batch dimension (negative `dim` counts from the batch dimensions' end)."""
+        t = dim - 2
+        return Decay(
+            self.inner.unsqueeze(t),
+            self.start.unsqueeze(t + 1),
+            None if self.inner_momentum is None else self.inner_momentum.unsqueeze(t),
+            None if self.start_momentum is None else self.start_momentum.unsqueeze(t + 1),
+            None if self.last_momentum is None else self.last_momentum.unsqueeze(t + 1),
+            None if self.last_start_momentum is None else self.last_start_momentum.unsqueeze(t + 2),
+        )
+
+
+def decay_products(
+    log_retention: Float[Tensor, "*batch C"],
+    log_momentum: Float[Tensor, "*batch C"] | None = None,
+    valid: Bool[Tensor, "*batch C"] | None = None,
+) -> Decay:
+    """A, A0 and, with momentum, D, d0 and the last rows of B, from the logarithms of a and b (both <= 0)."""
+    if valid is not None:
+        log_retention = log_retention * valid
+        log_momentum = None if log_momentum is None else log_momentum * valid
+    inner, start = _products(log_retention)
+    if log_momentum is None:
+        return Decay(inner, start)
+    b_inner, b_start = _products(log_momentum)
+    left = inner if valid is None else inner * valid[..., None, :]
+    return Decay(
+        inner,
+        start,
+        left @ b_inner,
+        (left @ b_start[..., None])[..., 0],
+        b_inner[..., -1, :],
+        b_start[..., -1],
+    )
+
+
+def _products(log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    total = log_rate.cumsum(-1)
+    span = total[..., :, None] - total[..., None, :]
+    size = span.shape[-1]
+    above = torch.ones(size, size, dtype=torch.bool, device=span.device).triu(1)
+    return span.masked_fill(above, float("-inf")).exp(), total.exp()
+
+
+def _shift(rows: Tensor, first: float) -> Tensor:
+    """Row t-1 in row t (dimension -2); row 0 holds `first`."""
+    return torch.nn.functional.pad(rows[..., :-1, :], (0, 0, 1, 0), value=first)
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What a chunk writes: `step` = l g `[..., C, V]` and `erased` = e_t W_{t-1} x_t (None when all of it is in step).
+
+    Without momentum the two enter every formula with the same factor, so `step` holds their sum P.
+    """
+
+    x: Float[Tensor, "*batch C K"]
+    step: Float[Tensor, "*batch C V"]
+    erased: Float[Tensor, "*batch C V"] | None
+
+
+def chunk_writes(
+    x: Float[Tensor, "*batch C K"],
+    step: Float[Tensor, "*batch C V"],
+    erase: Float[Tensor, "*batch C"] | None,
+    decay: Decay,
+    weight: Float[Tensor, "*batch V K"],
+    surprise: Float[Tensor, "*batch V K"] | None = None,
+    recalled: Float[Tensor, "*batch C V"] | None = None,
+) -> Writes:
+    """Solve a chunk for what its tokens erase.
+
+    Args:
+        x: inputs of the weight.
+        step: l_t g_t.
+        erase: e_t, or None for no erase (no solve is then needed).
+        decay: `decay_products` of the chunk.
+        weight: running fast weights before the chunk's first token, W_0.
+        surprise: S_0; given exactly when `decay` has momentum.
+        recalled: X W_0^T if it is at hand already.
+    """
+    if erase is None:
+        return Writes(x, step, None)
+    gram = x @ x.mT
+    e = erase[..., None]
+    system = (_shift(decay.inner, 0.0) * gram) * e
+    if recalled is None:
+        recalled = x @ weight.mT
+    start = _shift(decay.start[..., None], 1.0)
+    if decay.inner_momentum is None:
+        right = torch.addcmul(step, e * start, recalled)
+        return Writes(x, solve_unit_lower(system, right), None)
+    assert surprise is not None and decay.start_momentum is not None
+    from_momentum = _shift(decay.start_momentum[..., None], 0.0) * (x @ surprise.mT)
+    from_steps = (_shift(decay.inner_momentum, 0.0) * gram) @ step
+    right = e * (torch.addcmul(from_momentum, start, recalled) - from_steps)
+    return Writes(x, step, solve_unit_lower(system, right))
+
+
+def solve_unit_lower(strictly_lower: Tensor, right: Tensor) -> Tensor:
+    """(I + N)^{-1} R for strictly lower triangular N; entries of N on and above the diagonal are not read."""
+    if strictly_lower.shape[-1] == 1:
+        return right
+    return torch.linalg.solve_triangular(strictly_lower, right, upper=False, unitriangular=True)
+
+
+def chunk_read(
+    q: Float[Tensor, "*batch C K"],
+    writes: Writes,
+    decay: Decay,
+    weight: Float[Tensor, "*batch V K"],
+    surprise: Float[Tensor, "*batch V K"] | None = None,
+    before: bool = False,
+) -> Float[Tensor, "*batch C V"]:
+    """Every token reads its own fast weights: W_t q_t, or W_{t-1} q_t with `before`."""
+    match_ = q @ writes.x.mT
+    inner, start = decay.inner, decay.start[..., None]
+    if before:
+        inner, start = _shift(inner, 0.0), _shift(start, 1.0)
+    y = start * (q @ weight.mT)
+    if decay.inner_momentum is None:
+        return y - (inner * match_) @ writes.step
+    assert surprise is not None and decay.start_momentum is not None
+    inner_m, start_m = decay.inner_momentum, decay.start_momentum[..., None]
+    if before:
+        inner_m, start_m = _shift(inner_m, 0.0), _shift(start_m, 0.0)
+    y = y + start_m * (q @ surprise.mT) - (inner_m * match_) @ writes.step
+    return y if writes.erased is None else y - (inner * match_) @ writes.erased
+
+
+def chunk_advance(
+    writes: Writes,
+    decay: Decay,
+    weight: Float[Tensor, "*batch V K"],
+    surprise: Float[Tensor, "*batch V K"] | None = None,
+) -> tuple[Float[Tensor, "*batch V K"], Float[Tensor, "*batch V K"] | None]:
+    """W_C and S_C after the chunk's last token."""
+    kept = decay.start[..., -1, None, None] * weight
+    last = decay.inner[..., -1, :, None]
+    if decay.inner_momentum is None:
+        return kept - (last * writes.step).mT @ writes.x, None
+    assert surprise is not None and decay.start_momentum is not None
+    assert decay.last_momentum is not None and decay.last_start_momentum is not None
+    total = decay.inner_momentum[..., -1, :, None] * writes.step
+    if writes.erased is not None:
+        total = torch.addcmul(total, last, writes.erased)
+    weight = torch.addcmul(kept, decay.start_momentum[..., -1, None, None], surprise) - total.mT @ writes.x
+    pushed = (decay.last_momentum[..., :, None] * writes.step).mT @ writes.x
+    return weight, decay.last_start_momentum[..., None, None] * surprise - pushed
+
+
+def chunk_scan(
+    x: Float[Tensor, "*batch T K"],
+    g: Float[Tensor, "*batch T V"],
+    q: Float[Tensor, "*batch T K"],
+    *,
+    weight: Float[Tensor, "*batch V K"],
+    chunk_size: int,
+    surprise: Float[Tensor, "*batch V K"] | None = None,
+    log_retention: Float[Tensor, "*batch T"] | None = None,
+    erase: Float[Tensor, "*batch T"] | None = None,
+    inner_lr: Float[Tensor, "*batch T"] | None = None,
+    log_momentum: Float[Tensor, "*batch T"] | None = None,
+    online: bool = False,
+    read_before: bool = False,
+    schedule: str = "parallel",
+) -> tuple[Float[Tensor, "*batch T V"], Tensor, Tensor | None]:
+    """The rule over a whole sequence when x, g and the rates do not depend on the fast weights.
+
+    Arguments and results as `ops.reference.token_rule`, with logarithms of a and b. With `online`, g is minus the
+    target and l joins the erase, which gives the token-by-token update for every chunk size; momentum then has no
+    closed form. `schedule="parallel"` solves all chunks at once and carries only one product per chunk;
+    `"sequential"` runs one chunk after the other and needs less memory.
+
+    Raises:
+        ValueError: `online` with momentum, or an unknown schedule.
+    """
+    if online and log_momentum is not None:
+        raise ValueError("online gradients with momentum have no closed form: the momentum would have to carry W")
+    if schedule not in ("parallel", "sequential"):
+        raise ValueError(f"schedule is 'parallel' or 'sequential', not {schedule!r}")
+    ones = torch.ones_like(x[..., 0])
+    rate = ones if inner_lr is None else inner_lr
+    if online:
+        erase = rate if erase is None else erase + rate
+    step = rate[..., None] * g
+    log_a = 0 * ones if log_retention is None else log_retention
+    if log_momentum is not None and surprise is None:
+        surprise = torch.zeros_like(weight)
+    scan = _scan_parallel if schedule == "parallel" else _scan_sequential
+    return scan(x, step, q, erase, log_a, log_momentum, weight, surprise, chunk_size, read_before)
+
+
+def _scan_sequential(x, step, q, erase, log_a, log_b, weight, surprise, size, before):  # type: ignore[no-untyped-def]
+    outputs = []
+    for at in range(0, x.shape[-2], size):
+        t = slice(at, at + size)
+        decay = decay_products(log_a[..., t], None if log_b is None else log_b[..., t])
+        writes = chunk_writes(
+            x[..., t, :], step[..., t, :], None if erase is None else erase[..., t], decay, weight, surprise
+        )
+        outputs.append(chunk_read(q[..., t, :], writes, decay, weight, surprise, before))
+        weight, surprise = chunk_advance(writes, decay, weight, surprise)
+    return torch.cat(outputs, dim=-2), weight, surprise
+
+
+def _scan_parallel(x, step, q, erase, log_a, log_b, weight, surprise, size, before):  # type: ignore[no-untyped-def]
+    """A chunk maps its first weights linearly, [W_C | S_C] = [W_0 | S_0] F + H; find F and H of all chunks, then chain.
+
+    The map's parts come from `chunk_writes` and `chunk_advance` themselves, fed with the identity for W_0 (and S_0) and
+    no step, and with zero weights and the true step.
+    """
+    time = x.shape[-2]
+    size = min(size, time)
+    pad = -time % size
+    fold = lambda t: None if t is None else _fold(t, size, pad)  # noqa: E731
+    valid = None
+    if pad:
+        valid = torch.arange(time + pad, device=x.device).reshape(-1, size) < time
+    x, step, q = fold(x), fold(step), fold(q)
+    erase, log_a, log_b = (None if r is None else fold(r[..., None])[..., 0] for r in (erase, log_a, log_b))
+    decay = decay_products(log_a, log_b, valid)
+
+    zero = x.new_zeros(*step.shape[:-2], step.shape[-1], x.shape[-1])
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    none = torch.zeros_like(x)
+    has_momentum = surprise is not None
+    written = chunk_writes(x, step, erase, decay, zero, zero if has_momentum else None)
+    offset = chunk_advance(written, decay, zero, zero if has_momentum else None)
+    from_weight = _unit_response(x, none, erase, decay, eye, has_momentum)
+    from_surprise = _unit_response(x, none, erase, decay, eye, True, swap=True) if has_momentum else None
+
+    starts_w, starts_s = [], []
+    for n in range(x.shape[-3]):
+        starts_w.append(weight)
+        starts_s.append(surprise)
+        after = weight @ from_weight[0][..., n, :, :] + offset[0][..., n, :, :]
+        if has_momentum:
+            after = after + surprise @ from_surprise[0][..., n, :, :]
+            surprise = surprise @ from_surprise[1][..., n, :, :] + offset[1][..., n, :, :]
+        weight = after
+    w0 = torch.stack(starts_w, dim=-3)
+    s0 = torch.stack(starts_s, dim=-3) if has_momentum else None
+    writes = chunk_writes(x, step, erase, decay, w0, s0)
+    y = chunk_read(q, writes, decay, w0, s0, before)
+    return y.flatten(-3, -2)[..., :time, :], weight, surprise
+
+
+def _unit_response(x, none, erase, decay, eye, has_momentum, swap=False):  # type: ignore[no-untyped-def]
+    """(W_C, S_C) of a chunk without steps, started at W_0 = I (or S_0 = I with `swap`)."""
+    zero = torch.zeros_like(eye)
+    w, s = (zero, eye) if swap else (eye, zero if has_momentum else None)
+    return chunk_advance(chunk_writes(x, none, erase, decay, w, s), decay, w, s)
+
+
+def _fold(t: Tensor, size: int, pad: int) -> Tensor:
+    """`[..., T, D]` to `[..., chunks, size, D]`, zeros in the padding."""
+    return torch.nn.functional.pad(t, (0, 0, 0, pad)).unflatten(-2, (-1, size))

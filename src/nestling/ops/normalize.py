@@ -1,0 +1,19 @@
+"""Normalisation that is safe at zero."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def safe_normalize(x: Float[Tensor, "*batch D"], eps: float = 1e-6) -> Float[Tensor, "*batch D"]:
+    """x / sqrt(|x|^2 + eps^2) over the last dimension: a zero vector gives zero, with finite gradients.
+
+    `torch.nn.functional.normalize` divides by max(|x|, eps), and the gradient of the norm at zero is not finite there
+    once differentiated twice. A vector far above `eps` (1e-6) has length 1 to float32 precision. Very long vectors are
+    first divided by their largest entry, so that |x|^2 cannot overflow.
+    """
+    peak = x.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
+    x = x / peak
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps * eps)

@@ -1,0 +1,39 @@
+"""Causal depthwise convolution over a few tokens, with its tail as state."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def short_conv(
+    x: Float[Tensor, "N L D"],
+    weight: Float[Tensor, "D W"],
+    tail: Float[Tensor, "N W-1 D"],
+    lengths: Tensor | None = None,
+) -> tuple[Float[Tensor, "N L D"], Float[Tensor, "N W-1 D"]]:
+    """y_t = sum_w weight[:, w] * x_{t - W + 1 + w}, the tokens before the first taken from `tail`.
+
+    Args:
+        x: left-aligned rows.
+        weight: one filter of width W a channel; the last tap is the token itself.
+        tail: the last W - 1 inputs of the call before (zeros at a document's start).
+        lengths: `[N]` real tokens of every row; None when all are real.
+
+    Returns:
+        y and the new tail: the last W - 1 real inputs of every row, counting the old tail.
+    """
+    width = weight.shape[1]
+    if width == 1:
+        return x * weight[:, 0], tail
+    seen = torch.cat([tail.to(x.dtype), x], dim=1)
+    time = x.shape[1]
+    y = seen[:, width - 1 :] * weight[:, width - 1]
+    for w in range(width - 1):
+        y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
+    if lengths is None:
+        return y, seen[:, time:].to(tail.dtype)
+    slots = lengths[:, None] + torch.arange(width - 1)
+    index = slots.to(x.device)[..., None].expand(-1, -1, x.shape[2])
+    return y, seen.gather(1, index).to(tail.dtype)
