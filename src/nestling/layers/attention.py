@@ -85,16 +85,11 @@ class SoftmaxAttention(SequenceLayer):
         self.value = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=False)
         self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        for linear in (self.query, self.key, self.value, self.output):
-            linear.reset_parameters()
-
     def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
         weight = self.key.weight
         empty = weight.new_zeros(batch_size, 0, weight.shape[0] // self.config.head_dim, self.config.head_dim)
-        return AttentionState(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64))
+        return AttentionState(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
 
     def run(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, AttentionState]:
         """See `SequenceLayer.run`."""
@@ -167,7 +162,7 @@ def _visible(queries: int, keys: int, window: int | None, unseen: Tensor | None)
     limited = window is not None and keys > window
     if unseen is None and not limited and (queries == keys or queries == 1):
         return None
-    slots = torch.arange(keys)
+    slots = torch.arange(keys, device="cpu")
     behind = slots[keys - queries :, None] - slots
     mask = behind >= 0
     if window is not None:
@@ -187,14 +182,14 @@ def _keep_last(
     k: Tensor, v: Tensor, time: int, state: AttentionState | None, lengths: Tensor | None, config: AttentionConfig
 ) -> AttentionState:
     """The state after the first `lengths` (None: all) of the last `time` slots of `k` and `v` joined their rows."""
-    before = torch.zeros(len(k), dtype=torch.int64) if state is None else state.position
+    before = torch.zeros(len(k), dtype=torch.int64, device="cpu") if state is None else state.position
     position = before + time if lengths is None else before + lengths
     longest = time if state is None and lengths is None else int(position.max())
     keep = longest if config.window is None else min(longest, config.window)
     if lengths is None:
         tail = slice(k.shape[1] - keep, None)
         return AttentionState(_own(k[:, tail], k), _own(v[:, tail], v), position)
-    absolute = position[:, None] - keep + torch.arange(keep)
+    absolute = position[:, None] - keep + torch.arange(keep, device="cpu")
     index = (absolute - before[:, None] + k.shape[1] - time).clamp_min(0).to(k.device)[..., None, None]
     held = (absolute >= 0).to(k.device)[..., None, None]
     k, v = (torch.where(held, torch.take_along_dim(t, index, 1), torch.zeros_like(t[:, :1])) for t in (k, v))
@@ -211,7 +206,7 @@ def _rotation(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[1 or N, time, 1, D / 2]`. Angles are taken in float64: float32 has no digits left for the
     fast channels at position 10^6."""
-    start = torch.zeros(1, dtype=torch.int64) if state is None else state.position
+    start = torch.zeros(1, dtype=torch.int64, device="cpu") if state is None else state.position
     if len(start) > 1 and bool((start == start[0]).all()):
         start = start[:1]
     position = start.to(device)[:, None] + torch.arange(time, device=device)

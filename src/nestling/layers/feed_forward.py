@@ -41,11 +41,6 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        for linear in (self.gate, self.up, self.down):
-            linear.reset_parameters()
-
     def forward(self, x: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Apply the network to the last dimension."""
         return self.down(F.silu(self.gate(x)) * self.up(x))

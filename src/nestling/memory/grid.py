@@ -49,22 +49,22 @@ class Grid:
         valid = (slots >= self.offsets[:, None]) & (slots < self.ends[:, None])
         return None if bool(valid.all()) else valid[:, None].to(device)
 
+    def where_crossed(self, end: int, new: Tensor, old: Tensor) -> Tensor:
+        """`new` in the rows that cross the boundary at slot `end` in this call, `old` in the others."""
+        if self.offsets is None or self.ends is None:
+            return new
+        # A row that enters after this boundary crossed it in an earlier call.
+        crossed = (self.offsets < end) & (self.ends >= end)
+        if bool(crossed.all()):
+            return new
+        return torch.where(crossed.to(new.device).reshape(-1, *[1] * (new.dim() - 1)), new, old)
+
     def cross(self, state: BankState, end: int, chunk: int) -> BankState:
         """At a chunk boundary the running weights become the next chunk's start, in rows that have reached it."""
         if end % chunk:
             return state
-        if self.offsets is None or self.ends is None:
-            return BankState(list(state.running), state.running, state.surprise)
-        # A row that enters after this boundary crossed it in an earlier call.
-        crossed = (self.offsets < end) & (self.ends >= end)
-        if bool(crossed.all()):
-            return BankState(list(state.running), state.running, state.surprise)
-        reached = crossed.to(state.running[0].device)
-        start = [
-            torch.where(reached.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-            for new, old in zip(state.running, state.start, strict=True)
-        ]
-        return BankState(start, state.running, state.surprise)
+        pairs = zip(state.running, state.start, strict=True)
+        return BankState([self.where_crossed(end, new, old) for new, old in pairs], state.running, state.surprise)
 
 
 def chunk_spans(start: int, end: int, chunk: int) -> list[tuple[int, int]]:

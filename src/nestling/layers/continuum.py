@@ -1,0 +1,258 @@
+"""The Continuum Memory System in context (NL section 7.1, Eq. 70-74)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.state import State
+from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuumConfig:
+    """Settings of `ContinuumMemory`.
+
+    Attributes:
+        hidden_size: width of input and output.
+        intermediate_size: hidden width of every level's MLP.
+        periods: update period of every level in tokens, in chain order; None never updates, a plain MLP.
+        variant: "sequential" (Eq. 70, 73), "nested" (Eq. 72) or "headwise" (Eq. 74).
+        target: what a level's fast weight learns to output (see `ContinuumMemory`): "next", "value" or
+            "reconstruction".
+        erase: delta gradient descent inside a period (NL Eq. 56).
+        inner_lr_scale: first value of the learnable rate of every level, in (0, 1).
+        norm_eps: of the norms before every level.
+
+    Raises:
+        ValueError: no level, a period below 1, or nested periods that do not divide one another.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    periods: tuple[int | None, ...] = (64, 256, None)
+    variant: Literal["sequential", "nested", "headwise"] = "sequential"
+    target: Literal["next", "value", "reconstruction"] = "next"
+    erase: bool = False
+    inner_lr_scale: float = 0.5
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "periods", tuple(self.periods))
+        if not self.periods:
+            raise ValueError("periods is empty: a continuum memory has at least one level, for example periods=(64, None)")
+        if any(p is not None and p < 1 for p in self.periods):
+            raise ValueError(f"periods are tokens >= 1, or None for a level that never updates; got {self.periods}")
+        if self.variant not in ("sequential", "nested", "headwise"):
+            raise ValueError(f"variant is 'sequential', 'nested' or 'headwise', not {self.variant!r}")
+        if self.target not in ("next", "value", "reconstruction"):
+            raise ValueError(f"target is 'next', 'value' or 'reconstruction', not {self.target!r}")
+        if not 0 < self.inner_lr_scale < 1:
+            raise ValueError(f"inner_lr_scale is in (0, 1), not {self.inner_lr_scale}")
+        if self.variant == "nested":
+            for fast, slow in zip(self.periods, self.periods[1:], strict=False):
+                if slow is not None and (fast is None or slow % fast):
+                    raise ValueError(
+                        f"nested periods must rise by whole factors, fastest first; {slow} is no multiple of {fast}"
+                    )
+
+    def context(self, level: int) -> int | None:
+        """Tokens after which a nested level is re-initialised: the period of the level above; None is never."""
+        return self.periods[level + 1] if self.variant == "nested" and level + 1 < len(self.periods) else None
+
+
+@dataclass
+class LevelState(State):
+    """Fast weights of one level, `[N, hidden, intermediate]`.
+
+    Attributes:
+        start: weights since the last update; the level's output comes from them.
+        running: weights with the writes of the current period.
+        initial: nested only: the initial state that the level above has learned.
+        tail: target "next" only: hidden activation of the last token, `[N, 1, intermediate]`.
+    """
+
+    start: Tensor
+    running: Tensor
+    initial: Tensor | None
+    tail: Tensor | None
+
+
+@dataclass
+class ContinuumState(State):
+    """State of `ContinuumMemory`: one entry a level (None for a plain MLP) and tokens read, `[N]` int64 on the CPU."""
+
+    levels: list[LevelState | None]
+    position: Tensor
+
+
+class ContinuumLevel(nn.Module):
+    """One level: a SwiGLU MLP whose down-projection is a fast weight (period None: an ordinary weight)."""
+
+    def __init__(self, config: ContinuumConfig, index: int) -> None:
+        super().__init__()
+        c = self.config = config
+        self.period, self.context = c.periods[index], c.context(index)
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
+        self.gate = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down = nn.Parameter(torch.empty(c.hidden_size, c.intermediate_size))
+        learns = self.period is not None
+        mixes = learns and c.target != "reconstruction"
+        self.value = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if mixes else None
+        self.rate = nn.Parameter(torch.empty(())) if learns else None
+        self.transfer = nn.Parameter(torch.empty(())) if self.context is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Down-projection N(0, 1/intermediate); rates at `inner_lr_scale`; half of a context is kept by the level above."""
+        nn.init.normal_(self.down, std=1 / math.sqrt(self.config.intermediate_size))
+        if self.rate is not None:
+            nn.init.constant_(self.rate, math.log(self.config.inner_lr_scale / (1 - self.config.inner_lr_scale)))
+        if self.transfer is not None:
+            nn.init.zeros_(self.transfer)
+
+    def init_state(self, batch_size: int) -> LevelState | None:
+        if self.period is None:
+            return None
+        dtype = torch.float64 if self.down.dtype == torch.float64 else torch.float32
+        weight = self.down.to(dtype).expand(batch_size, -1, -1)
+        tail = None
+        if self.config.target == "next":
+            tail = torch.zeros(batch_size, 1, self.down.shape[1], dtype=dtype, device=self.down.device)
+        return LevelState(weight, weight, weight if self.context is not None else None, tail)
+
+    def run(
+        self, x: Tensor, state: LevelState | None, position: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, LevelState | None]:
+        """The level's output, without residual, and its new state."""
+        u = self.norm(x)
+        h = F.silu(self.gate(u)) * self.up(u)
+        if state is None:
+            return h @ self.down.to(h.dtype).mT, None
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = state.start.dtype
+            h = h.to(dtype)
+            target = u.to(dtype) if self.value is None else F.linear(u.to(dtype), self.value.weight.to(dtype))
+            y, state = self._scan(h, target, state, position, lengths)
+        return y.to(x.dtype), state
+
+    def _scan(
+        self, h: Tensor, target: Tensor, state: LevelState, position: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, LevelState]:
+        assert self.period is not None
+        key, tail = self._keys(h, state.tail, lengths)
+        grid = Grid.of(position, lengths, h.shape[1], self.context or self.period)
+        tokens = [h, key, target]
+        if grid.offsets is not None:
+            tokens = [shift_rows(t.unsqueeze(1), grid).squeeze(1) for t in tokens]
+        spans = chunk_spans(grid.phase, grid.slots, self.period)
+        pieces = zip(*(t.split([e - s for s, e in spans], 1) for t in tokens), strict=True)
+        outputs, start, running, initial = [], state.start, state.running, state.initial
+        for (begin, end), (h_c, key_c, target_c) in zip(spans, pieces, strict=True):
+            outputs.append(h_c @ start.mT)
+            recalled = outputs[-1] if key_c is h_c else key_c @ start.mT
+            valid = grid.valid_slots(begin, end, h.device)
+            running = self._write(running, key_c, recalled - target_c, valid)
+            if end % self.period == 0:
+                start = grid.where_crossed(end, running, start)
+                if self.context is not None and end % self.context == 0:
+                    assert initial is not None
+                    learned = torch.lerp(initial, running, torch.sigmoid(self.transfer))
+                    initial = grid.where_crossed(end, learned, initial)
+                    start = grid.where_crossed(end, learned, start)
+                    running = grid.where_crossed(end, learned, running)
+        y = torch.cat(outputs, dim=1)
+        if grid.offsets is not None:
+            y = unshift_rows(y.unsqueeze(1), grid, h.shape[1]).squeeze(1)
+        return y, LevelState(start, running, initial, tail)
+
+    def _keys(self, h: Tensor, tail: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The hidden activations that are written, and the new tail. "next" pairs h_{t-1} with the target of t."""
+        if tail is None:
+            return h, None
+        seen = torch.cat([tail, h], dim=1)
+        if lengths is None:
+            return seen[:, :-1], seen[:, -1:]
+        index = lengths.to(h.device)[:, None, None].expand(-1, 1, h.shape[2])
+        return seen[:, :-1], seen.gather(1, index)
+
+    def _write(self, running: Tensor, key: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
+        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights, their mean over a period at most 1."""
+        assert self.rate is not None and self.period is not None
+        power = key.square().sum(-1).clamp_min(1.0).reciprocal()
+        if valid is not None:
+            valid = valid[:, 0]
+            power = power * valid
+        rate = torch.sigmoid(self.rate)
+        if not self.config.erase:
+            return running - ((rate / self.period * power).unsqueeze(-1) * error).mT @ key
+        decay = decay_products(torch.zeros_like(power), None, valid)
+        writes = chunk_writes(key, (rate * power).unsqueeze(-1) * error, rate * power, decay, running)
+        return chunk_advance(writes, decay, running)[0]
+
+
+class ContinuumMemory(SequenceLayer):
+    """A chain of MLPs that update at different frequencies, each with its pre-norm and residual.
+
+    Level i computes x <- x + W_i h_i with h_i = silu(W_gate u) * (W_up u), u = RMSNorm(x). Its down-projection W_i is the
+    fast weight: every `period` tokens it takes the gradient steps of the period's tokens (Eq. 71) on
+    1/2 |W_i key - target|^2, at rate r / period / max(1, |key|^2) with a learnable r in (0, 1), so that the error on a
+    constant stream shrinks. The pair (key, target) of token t is
+
+        "next"            (h_{t-1}, V u_t): from a token, predict a learned projection of the next one; the first token
+                          of a document writes nothing, and no token uses one after it
+        "value"           (h_t, V u_t): a learned projection of the token itself (Titans)
+        "reconstruction"  (h_t, u_t): the level's own input (TTT)
+
+    Variants: sequential, the levels in a chain; nested, the same chain where a level starts again from an initial state
+    at the end of every period of the level above it, which moves that initial state towards what the level had learned
+    (a first-order meta-gradient, Eq. 72); headwise, all levels on the same x and a learnable weighted sum (Eq. 74).
+    """
+
+    def __init__(self, config: ContinuumConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList([ContinuumLevel(config, i) for i in range(len(config.periods))])
+        count = len(config.periods)
+        self.weights = nn.Parameter(torch.full((count,), 1 / count)) if config.variant == "headwise" else None
+
+    def reset_parameters(self) -> None:
+        """Equal weights for all levels of the headwise variant; the levels initialise themselves."""
+        if self.weights is not None:
+            nn.init.constant_(self.weights, 1 / len(self.levels))
+
+    def init_state(self, batch_size: int) -> ContinuumState:
+        """The meta-learned fast weights."""
+        return ContinuumState(
+            [level.init_state(batch_size) for level in self.levels], torch.zeros(batch_size, dtype=torch.long)
+        )
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], ContinuumState]:
+        """See `SequenceLayer.run`."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        assert isinstance(state, ContinuumState)
+        if x.shape[1] == 0:
+            return x, state
+        after = state.position + (x.shape[1] if lengths is None else lengths)
+        levels: list[LevelState | None] = []
+        total = x
+        for i, level in enumerate(self.levels):
+            y, new = level.run(x, state.levels[i], state.position, lengths)
+            levels.append(new)
+            if self.weights is None:
+                x = total = x + y
+            else:
+                total = total + self.weights[i].to(y.dtype) * y
+        return total, ContinuumState(levels, after)
