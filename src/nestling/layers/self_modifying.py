@@ -282,6 +282,7 @@ class SelfModifyingTitans(SequenceLayer):
             for i, (s, e) in enumerate(sub):
                 y, main = self._step(self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
                 main = grid.cross(main, e, self.config.chunk_size)
+                assert y is not None
                 outputs.append(y)
         return torch.cat(outputs, dim=2), main, own
 
@@ -303,7 +304,7 @@ class SelfModifyingTitans(SequenceLayer):
 
     def _step(
         self, bank: MemoryBank, state: BankState, tokens: dict[str, Tensor], start: int, end: int, grid: Grid
-    ) -> tuple[Tensor, BankState]:
+    ) -> tuple[Tensor | None, BankState]:
         """One chunk of one bank: targets, gradients, write; the main bank also answers the queries."""
         c = self.config
         valid = grid.valid_slots(start, end, tokens["k"].device)
@@ -316,14 +317,11 @@ class SelfModifyingTitans(SequenceLayer):
             target, gate_target = bank.shared_target(tokens["v"])
         gradients = bank.gradients(c, state.start, at_key, target, gate_target)
         fresh = state.start[0] is state.running[0]
-        writes = bank.write(c, state, at_key, gradients, rates, fresh)
-        y = tokens["k"]
-        if bank is self.main:
-            if c.read == "token":
-                y = bank.read_first(c, tokens["q"], state, writes, rates)
-            else:
-                y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
-        return y, bank.advance(state, writes, rates)
+        queried = bank is self.main and c.read == "token"
+        y, after = bank.update(c, state, at_key, gradients, rates, fresh, tokens["q"] if queried else None)
+        if bank is self.main and c.read == "chunk":
+            y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
+        return y, after
 
     def _rates(self, tokens: dict[str, Tensor], valid: Tensor | None) -> Rates:
         """Rates in their stable range (see the class); tokens that are not there have e = l = 0 and a = b = 1."""

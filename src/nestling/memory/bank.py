@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
-from nestling.ops.chunk_rule import Decay, Writes, chunk_advance, chunk_read, chunk_writes
+from nestling.ops.chunk_function import chunk_update
+from nestling.ops.chunk_rule import Decay
 
 
 @dataclass
@@ -37,12 +38,13 @@ class BankState(State):
 
 @dataclass
 class Trace:
-    """A forward pass: layer inputs (layer 0 first), slopes act'(z) before layers 1.., and the output.
+    """A forward pass: layer inputs and products W x (layer 0 first), slopes act'(z) before layers 1.., and the output.
 
     `output` is `[N, H, L, M * V + G]` for depth 1; else `[N, H, M, L, V]`, with the gates `[N, H, L, G]` apart.
     """
 
     inputs: list[Tensor]
+    recalled: list[Tensor]
     slopes: list[Tensor]
     output: Tensor
     gates: Tensor | None
@@ -55,10 +57,6 @@ class Rates:
     erase: Tensor | None
     inner_lr: list[Tensor]
     decay: Decay
-
-    def of_layer(self, layer: int) -> Decay:
-        """The decay products, with a dimension for the memories in layers that have one."""
-        return self.decay if layer == 0 else self.decay.unsqueeze(-1)
 
 
 class MemoryBank(nn.Module):
@@ -134,18 +132,18 @@ class MemoryBank(nn.Module):
         """All memories at `x` `[N, H, L, K]`."""
         z = x @ weights[0].mT
         if self.depth == 1:
-            return Trace([x], [], z, None)
-        gates = None
+            return Trace([x], [z], [], z, None)
+        inputs, recalled, slopes, gates = [x], [z], [], None
         if self.gates:
             z, gates = z.split([z.shape[-1] - len(self.gates), len(self.gates)], dim=-1)
         z = z.unflatten(-1, (-1, self.hidden)).transpose(2, 3)
-        inputs, slopes = [x], []
         for weight in weights[1:]:
             h, slope = activate(self.activation, z)
-            inputs.append(h)
-            slopes.append(slope)
             z = h @ weight.mT
-        return Trace(inputs, slopes, z + x.unsqueeze(2), gates)
+            inputs.append(h)
+            recalled.append(z)
+            slopes.append(slope)
+        return Trace(inputs, recalled, slopes, z + x.unsqueeze(2), gates)
 
     def gradients(
         self, rule: Rule, weights: list[Tensor], at_key: Trace, target: Tensor, gate_target: Tensor | None
@@ -179,58 +177,66 @@ class MemoryBank(nn.Module):
             return v.unsqueeze(2), gate if self.gates else None
         return torch.cat([v.repeat(1, 1, 1, len(self.deep)), gate], dim=-1), None
 
-    def write(
-        self, rule: Rule, state: BankState, at_key: Trace, gradients: list[Tensor], rates: Rates, fresh: bool
-    ) -> list[Writes]:
-        """Solve the chunk of every layer; `fresh` says that running and start weights are the same."""
-        found = []
+    def update(
+        self,
+        rule: Rule,
+        state: BankState,
+        at_key: Trace,
+        gradients: list[Tensor],
+        rates: Rates,
+        fresh: bool,
+        q: Tensor | None = None,
+    ) -> tuple[Tensor | None, BankState]:
+        """Write one chunk, and read the first deep memory at q, every token at its own fast weights.
+
+        A read of an MLP is a cascade of closed forms: the activations of layer i's answers query layer i + 1.
+
+        Args:
+            rule: the learning rule.
+            state: before the chunk.
+            at_key: the forward pass of the keys at the chunk's first weights.
+            gradients: of `gradients`.
+            rates: of the chunk.
+            fresh: running and start weights are the same, so that `at_key` holds the products with both.
+            q: queries `[N, H, L, K]`, or None.
+
+        Returns:
+            y `[N, H, L, V]` (None without q), and the state after the chunk, its chunk start unchanged.
+        """
+        running, surprise, z = [], [], q
         for layer, (x, g) in enumerate(zip(at_key.inputs, gradients, strict=True)):
-            lr, erase = rates.inner_lr[layer], rates.erase
+            lr, erase = rates.inner_lr[layer].unsqueeze(2), None if rates.erase is None else rates.erase.unsqueeze(2)
             if layer > 0:
                 # Hidden activations have any length: normalised rates keep the erase a contraction.
                 power = x.square().sum(-1).clamp_min(1.0).reciprocal()
-                lr = lr.unsqueeze(2) * power
-                erase = None if erase is None else erase.unsqueeze(2) * power
+                lr, erase = lr * power, None if erase is None else erase * power
             if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
                 erase = lr if erase is None else erase + lr
-            recalled = at_key.output if fresh and self.depth == 1 else None
-            surprise = None if state.surprise is None else state.surprise[layer]
-            step = lr.unsqueeze(-1) * g
-            found.append(
-                chunk_writes(x, step, erase, rates.of_layer(layer), state.running[layer], surprise, recalled)
-            )
-        return found
-
-    def advance(self, state: BankState, writes: list[Writes], rates: Rates) -> BankState:
-        """The state after the chunk's last token; its chunk start is unchanged."""
-        running, surprise = [], []
-        for layer, write in enumerate(writes):
-            before = None if state.surprise is None else state.surprise[layer]
-            w, s = chunk_advance(write, rates.of_layer(layer), state.running[layer], before)
-            running.append(w)
-            if s is not None:
-                surprise.append(s)
-        return BankState(state.start, running, surprise or None)
-
-    def read_first(self, rule: Rule, q: Tensor, state: BankState, writes: list[Writes], rates: Rates) -> Tensor:
-        """The first deep memory at q `[N, H, L, K]`, every token at its own fast weights; a cascade of closed forms."""
-        z = q
-        for layer, write in enumerate(writes):
-            if layer > 0:
+            if layer > 0 and z is not None:
                 z = activate(self.activation, z)[0]
-            surprise = None if state.surprise is None else self._first(state.surprise[layer], layer, -2)
-            own = Writes(
-                write.x if layer == 0 else write.x[:, :, 0],
-                self._first(write.step, layer, -1),
-                None if write.erased is None else self._first(write.erased, layer, -1),
+            z, after, pushed = chunk_update(
+                _with_memory(x, layer),
+                lr.unsqueeze(-1) * _with_memory(g, layer),
+                erase,
+                rates.decay,
+                _with_memory(state.running[layer], layer),
+                None if state.surprise is None else _with_memory(state.surprise[layer], layer),
+                _with_memory(at_key.recalled[layer], layer) if fresh and erase is not None else None,
+                z,
+                self.hidden if layer < self.depth - 1 else self.width,
+                rule.read_before,
             )
-            weight = self._first(state.running[layer], layer, -2)
-            z = chunk_read(z, own, rates.decay, weight, surprise, rule.read_before)
-        return z if self.depth == 1 else z + q
+            running.append(after.squeeze(2) if layer == 0 else after)
+            if pushed is not None:
+                surprise.append(pushed.squeeze(2) if layer == 0 else pushed)
+        if self.depth > 1 and z is not None and q is not None:
+            z = z + q
+        return z, BankState(state.start, running, surprise or None)
 
-    def _first(self, t: Tensor, layer: int, stacked: int) -> Tensor:
-        """The first deep memory's part: stacked along a dimension in layer 0, along the memory dimension after it."""
-        return t.narrow(stacked, 0, self.hidden) if layer == 0 else t[:, :, 0]
+
+def _with_memory(t: Tensor, layer: int) -> Tensor:
+    """Layer 0 has one input for all memories and their outputs stacked: one memory to the chunk function."""
+    return t.unsqueeze(2) if layer == 0 else t
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,10 +83,9 @@ def decay_products(
 
 def _products(log_rate: Tensor) -> tuple[Tensor, Tensor]:
     total = log_rate.cumsum(-1)
-    span = total[..., :, None] - total[..., None, :]
-    size = span.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=span.device).triu(1)
-    return span.masked_fill(above, float("-inf")).exp(), total.exp()
+    # Above the diagonal the span is positive: bounded before exp, so that no infinity meets a zero.
+    span = (total[..., :, None] - total[..., None, :]).clamp_max(0)
+    return span.exp().tril(), total.exp()
 
 
 def _shift(rows: Tensor, first: float) -> Tensor:
