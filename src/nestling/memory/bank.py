@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
-from nestling.ops.chunk_function import chunk_update
-from nestling.ops.chunk_rule import Decay
+from nestling.ops.chunk_rule import Decay, Writes, chunk_advance, chunk_read, chunk_writes
 
 
 @dataclass
@@ -203,40 +202,44 @@ class MemoryBank(nn.Module):
         Returns:
             y `[N, H, L, V]` (None without q), and the state after the chunk, its chunk start unchanged.
         """
-        running, surprise, z = [], [], q
+        running, surprises, z = [], [], q
         for layer, (x, g) in enumerate(zip(at_key.inputs, gradients, strict=True)):
-            lr, erase = rates.inner_lr[layer].unsqueeze(2), None if rates.erase is None else rates.erase.unsqueeze(2)
+            lr, erase, decay = rates.inner_lr[layer], rates.erase, rates.decay
             if layer > 0:
                 # Hidden activations have any length: normalised rates keep the erase a contraction.
                 power = x.square().sum(-1).clamp_min(1.0).reciprocal()
-                lr, erase = lr * power, None if erase is None else erase * power
+                lr, erase = lr.unsqueeze(2) * power, None if erase is None else erase.unsqueeze(2) * power
+                decay = decay.unsqueeze(-1)
             if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
                 erase = lr if erase is None else erase + lr
-            if layer > 0 and z is not None:
-                z = activate(self.activation, z)[0]
-            z, after, pushed = chunk_update(
-                _with_memory(x, layer),
-                lr.unsqueeze(-1) * _with_memory(g, layer),
-                erase,
-                rates.decay,
-                _with_memory(state.running[layer], layer),
-                None if state.surprise is None else _with_memory(state.surprise[layer], layer),
-                _with_memory(at_key.recalled[layer], layer) if fresh and erase is not None else None,
-                z,
-                self.hidden if layer < self.depth - 1 else self.width,
-                rule.read_before,
-            )
-            running.append(after.squeeze(2) if layer == 0 else after)
-            if pushed is not None:
-                surprise.append(pushed.squeeze(2) if layer == 0 else pushed)
+            weight = state.running[layer]
+            surprise = None if state.surprise is None else state.surprise[layer]
+            recalled = at_key.recalled[layer] if fresh else None
+            writes = chunk_writes(x, lr.unsqueeze(-1) * g, erase, decay, weight, surprise, recalled)
+            if z is not None:
+                z = z if layer == 0 else activate(self.activation, z)[0]
+                own, weight0, surprise0 = self._first(writes, weight, surprise, layer)
+                z = chunk_read(z, own, rates.decay, weight0, surprise0, rule.read_before)
+            weight, surprise = chunk_advance(writes, decay, weight, surprise)
+            running.append(weight)
+            if surprise is not None:
+                surprises.append(surprise)
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
-        return z, BankState(state.start, running, surprise or None)
+        return z, BankState(state.start, running, surprises or None)
 
+    def _first(
+        self, writes: Writes, weight: Tensor, surprise: Tensor | None, layer: int
+    ) -> tuple[Writes, Tensor, Tensor | None]:
+        """The first deep memory's part: stacked along outputs in layer 0, along the memory dimension after it."""
 
-def _with_memory(t: Tensor, layer: int) -> Tensor:
-    """Layer 0 has one input for all memories and their outputs stacked: one memory to the chunk function."""
-    return t.unsqueeze(2) if layer == 0 else t
+        def pick(t: Tensor, outputs: int) -> Tensor:
+            return t.narrow(outputs, 0, self.hidden) if layer == 0 else t[:, :, 0]
+
+        x = writes.x if layer == 0 else writes.x[:, :, 0]
+        erased = None if writes.erased is None else pick(writes.erased, -1)
+        own = Writes(x, pick(writes.step, -1), erased)
+        return own, pick(weight, -2), None if surprise is None else pick(surprise, -2)
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
