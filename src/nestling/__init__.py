@@ -1,0 +1,9 @@
+"""Nested Learning in PyTorch: Hope, the Continuum Memory System, self-modifying Titans, and their baselines."""
+
+from __future__ import annotations
+
+from nestling.models import NestlingConfig, NestlingForCausalLM, presets
+
+__all__ = ["NestlingConfig", "NestlingForCausalLM", "__version__", "presets"]
+
+__version__ = "0.1.0"

@@ -45,7 +45,7 @@ def embedded_corpus() -> list[Document]:
     The topics quote each other at length. Paragraphs that repeat an earlier one are left out, so that a text held out
     for validation is not also in the training part. The text follows the Python version.
     """
-    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+    from pydoc_data.topics import topics
 
     seen: set[str] = set()
     documents = []
@@ -85,7 +85,9 @@ def hold_out(documents: Sequence[Document], fraction: float = 0.1) -> tuple[list
             valid.append(Document(document.name, document.text[cut:]))
     if not train or not valid:
         name = documents[0].name if documents else "the corpus"
-        raise UserError(f"{name} is too short to hold out {fraction:.0%} for validation; give more text, or --valid PATH")
+        raise UserError(
+            f"{name} is too short to hold out {fraction:.0%} for validation; give more text, or --valid PATH"
+        )
     return train, valid
 
 
@@ -98,7 +100,12 @@ def open_stream(name: str, subset: str | None, split: str, column: str) -> Any:
     Raises:
         UserError: the set, subset, split or column does not exist, or the hub cannot be reached.
     """
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            "--streaming needs the datasets package; install it with: pip install 'nestling[data]'"
+        ) from error
 
     try:
         stream = datasets.load_dataset(name, subset, split=split, streaming=True)

@@ -1,0 +1,67 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.decoding import decoding
+from benchmarks.peak_memory import peak_memory
+from benchmarks.report import Report, processor_name, show, write_json
+from benchmarks.throughput import against_attention, against_public
+from benchmarks.timing import MIN_ROUNDS
+
+WIDTH = 120  # of the tables when the output is a file or a pipe
+
+
+class Suite(StrEnum):
+    """What can be run alone."""
+
+    ATTENTION = "attention"
+    TITANS = "titans"
+    MEMORY = "memory"
+    DECODING = "decoding"
+
+
+def main(
+    only: Annotated[list[Suite] | None, typer.Option(help="Run this suite alone; may be given several times.")] = None,
+    quick: Annotated[bool, typer.Option(help="Short sequences and no verdicts: does it run at all?")] = False,
+    full: Annotated[bool, typer.Option(help="Decode each of the 100,000 tokens one at a time.")] = False,
+    rounds: Annotated[int, typer.Option(min=MIN_ROUNDS, help="Measured rounds of every comparison.")] = MIN_ROUNDS,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Also write all figures to this file.")] = None,
+) -> None:
+    """Speed and memory of the layers. Every verdict is a ratio of medians measured alternately in this run."""
+    torch.set_num_threads(threads)
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    console.print(
+        f"{processor_name()}, {threads} threads, torch {torch.__version__}, {rounds} rounds\n", highlight=False
+    )
+    suites: dict[Suite, Callable[[], Report]] = {
+        Suite.ATTENTION: lambda: against_attention(rounds, quick),
+        Suite.TITANS: lambda: against_public(rounds, quick),
+        Suite.MEMORY: lambda: peak_memory(quick, threads),
+        Suite.DECODING: lambda: decoding(rounds, quick, full),
+    }
+    reports = []
+    for suite in only or list(Suite):
+        with console.status(f"measuring: {suite}"):
+            report = suites[suite]()
+        show(report, console)
+        reports.append(report)
+    if json is not None:
+        write_json(reports, json, threads)
+    missed = [verdict for report in reports for verdict in report.verdicts if not verdict.met]
+    if missed:
+        console.print(f"{len(missed)} of the goals missed", style="red")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,109 @@
+"""Peak memory of forward and backward against sequence length.
+
+Every figure is taken in a process of its own: `python -m benchmarks.peak_memory NAME T` prints the bytes by which the
+resident set rose above its size before the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Report, Verdict
+from benchmarks.subjects import attention_subject, matrix_config, mlp_config, titans_subject
+from benchmarks.timing import Subject
+
+NAMES = ("attention", "matrix", "matrix checkpointed", "mlp", "mlp checkpointed")
+LINEAR_SLACK = 1.1  # log-log slope that still counts as linear; quadratic would be 2
+BOUND = 2.0  # checkpointed peak over attention's at T = 4,096
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(name: str, time: int) -> Subject:
+    """The subject called `name` over `time` tokens."""
+    if name == "attention":
+        return attention_subject(time)
+    kind, _, mode = name.partition(" ")
+    config = matrix_config if kind == "matrix" else mlp_config
+    return titans_subject(name, config(checkpoint=bool(mode)), time)
+
+
+def measure_here(name: str, time: int) -> int:
+    """Bytes that one step adds to the resident set of this process; call it once a process."""
+    build(name, 128).step()  # thread pools and workspaces are no activations
+    subject = build(name, time)
+    before = _reset_peak()
+    subject.step()
+    return _peak() - before
+
+
+def measure(name: str, time: int, threads: int) -> int:
+    """`measure_here` in a new process.
+
+    Raises:
+        RuntimeError: the process failed; the message holds the end of what it said.
+    """
+    command = [sys.executable, "-m", "benchmarks.peak_memory", name, str(time), str(threads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring {name} at T = {time} failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
+def peak_memory(quick: bool, threads: int) -> Report:
+    """Peak memory of every subject at several lengths, and its growth."""
+    lengths = (512, 1024) if quick else (2048, 4096, 8192, 16384)
+    columns = ["peak MiB of forward + backward", *(f"T = {t:,}" for t in lengths), "growth", "over attention"]
+    report = Report("Peak memory against sequence length", columns)
+    at = lengths[-1] if quick else 4096
+    reference = 0
+    for name in NAMES:
+        peaks = {time: measure(name, time, threads) for time in lengths}
+        reference = reference or peaks[at]
+        slope = _slope(peaks)
+        over = peaks[at] / reference
+        report.rows.append([name, *(f"{p / 2**20:,.0f}" for p in peaks.values()), f"T^{slope:.2f}", f"{over:.2f}x"])
+        if not quick and name != "attention":
+            report.verdicts.append(Verdict(f"{name}: exponent of the growth in T", slope, LINEAR_SLACK, at_least=False))
+            if "checkpointed" in name:
+                what = f"{name}: peak over attention's at T = {at:,}"
+                report.verdicts.append(Verdict(what, over, BOUND, at_least=False))
+    report.notes.append(f"growth: exponent between the shortest and the longest T; over attention: at T = {at:,}")
+    return report
+
+
+def _slope(peaks: dict[int, int]) -> float:
+    times = sorted(peaks)
+    return math.log(peaks[times[-1]] / peaks[times[0]]) / math.log(times[-1] / times[0])
+
+
+def _reset_peak() -> int:
+    """Start a new high-water mark where the system can (Linux), and return the present one in bytes."""
+    marker = Path("/proc/self/clear_refs")
+    if marker.exists():
+        # Not permitted in some containers; the old mark then stays, which the warm-up keeps low.
+        with contextlib.suppress(OSError):
+            marker.write_text("5", encoding="ascii")
+    return _peak()
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    torch.manual_seed(0)
+    print(measure_here(sys.argv[1], int(sys.argv[2])))

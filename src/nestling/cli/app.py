@@ -1,0 +1,79 @@
+"""The command line's frame: the commands, and one way out for every error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from nestling.cli.evaluate_command import evaluate
+from nestling.cli.generate_command import generate
+from nestling.cli.read_command import read
+from nestling.cli.train_command import train
+from nestling.errors import UserError
+
+app = typer.Typer(
+    name="nestling",
+    help="Language models that go on learning while they read (Nested Learning).",
+    epilog="Start with: nestling train --out run, then: nestling generate run --prompt 'The '",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command()(generate)
+app.command()(evaluate)
+app.command()(read)
+
+LIST_OPTIONS = ("--data", "--valid", "--set")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 done, 2 for everything the user can put right (one line on stderr), 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app(spread_lists(given), prog_name="nestling", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        command = f" {given[0]}" if given and not given[0].startswith("-") else ""
+        return _fail(f"{error.format_message()} (see nestling{command} --help)") if error.format_message() else 2
+    except (KeyboardInterrupt, typer.Abort) as interrupt:
+        print(f"\ninterrupted; {interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on its way out
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(f"{error.strerror}: {error.filename or 'the output'}; free disk space and try again")
+        raise
+
+
+def spread_lists(arguments: list[str]) -> list[str]:
+    """`train --data a b` as `--data a --data b`, so that shell patterns work. Other commands take positional paths."""
+    if not arguments or arguments[0] != "train":
+        return arguments
+    spread: list[str] = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in LIST_OPTIONS else ""
+        elif option and spread[-1] != option:
+            spread.append(option)
+        spread.append(argument)
+    return spread
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

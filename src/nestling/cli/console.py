@@ -1,0 +1,21 @@
+"""Consoles, and quiet for the libraries underneath."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+
+def stdout_console() -> Console:
+    """Standard output; silent in all but the first of several data-parallel processes."""
+    return Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from transformers and datasets; this package reports for itself."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

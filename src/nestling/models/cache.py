@@ -1,0 +1,80 @@
+"""The state of a whole model: what Hugging Face calls `past_key_values`, and what a user saves as a memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nestling.memory.state import State, StateFileError
+
+if TYPE_CHECKING:
+    from nestling.models.modeling import NestlingForCausalLM
+
+
+@dataclass
+class BlockState(State):
+    """The states of one block's two layers; `channel` is None where the channel mixer keeps nothing."""
+
+    mixer: State
+    channel: State | None = None
+
+
+@dataclass
+class ModelState(State):
+    """One state per block, and the tokens every row has read.
+
+    A forward pass never changes a state it is given, so one state can be continued in several ways. The methods below
+    `load` are the part of `transformers.Cache` that `generate` calls.
+
+    Attributes:
+        position: tokens read so far by every row, int64 on the CPU.
+        layers: a `BlockState` per block.
+    """
+
+    position: Int[Tensor, " N"]
+    layers: list[BlockState]
+
+    is_compileable: ClassVar[bool] = False
+
+    def save(self, path: str | Path, model: NestlingForCausalLM) -> None:
+        """Write the state as safetensors with the fingerprint of `model`; an earlier file survives a failure.
+
+        Raises:
+            ValueError: the state holds NaN or infinity, or is not of this model's shape.
+        """
+        if broken := self.first_nonfinite():
+            raise ValueError(f"the state is not saved: {broken} holds NaN or infinity")
+        if len(self.layers) != len(model.blocks):
+            raise ValueError(
+                f"the state has {len(self.layers)} blocks and the model {len(model.blocks)}; save it with its own model"
+            )
+        self.write_file(path, model.fingerprint())
+
+    @classmethod
+    def load(cls, path: str | Path, model: NestlingForCausalLM) -> Self:
+        """Read a state that `save` wrote with this very model; it keeps the file's number of rows.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StateFileError: not a state file, damaged, from another model, or of another shape.
+        """
+        with torch.no_grad():
+            template = cls(**vars(model.init_state(1)))
+        state = template.read_file(path, model.fingerprint())
+        if bool((state.position < 0).any()):
+            raise StateFileError(f"{path}: position {state.position.tolist()} is negative; the file is damaged")
+        return state
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read by the row that has read most. All layers agree, so `layer_idx` changes nothing."""
+        return int(self.position.max()) if len(self.position) else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i continue row `beam_idx[i]`, in place: that is how `generate` calls it between two beam steps."""
+        chosen = self.select(beam_idx)
+        self.position, self.layers = chosen.position, chosen.layers

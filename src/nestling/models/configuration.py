@@ -1,0 +1,195 @@
+"""The configuration of a model: a list of block specs, so that any mixer can stand beside any channel mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from nestling.layers.attention import AttentionConfig
+from nestling.layers.continuum import ContinuumConfig
+from nestling.layers.feed_forward import FeedForwardConfig
+from nestling.layers.self_modifying import SelfModifyingConfig
+
+MixerConfig = SelfModifyingConfig | AttentionConfig
+ChannelConfig = FeedForwardConfig | ContinuumConfig
+
+MIXERS: dict[str, type[MixerConfig]] = {"self_modifying": SelfModifyingConfig, "attention": AttentionConfig}
+CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
+
+HOUSEKEEPING = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "torch_dtype",
+        "torchscript",
+    }
+)
+"""Keys that Hugging Face tools put into a config.json and that are no fields of `PretrainedConfig`."""
+
+FIRST_OWN_LOGIT = 1.5
+FIRST_LOGIT_DEVIATION = 0.5
+
+
+class NestlingConfig(PretrainedConfig):
+    """Configuration of `NestlingForCausalLM`. The functions of `nestling.presets` build the usual ones.
+
+    Args:
+        blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
+            `self_modifying` and `attention`, channels `feed_forward`, `continuum` or None; the other keys are the
+            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
+            a saved file does not depend on the defaults of a later release.
+        vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
+        hidden_size: width of the residual stream.
+        tie_word_embeddings: use the embedding as the output projection.
+        initializer_range: standard deviation of the embedding and the output projection at the start. The layers draw
+            their own weights, by their fan-in.
+        norm_eps: added to the mean square in every RMSNorm.
+        logit_scale: factor on the logits. None keeps the loss at initialisation near ln(vocab_size) at every width:
+            the final norm makes the output nearly parallel to a token's own tied embedding, whose logit would be
+            `initializer_range * hidden_size`; it is scaled down to 1.5. Untied logits are kept to a standard
+            deviation of 0.5.
+        loss_chunk_size: tokens whose logits exist at the same time when labels are given; the backward pass computes
+            them again, and the output then holds no logits unless `logits_to_keep` asks for some. None computes all
+            logits at once and returns them.
+        use_cache: return the state by default.
+        pad_token_id: padding token.
+        bos_token_id: first token of a document.
+        eos_token_id: last token of a document; generation stops at it.
+        kwargs: the fields of `PretrainedConfig`.
+
+    Raises:
+        ValueError: `blocks` is missing, a kind is unknown, a spec is wrong, or a size is out of range.
+        TypeError: a field nobody knows.
+    """
+
+    model_type = "nestling"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and the type are Hugging Face's)
+
+    def __init__(
+        self,
+        blocks: Sequence[Mapping[str, Any]] | None = None,
+        vocab_size: int = 259,
+        hidden_size: int = 128,
+        tie_word_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        norm_eps: float = 1e-6,
+        logit_scale: float | None = None,
+        loss_chunk_size: int | None = None,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unknown(kwargs)
+        _check_positive(vocab_size=vocab_size, hidden_size=hidden_size, initializer_range=initializer_range)
+        _check_positive(norm_eps=norm_eps, logit_scale=logit_scale, loss_chunk_size=loss_chunk_size)
+        if not blocks:
+            raise ValueError(
+                "a NestlingConfig needs `blocks`, a list of at least one block spec; nestling.presets builds whole ones"
+            )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.blocks = [_complete_block(i, spec, hidden_size) for i, spec in enumerate(blocks)]
+        self.initializer_range = initializer_range
+        self.norm_eps = norm_eps
+        self.logit_scale = logit_scale or _logit_scale(hidden_size, initializer_range, tie_word_embeddings)
+        self.loss_chunk_size = loss_chunk_size
+        self.use_cache = use_cache
+        super().__init__(**kwargs)
+        # After the base class, which in some releases sets these from its own keywords.
+        self.tie_word_embeddings = tie_word_embeddings
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks, under the name Hugging Face tools look for."""
+        return len(self.blocks)
+
+    def mixer_config(self, block: int) -> MixerConfig:
+        """The settings of one block's sequence mixer."""
+        return _layer_config(f"blocks[{block}].mixer", self.blocks[block]["mixer"], MIXERS, self.hidden_size)
+
+    def channel_config(self, block: int) -> ChannelConfig | None:
+        """The settings of one block's channel mixer, None if the block has none."""
+        spec = self.blocks[block]["channel"]
+        return None if spec is None else _layer_config(f"blocks[{block}].channel", spec, CHANNELS, self.hidden_size)
+
+
+def _complete_block(index: int, spec: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """The block spec with every field of its two layers, in JSON types."""
+    where = f"blocks[{index}]"
+    if not isinstance(spec, Mapping) or not {"mixer", "channel"} >= set(spec) >= {"mixer"}:
+        found = sorted(spec) if isinstance(spec, Mapping) else type(spec).__name__
+        raise ValueError(f"{where} must be a dict with the keys mixer and channel; got {found}")
+    mixer, channel = spec["mixer"], spec.get("channel")
+    return {
+        "mixer": _complete_layer(f"{where}.mixer", mixer, MIXERS, hidden_size),
+        "channel": None if channel is None else _complete_layer(f"{where}.channel", channel, CHANNELS, hidden_size),
+    }
+
+
+def _complete_layer(
+    where: str, spec: Mapping[str, Any], kinds: Mapping[str, type[Any]], hidden_size: int
+) -> dict[str, Any]:
+    values = dataclasses.asdict(_layer_config(where, spec, kinds, hidden_size))
+    del values["hidden_size"]
+    return {"kind": spec["kind"]} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _layer_config(where: str, spec: Mapping[str, Any], kinds: Mapping[str, type[Any]], hidden_size: int) -> Any:
+    """The config object a layer spec stands for.
+
+    Raises:
+        ValueError: unknown kind or field, a missing field, or a value the layer refuses; the message says where.
+    """
+    kind = spec.get("kind") if isinstance(spec, Mapping) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{where}: unknown kind {kind!r}; known kinds: {', '.join(kinds)}")
+    fields = {f.name: f for f in dataclasses.fields(kinds[kind])}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "kind"}
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise ValueError(f"{where}: {kind} has no field {', '.join(unknown)}; its fields: {', '.join(fields)}")
+    if given.setdefault("hidden_size", hidden_size) != hidden_size:
+        raise ValueError(f"{where}: hidden_size {given['hidden_size']} differs from the model's {hidden_size}")
+    required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - given.keys()):
+        raise ValueError(f"{where}: {kind} needs {', '.join(missing)}")
+    try:
+        return kinds[kind](**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _logit_scale(hidden_size: int, initializer_range: float, tied: bool) -> float:
+    if tied:
+        return min(1.0, FIRST_OWN_LOGIT / (initializer_range * hidden_size))
+    return min(1.0, FIRST_LOGIT_DEVIATION / (initializer_range * hidden_size**0.5))
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive; got {value}")
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """A misspelt field must not vanish among the attributes `PretrainedConfig` accepts."""
+    known = set(vars(PretrainedConfig())) | set(vars(GenerationConfig())) | HOUSEKEEPING
+    if unknown := sorted(k for k in kwargs if k not in known and not k.startswith("_")):
+        raise TypeError(
+            f"NestlingConfig has no field {', '.join(unknown)}; layer settings belong into `blocks`, and a preset's "
+            "arguments into the call of the preset"
+        )

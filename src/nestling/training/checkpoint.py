@@ -1,0 +1,124 @@
+"""Checkpoints that exist whole or not at all.
+
+A checkpoint is written into a hidden directory, flushed to the disk, and renamed to `checkpoint-STEP` when complete; an
+old one is renamed away before it is deleted. So whatever moment a process dies at, every `checkpoint-*` can be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STAGING = ".saving"
+DELETING = ".deleting"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(out: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in Path(out).glob("checkpoint-*") if (m := NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(out: str | Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = checkpoints(out)
+    return found[-1] if found else None
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step a checkpoint was written after."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not a checkpoint directory")
+    return int(match[1])
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` when the block ends well and is removed when it does not."""
+    staging = staging_path(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        flush_tree(staging)
+        remove_tree(target)
+        os.rename(staging, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(staging.parent, ignore_errors=True)
+
+
+def staging_path(target: Path) -> Path:
+    """Where `target` is written before it is complete: under the same name, in a hidden directory beside it."""
+    return target.parent / STAGING / target.name
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory so that it is never seen half deleted."""
+    if path.exists():
+        doomed = path.parent / DELETING
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(out: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints(out)[:-keep]:
+        remove_tree(path)
+
+
+def clear_leftovers(out: str | Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for name in (STAGING, DELETING):
+        shutil.rmtree(Path(out) / name, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON so that the file holds the old or the new value, never half of one."""
+    target = Path(path)
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move every file of `source` into `target`, each replacing its namesake in one step."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        os.replace(file, target / file.name)
+    _flush(target)
+
+
+def flush_tree(directory: Path) -> None:
+    """Wait until everything below a directory is on the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

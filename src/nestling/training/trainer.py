@@ -1,0 +1,231 @@
+"""The Hugging Face Trainer with what it lacks: carried state, checkpoints that exist whole or not at all, and a stop
+with a name when something breaks."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from nestling.errors import UserError
+from nestling.evaluation.language import next_token_loss
+from nestling.models.cache import ModelState
+from nestling.models.modeling import NestlingForCausalLM
+from nestling.training.checkpoint import last_checkpoint, prune, staged_directory, staging_path
+from nestling.training.config import TrainConfig
+from nestling.training.divergence import DivergenceError, first_nonfinite, locate_nonfinite, locate_nonfinite_gradient
+from nestling.training.rows import Row, StreamedRows, collate
+
+POSITION_FILE = "position.json"
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's settings for a resolved run; logging, evaluation and rotation are this package's own."""
+    assert config.steps is not None and config.learning_rate is not None and config.warmup_steps is not None
+    return TrainingArguments(
+        output_dir=config.out,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_steps=config.steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.grad_clip,
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        use_cache=True,  # the Trainer writes it into the saved model's config
+        train_sampling_strategy="sequential",  # the rows are in order already
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=None,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class NestlingTrainer(Trainer):
+    """Trains a `NestlingForCausalLM` on rows of `input_ids`, `targets` and `fresh` (see `nestling.training.rows`).
+
+    Attributes:
+        net: the model, whatever the Trainer wraps around it.
+        out: the run's directory.
+        carried: the state after the last micro-batch, detached, when states are carried.
+        grad_norm: norm of the last step's gradients before clipping.
+        loss_sum, loss_count: micro-batch losses since the last log.
+    """
+
+    loss_is_scaled_for_ga = False  # each micro-batch's loss is its own mean
+
+    def __init__(
+        self,
+        model: NestlingForCausalLM,
+        args: TrainingArguments,
+        train_dataset: Dataset[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        carry_state: bool = False,
+        keep_checkpoints: int = 2,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay."""
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.net = model
+        self.out = Path(str(args.output_dir))
+        self.carry_state = carry_state
+        self.keep_checkpoints = keep_checkpoints
+        self.carried: ModelState | None = None
+        self.grad_norm = 0.0
+        self.loss_sum = 0.0
+        self.loss_count = 0
+        self._staging_root: str | None = None
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
+        """Train to `max_steps`, from a checkpoint directory if one is given."""
+        if resume_from_checkpoint is not None:
+            position = json.loads((Path(resume_from_checkpoint) / POSITION_FILE).read_text(encoding="utf-8"))
+            self.loss_sum, self.loss_count = position["loss_sum"], position["loss_count"]
+            if isinstance(self.train_dataset, StreamedRows):
+                self.train_dataset.load_state_dict(position["rows"])
+                self.args.ignore_data_skip = True
+        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and stacks of them decay; gains, biases, rates and what a layer marks `_no_weight_decay` do not."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
+        ]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross entropy of a micro-batch, read with the carried state where there is one.
+
+        Raises:
+            DivergenceError: the loss is not finite.
+        """
+        state = None if not self.carry_state or bool(inputs["fresh"].all()) else self.carried
+        out = model(input_ids=inputs["input_ids"], past_key_values=state, use_cache=self.carry_state)
+        loss = next_token_loss(out.logits, inputs["targets"])
+        value = loss.item()
+        if not torch.isfinite(loss):
+            where = locate_nonfinite(self.net, inputs["input_ids"], state)
+            raise self._diverged(f"the loss is {value}: {where}")
+        if self.carry_state:
+            self.carried = out.past_key_values.detach()
+        self.loss_sum += value
+        self.loss_count += 1
+        return (loss, out) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; looks at the gradients once they are complete, before clipping.
+
+        Raises:
+            DivergenceError: the loss or a gradient is not finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.grad_norm = float(nn.utils.get_total_norm(gradients))
+            if not torch.isfinite(torch.tensor(self.grad_norm)):
+                raise self._diverged(locate_nonfinite_gradient(self.net))
+        return loss
+
+    def take_mean_loss(self) -> float:
+        """Mean loss over the micro-batches, of all processes, since the last call."""
+        mean = torch.tensor(self.loss_sum / max(self.loss_count, 1), dtype=torch.float64)
+        self.loss_sum, self.loss_count = 0.0, 0
+        if self.args.world_size > 1:
+            mean = self.accelerator.gather(mean.float().to(self.args.device)).mean()
+        return float(mean)
+
+    def _diverged(self, where: str) -> DivergenceError:
+        kept = last_checkpoint(self.out)
+        state = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written"
+        advice = f"{state}; start a new run with a lower --lr (now {self.args.learning_rate:g})"
+        return DivergenceError(self.state.global_step + 1, where, advice)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging_root or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the Trainer's checkpoint and what is carried beside it, then let it appear under its name."""
+        if (name := first_nonfinite(self.net.named_parameters())) is not None:
+            raise self._diverged(f"parameter {name} holds NaN or infinity after the step")
+        target = self.out / f"checkpoint-{self.state.global_step}"
+        self._staging_root = str(staging_path(target).parent)
+        try:
+            with staged_directory(target) if self.args.should_save else nullcontext():
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self._save_position(staging_path(target))
+                self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._not_saved(error) from error
+        finally:
+            self._staging_root = None
+        if self.args.should_save:
+            prune(self.out, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _save_position(self, directory: Path) -> None:
+        rows = None
+        if isinstance(self.train_dataset, StreamedRows):
+            rows = self.train_dataset.state_dict(self.state.global_step * self.args.gradient_accumulation_steps)
+        if self.carried is not None:
+            self.carried.save(directory / self._carried_file(), self.net)
+        if self.args.should_save:
+            position = {"loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": rows}
+            (directory / POSITION_FILE).write_text(json.dumps(position), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights, and then the state that was carried with them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.carry_state:
+            file = Path(resume_from_checkpoint) / self._carried_file()
+            self.carried = ModelState.load(file, self.net).to(self.args.device)
+
+    def _carried_file(self) -> str:
+        return f"carried_state_{self.args.process_index}.safetensors"
+
+    def _not_saved(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:160]
+        kept = last_checkpoint(self.out)
+        fallback = f"{kept} is intact" if kept else "there is no earlier one"
+        return UserError(
+            f"the checkpoint of step {self.state.global_step} could not be written ({reason}); {fallback}; free space "
+            f"on the disk of {self.out}, then run the same command with --resume"
+        )

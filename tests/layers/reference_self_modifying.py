@@ -1,0 +1,231 @@
+"""Self-modifying Titans token by token (NL Eq. 83-93), to be read beside the paper; the yardstick of the fast layer.
+
+Every token is a loop step, every write is the rule of `nestling.ops.reference` on one weight, and every inner gradient
+comes from `torch.autograd.grad` of `inner_loss`, differentiable itself so that outer gradients pass through the writes.
+Only parameters are taken from the layer, none of its functions.
+
+Where this goes beyond the letter of the paper, as the layer does:
+
+- Gradients, keys, values, gates and targets come from the weights at the start of the memory's chunk (Eq. 90). A token
+  reads its own weights unless `read="chunk"`.
+- The clip bounds every coordinate of the gradient at every weight's output while it passes backwards, so a layer below
+  receives the clipped gradient of the layer above. With `gradient="online"` the output weight's target is clipped
+  instead, which keeps that gradient linear in the weight.
+- Weights after the first have inputs h of any length; their rates are divided by max(1, |h|^2).
+- In a layer of MLP memories the gates' memories move like first weights: chunk gradients, the first share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from nestling.layers.self_modifying import SelfModifyingState, SelfModifyingTitans
+from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.objective import inner_loss
+from nestling.memory.rule import Rule
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@dataclass
+class Memory:
+    """One memory of every row and head; a list entry per layer, `[N, H, out, in]`."""
+
+    start: list[Tensor]
+    running: list[Tensor]
+    surprise: list[Tensor]
+    chunk: int
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, weights: list[Tensor], x: Tensor) -> Tensor:
+        """M(x) = W x, or x + W_L act(... act(W_1 x)) (Eq. 89), for x `[N, H, K]`."""
+        return self.trace(weights, x)[2]
+
+    def trace(self, weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Inputs and outputs of every weight, and M(x)."""
+        inputs, outputs = [], []
+        h = x
+        for layer, weight in enumerate(weights):
+            if layer > 0:
+                h = self.activation(outputs[-1])
+            inputs.append(h)
+            outputs.append((weight @ h[..., None])[..., 0])
+        return inputs, outputs, outputs[-1] + x if len(weights) > 1 else outputs[-1]
+
+
+@dataclass
+class Gates:
+    """Rates of one token, `[N, H]`; `l` per layer."""
+
+    a: Tensor
+    e: Tensor
+    l: list[Tensor]
+    b: Tensor
+
+
+def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, Memory]]:
+    """The layer's output for rows `[N, T, hidden]` that start fresh, and all its memories after the last token."""
+    c = layer.config
+    memories = initial_memories(layer, len(x))
+    u, fixed_q, b = project(layer, x)
+    outputs = []
+    for t in range(x.shape[1]):
+        made = generate(layer, memories, u[:, t])
+        q = fixed_q[:, t] if "q" not in c.adapt else normalize(made["q"])
+        k, v = normalize(made["k"]), normalize(made["v"])
+        gates = rates(layer, made["eta"], made.get("alpha"), b[:, t])
+        before = list(memories["memory"].running)
+        for name, memory in memories.items():
+            if name not in c.adapt:
+                continue
+            target = memory(memory.start, v) if c.self_targets else v
+            if name in ("eta", "alpha") and not c.self_targets:
+                target = v.mean(-1, keepdim=True)
+            is_gate_of_mlp = c.memory == "mlp" and name in ("eta", "alpha")
+            write(c, memory, k, target, gates, online=c.gradient == "online" and not is_gate_of_mlp)
+        memory = memories["memory"]
+        at = memory.start if c.read == "chunk" else before if c.read_before else memory.running
+        outputs.append(memory(at, q))
+        for memory in memories.values():
+            if (t + 1) % memory.chunk == 0:
+                memory.start = list(memory.running)
+    return finish(layer, x, torch.stack(outputs, dim=1)), memories
+
+
+def project(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u and q = x W_q `[N, T, H, K]` after the causal convolution, SiLU and normalisation; b `[N, T, H]`."""
+    c = layer.config
+    streams = x @ layer.in_proj.weight.mT
+    width = layer.conv.shape[1]
+    mixed = torch.zeros_like(streams)
+    for t in range(x.shape[1]):
+        for back in range(min(width, t + 1)):
+            mixed[:, t] = mixed[:, t] + layer.conv[:, width - 1 - back] * streams[:, t - back]
+    parts = F.silu(mixed).split(c.hidden_size, -1)
+    u, q = (normalize(p.unflatten(-1, (c.num_heads, -1))) for p in (parts[0], parts[-1]))
+    if layer.momentum_proj is None:
+        return u, q, x.new_zeros(*x.shape[:2], c.num_heads)
+    return u, q, torch.sigmoid(layer.momentum_proj(x))
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x / |x|, zero for a zero vector."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+
+
+def generate(layer: SelfModifyingTitans, memories: dict[str, Memory], u: Tensor) -> dict[str, Tensor]:
+    """k, v, eta, alpha (and q) of one token, each by its own memory (Eq. 83)."""
+    return {name: m(m.start, u) for name, m in memories.items() if name != "memory"}
+
+
+def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tensor) -> Gates:
+    """a_t, e_t, l_t of every layer and b_t in their stable ranges (the table in `SelfModifyingTitans`)."""
+    c = layer.config
+    size = torch.sigmoid(eta[..., 0] + layer.eta_bias)
+    a = torch.ones_like(size)
+    if alpha is not None:
+        assert layer.alpha_bias is not None
+        a = torch.sigmoid(alpha[..., 0] + layer.alpha_bias) ** (1 / 16)
+    share = torch.sigmoid(layer.share)
+    if c.gradient == "online" and c.objective == "l2":
+        e = c.max_erase * size / (1 + share[-1]) if c.erase else torch.zeros_like(size)
+        steps = [s * (e if c.erase else c.max_erase * size) for s in share]
+        if not c.erase:
+            steps[-1] = c.max_erase * size
+    elif c.erase:
+        e = c.max_erase * size
+        steps = [s * e for s in share]
+    else:
+        e = torch.zeros_like(size)
+        reach = torch.ones_like(a) if c.objective == "dot" else (1 - a).clamp_min(1 / c.chunk_size)
+        steps = [s * size * reach for s in share]
+    return Gates(a, e, [step * (1 - b) for step in steps], b)
+
+
+def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, online: bool) -> None:
+    """One token's write to every weight: S = b S - l grad;  W = a W - e (W x) x^T + S (Eq. 88)."""
+    gradients, inputs = inner_gradients(rule, memory, memory.start, k, target)
+    if online:
+        gradients[-1] = online_gradient(rule, memory.running, inputs, k, target)
+    for layer, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
+        power = 1.0 if layer == 0 else x.square().sum(-1).clamp_min(1.0)
+        e, lr = ((rate / power)[..., None, None] for rate in (gates.e, gates.l[layer]))
+        weight, column = memory.running[layer], x[..., None]
+        surprise = gates.b[..., None, None] * memory.surprise[layer] - lr * gradient
+        memory.surprise[layer] = surprise
+        memory.running[layer] = gates.a[..., None, None] * weight - e * (weight @ column) @ column.mT + surprise
+
+
+def inner_gradients(
+    rule: Rule, memory: Memory, weights: list[Tensor], k: Tensor, target: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dL/dW of every weight for a fixed key and target, by autograd, and every weight's input."""
+    # Views of the weights: keys and targets are made from the weights too, but the inner problem holds them fixed.
+    views = [weight.view_as(weight) for weight in weights]
+    inputs, outputs, y = memory.trace(views, k)
+    hidden = outputs[:-1]
+    hooks = [z.register_hook(lambda g: g.clamp(-rule.clip, rule.clip)) for z in (*hidden, y)]
+    gradients = torch.autograd.grad(inner_loss(rule, y, target).sum(), views, create_graph=True)
+    for hook in hooks:
+        hook.remove()  # the outer gradient, which passes here later, is not clipped
+    return list(gradients), inputs
+
+
+def online_gradient(rule: Rule, running: list[Tensor], inputs: list[Tensor], k: Tensor, target: Tensor) -> Tensor:
+    """dL/dW of the output weight at the running weight, the hidden activations and the key held fixed."""
+    view = running[-1].view_as(running[-1])
+    y = (view @ inputs[-1][..., None])[..., 0] + (k if len(running) > 1 else 0)
+    clipped = target.clamp(-rule.clip, rule.clip)
+    return torch.autograd.grad(inner_loss(rule, y, clipped).sum(), view, create_graph=True)[0]
+
+
+def finish(layer: SelfModifyingTitans, x: Tensor, o: Tensor) -> Tensor:
+    """Norm per head, gate and output projection of o `[N, T, H, V]`."""
+    o = o * (o.square().mean(-1, keepdim=True) + layer.config.norm_eps).rsqrt() * layer.out_norm
+    o = o.flatten(-2)
+    if layer.gate_proj is not None:
+        o = o * F.silu(layer.gate_proj(x))
+    return layer.out_proj(o)
+
+
+def initial_memories(layer: SelfModifyingTitans, batch: int) -> dict[str, Memory]:
+    """All memories, adaptive or not, at their meta-learned weights."""
+    c = layer.config
+    state = layer.init_state(batch)
+    found = state_memories(layer, state)
+    if layer.fixed is not None:
+        fixed = layer.fixed.init_state(batch, False, state.conv.dtype)
+        found |= bank_memories(layer.fixed, fixed, c.outer_chunk)
+    return found
+
+
+def state_memories(layer: SelfModifyingTitans, state: SelfModifyingState) -> dict[str, Memory]:
+    """The layer's state, taken apart by memory."""
+    found = bank_memories(layer.main, state.main, layer.config.chunk_size)
+    if layer.own is not None:
+        assert state.own is not None
+        found |= bank_memories(layer.own, state.own, layer.config.outer_chunk)
+    return found
+
+
+def bank_memories(bank: MemoryBank, state: BankState, chunk: int) -> dict[str, Memory]:
+    """The memories of a bank. The only place that knows how a bank stacks its weights."""
+
+    def unstack(weights: list[Tensor]) -> dict[str, list[Tensor]]:
+        sizes = [bank.hidden] * len(bank.deep) + [1] * len(bank.gates)
+        found = {n: [w] for n, w in zip(bank.deep + bank.gates, weights[0].split(sizes, dim=-2), strict=True)}
+        for weight in weights[1:]:
+            for name, own in zip(bank.deep, weight.unbind(2), strict=True):
+                found[name].append(own)
+        return found
+
+    start, running = unstack(state.start), unstack(state.running)
+    empty = [torch.zeros_like(w) for w in state.running]
+    surprise = unstack(empty if state.surprise is None else state.surprise)
+    activation = ACTIVATIONS[bank.activation]
+    return {n: Memory(start[n], running[n], surprise[n], chunk, activation) for n in start}

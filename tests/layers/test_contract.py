@@ -1,0 +1,53 @@
+"""Every sequence layer keeps the state contract. A new layer is one line in `LAYERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from nestling.layers.attention import AttentionConfig, SoftmaxAttention
+from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
+from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+from nestling.layers.sequence import SequenceLayer
+from tests.layers.battery import CHECKS
+
+HIDDEN = 8
+self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
+
+LAYERS: dict[str, Callable[[], SequenceLayer]] = {
+    "titans matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix")),
+    "titans matrix online self chunk": lambda: SelfModifyingTitans(
+        self_modifying(memory="matrix", gradient="online", self_chunk_size=8)
+    ),
+    "titans mlp momentum": lambda: SelfModifyingTitans(self_modifying(momentum=True)),
+    "titans mlp momentum self chunk": lambda: SelfModifyingTitans(self_modifying(momentum=True, self_chunk_size=8)),
+    "titans mlp no erase read before": lambda: SelfModifyingTitans(self_modifying(erase=False, read_before=True)),
+    "titans mlp chunk read adaptive q": lambda: SelfModifyingTitans(
+        self_modifying(read="chunk", adapt=("memory", "k", "q"), momentum=True)
+    ),
+    "titans depth 3 checkpointed": lambda: SelfModifyingTitans(
+        self_modifying(depth=3, gradient="online", checkpoint_chunks=2, conv_size=1)
+    ),
+    "attention": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, num_kv_heads=1)),
+    "attention window": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, window=5)),
+    "continuum": lambda: ContinuumMemory(continuum(periods=(3, 8, None))),
+    "continuum erase value": lambda: ContinuumMemory(continuum(periods=(4, 8), erase=True, target="value")),
+    "continuum nested": lambda: ContinuumMemory(continuum(periods=(2, 8, None), variant="nested")),
+    "continuum headwise": lambda: ContinuumMemory(
+        continuum(periods=(2, 5, None), variant="headwise", target="reconstruction")
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_contract(layer: str, check: str) -> None:
+    made = LAYERS[layer]().double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    CHECKS[check](made, HIDDEN)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nestling import NestlingConfig, NestlingForCausalLM, presets
+
+SMALL: dict[str, dict[str, Any]] = {
+    "hope": {"chunk_size": 4, "periods": (4, 8, None)},
+    "hope_linear": {"chunk_size": 4, "periods": (4, 8, None), "momentum": True},
+    "hope_attention": {"periods": (4, 8, None), "num_kv_heads": 1, "window": 9},
+    "transformer": {},
+}
+"""A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
+
+
+def small_config(preset: str, **overrides: Any) -> NestlingConfig:
+    settings = {"vocab_size": 61, "hidden_size": 16, "num_layers": 2, "num_heads": 2} | SMALL[preset] | overrides
+    return presets.PRESETS[preset]("tiny", **settings)
+
+
+@pytest.fixture(params=SMALL)
+def preset(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def small_model(preset: str, **overrides: Any) -> NestlingForCausalLM:
+    """A model with large embeddings, so that a difference anywhere shows in the logits."""
+    torch.manual_seed(1)
+    model = NestlingForCausalLM(small_config(preset, **overrides))
+    nn.init.normal_(model.embed_tokens.weight)
+    if not model.config.tie_word_embeddings:
+        nn.init.normal_(model.lm_head.weight)
+    return model
+
+
+@pytest.fixture
+def make(preset: str) -> Callable[..., NestlingForCausalLM]:
+    """Makes small models of the preset."""
+    return partial(small_model, preset)
+
+
+@pytest.fixture
+def all_models() -> dict[str, NestlingForCausalLM]:
+    """A small model of every preset at once."""
+    return {name: small_model(name) for name in SMALL}
+
+
+@pytest.fixture
+def model(make: Callable[..., NestlingForCausalLM]) -> NestlingForCausalLM:
+    """In float64, with an output projection of its own: tied logits of random weights just repeat the last token."""
+    return make(tie_word_embeddings=False).double()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 61, (3, 21), generator=torch.Generator().manual_seed(2))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestling import NestlingForCausalLM
+
+NEW = 9
+
+
+@pytest.fixture(autouse=True)
+def _no_end(model: NestlingForCausalLM) -> None:
+    """Random weights would choose the end token now and then and cut the comparisons short."""
+    model.generation_config.eos_token_id = None
+
+
+def generate(model: NestlingForCausalLM, ids: Tensor | None, **settings: Any) -> Tensor:
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | settings)
+
+
+def argmax_loop(model: NestlingForCausalLM, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = model(ids, use_cache=False).logits[:, -1]
+            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+    return ids
+
+
+def test_greedy_is_the_argmax_loop_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
+    found = generate(model, ids)
+    assert torch.equal(found, argmax_loop(model, ids))
+    assert len(found[:, -NEW:].unique()) > NEW
+
+
+def test_a_left_padded_batch_equals_single_rows(model: NestlingForCausalLM, ids: Tensor) -> None:
+    lengths, time = [21, 3, 12], ids.shape[1]
+    mask = (torch.arange(time) >= time - torch.tensor(lengths)[:, None]).long()
+    found = generate(model, torch.where(mask == 1, ids, 0), attention_mask=mask)
+    for row, n in enumerate(lengths):
+        assert torch.equal(found[row, -NEW:], argmax_loop(model, ids[row : row + 1, -n:])[0, -NEW:])
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_beams_equal_beams_without_a_cache(model: NestlingForCausalLM, ids: Tensor, settings: dict[str, int]) -> None:
+    found = generate(model, ids, **settings)
+    assert torch.equal(found, generate(model, ids, use_cache=False, **settings))
+    assert len(found) == 3 * settings.get("num_return_sequences", 1)
+
+
+def test_sampling_equals_sampling_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        settings = {"do_sample": True, "top_k": 20, "temperature": 1.5, "num_return_sequences": 2}
+        found.append(generate(model, ids, use_cache=use_cache, **settings))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_a_state_continues_with_new_tokens_only(model: NestlingForCausalLM, ids: Tensor) -> None:
+    with torch.no_grad():
+        state = model(ids[:, :15]).past_key_values
+    kept = state.clone()
+    rest = generate(model, ids[:, 15:], past_key_values=state)
+    expected = argmax_loop(model, ids)[:, 15:]
+    assert torch.equal(rest, expected)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state.tensors(), kept.tensors(), strict=True))
+    short = generate(model, ids[:, 15:], past_key_values=state, attention_mask=torch.ones_like(ids))
+    assert torch.equal(short, expected)
+
+
+def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) -> None:
+    with torch.no_grad():
+        state = model(ids[:, :15]).past_key_values
+    found = generate(model, ids[:, 15:], past_key_values=state, num_beams=3)
+    assert torch.equal(found, generate(model, ids, num_beams=3)[:, 15:])
+    with pytest.raises(ValueError, match="3 rows and the input 2"):
+        generate(model, ids[:2], past_key_values=state)
+
+
+def test_the_state_comes_back(model: NestlingForCausalLM, ids: Tensor) -> None:
+    out = generate(model, ids, return_dict_in_generate=True)
+    state = out.past_key_values
+    assert state.position.tolist() == [21 + NEW - 1] * 3
+    assert state.get_seq_length() == 21 + NEW - 1
+    more = generate(model, out.sequences[:, -1:], past_key_values=state)
+    assert torch.equal(more[:, 1:], argmax_loop(model, out.sequences)[:, -NEW:])
+
+
+def test_inputs_embeds(model: NestlingForCausalLM, ids: Tensor) -> None:
+    found = generate(model, None, inputs_embeds=model.embed_tokens(ids))
+    assert torch.equal(found, argmax_loop(model, ids)[:, -NEW:])
+
+
+def test_assisted_generation_is_refused(model: NestlingForCausalLM, ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="stateful"):
+        generate(model, ids[:1], assistant_model=model)

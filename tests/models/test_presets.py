@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nestling import NestlingForCausalLM, presets
+
+
+def parameters(preset: str, size: str) -> tuple[int, int]:
+    """Parameters of a preset, with and without the embedding."""
+    with torch.device("meta"):
+        model = NestlingForCausalLM(presets.PRESETS[preset](size))
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - model.embed_tokens.weight.numel()
+
+
+@pytest.mark.parametrize("size", presets.SIZES)
+def test_all_presets_of_a_size_have_equal_parameters(size: str) -> None:
+    counts = {name: parameters(name, size)[0] for name in presets.PRESETS}
+    assert max(counts.values()) <= 1.05 * min(counts.values()), counts
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("tiny", 1.0e6), ("340m", 340e6), ("760m", 760e6), ("1.3b", 1.3e9)], ids=presets.SIZES
+)
+def test_sizes_are_what_their_names_say(size: str, expected: float) -> None:
+    total, inner = parameters("transformer", size)
+    assert (inner if size == "tiny" else total) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 96, 256])
+def test_other_widths_stay_equal_too(hidden_size: int) -> None:
+    counts = {}
+    for name, preset in presets.PRESETS.items():
+        with torch.device("meta"):
+            counts[name] = NestlingForCausalLM(preset(hidden_size=hidden_size, num_layers=1)).num_parameters()
+    assert max(counts.values()) <= 1.05 * min(counts.values()), counts
+
+
+def test_overrides_reach_the_blocks() -> None:
+    config = presets.hope(
+        "tiny", vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, chunk_size=8, periods=(8, None)
+    )
+    assert (config.vocab_size, config.hidden_size, len(config.blocks)) == (512, 64, 3)
+    assert config.mixer_config(2).chunk_size == 8
+    assert config.mixer_config(2).num_heads == 4
+    assert config.channel_config(2).periods == (8, None)
+    assert presets.hope_linear().mixer_config(0).memory == "matrix"
+    assert presets.hope_attention(window=32).mixer_config(0).window == 32
+    assert presets.transformer(intermediate_size=40).channel_config(0).intermediate_size == 40
+    assert presets.transformer("340m").mixer_config(0).head_dim == 64
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chunksize'"):
+        presets.PRESETS[name](chunksize=8)
+    with pytest.raises(ValueError, match=r"unknown size '7b'; sizes: tiny, 340m, 760m, 1\.3b"):
+        presets.PRESETS[name]("7b")
+
+
+def test_a_preset_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    presets.hope()
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,50 @@
+"""Normalisation that is safe at zero and at the end of the range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nestling.ops.normalize import safe_normalize
+
+
+def test_equals_x_over_its_length() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(safe_normalize(x), x / x.norm(dim=-1, keepdim=True), rtol=1e-10, atol=0)
+
+
+def test_zero_gives_zero_with_finite_gradients_of_both_orders() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    y = safe_normalize(x)
+    assert torch.equal(y, torch.zeros(2, 4))
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert bool(torch.isfinite(first).all())
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert bool(torch.isfinite(second).all())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e4, 1e19, 1e30, 3e38])
+def test_any_length_is_finite_in_value_and_gradient(size: float) -> None:
+    x = (torch.tensor([[0.6, -0.8, 0.0], [0.0, 0.0, 1.0]]) * size).requires_grad_()
+    y = safe_normalize(x)
+    length = y.norm(dim=-1)
+    assert bool((length <= 1 + 1e-6).all())
+    if size >= 1e-3:
+        torch.testing.assert_close(length, torch.ones(2), rtol=1e-5, atol=0)
+        torch.testing.assert_close(y[0], torch.tensor([0.6, -0.8, 0.0]), rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(y[:, 0].sum(), x)
+    assert bool(torch.isfinite(gradient).all())
+
+
+def test_mixed_lengths_of_one_vector() -> None:
+    y = safe_normalize(torch.tensor([1e30, 1e-30, 0.0]))
+    torch.testing.assert_close(y, torch.tensor([1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 0.1, 1.0, 50.0])
+def test_gradcheck_of_both_orders(size: float) -> None:
+    """As a function of x / size, so that finite differences keep their digits at every size."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: safe_normalize(size * t), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: safe_normalize(size * t), (x,))

@@ -1,0 +1,253 @@
+"""The command line: what each command does, and one line with exit code 2 for everything a user can put right."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nestling.cli import main
+from nestling.cli.app import spread_lists
+from nestling.cli.train_command import parse_overrides
+from nestling.errors import UserError
+from nestling.training import TrainConfig, train
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 20
+SMALL = ["--set", "hidden_size=16", "num_layers=1", "num_heads=1", "--steps", "3", "--sequence-length", "32"]
+SMALL += ["--batch-size", "4", "--eval-tokens", "200", "--sample-tokens", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two trained models (`run`, `other`), a text, and a memory of the first model."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "text.txt").write_text(TEXT)
+    for seed, name in enumerate(["run", "other"]):
+        config = TrainConfig(
+            out=str(root / name),
+            overrides={"hidden_size": 16, "num_layers": 1, "num_heads": 1},
+            sequence_length=32,
+            batch_size=4,
+            steps=6,
+            seed=seed,
+            eval_tokens=200,
+            sample_tokens=0,
+            tensorboard=False,
+            device="cpu",
+        )
+        train(config)
+    assert main(["read", str(root / "run"), str(root / "text.txt"), "--save-memory", str(root / "memory")]) == 0
+    return root
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that must fail; returns its one line of error."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err
+
+
+def test_help_reads_well() -> None:
+    done = subprocess.run([sys.executable, "-m", "nestling", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    for command in ("train", "generate", "evaluate", "read"):
+        assert f" {command} " in done.stdout
+    assert "Start with: nestling train" in done.stdout
+
+
+def test_every_option_of_train_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--preset", "--data", "--tokenizer", "--carry-state", "--resume", "--lr", "--streaming"):
+        assert option in text
+
+
+def test_train_and_resume_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT)
+    out = str(tmp_path / "run")
+    data = ["--data", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert main(["train", *SMALL, "--out", out, "--preset", "transformer", *data]) == 0
+    text = capsys.readouterr().out
+    for part in ("last 10% of each corpus", "transformer, size tiny", "step 3/3", "tokens/s", "bits per byte", "saved"):
+        assert part in text
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert main(["train", "--out", out, "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert "other settings (seed: 0 -> 5)" in fails(capsys, "train", "--out", out, "--resume", "--seed", "5")
+    assert "already holds a run" in fails(capsys, "train", "--out", out)
+
+
+def test_generate_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, first, second = str(place / "run"), str(place / "m1"), str(place / "m2")
+    quiet = ["--temperature", "0"]
+    assert main(["generate", run, "--prompt", "It was", "--max-new-tokens", "8", "--save-memory", first, *quiet]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("It was") and "memory of 15 tokens" in captured.err  # bos, 6 bytes, 8 written
+    assert main(["generate", run, "--prompt", "the", "--max-new-tokens", "0", "--memory", first]) == 0
+    assert capsys.readouterr().out == "the\n"
+    more = ["--prompt", "x", "--max-new-tokens", "4", "--memory", first, "--save-memory", second]
+    assert main(["generate", run, *more, *quiet]) == 0
+    assert "memory of 20 tokens" in capsys.readouterr().err
+
+
+def test_sampling_repeats_with_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: str) -> str:
+        assert main(["generate", str(place / "run"), "--max-new-tokens", "30", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_evaluate_modes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(*more: str | Path) -> dict[str, float]:
+        capsys.readouterr()
+        arguments = ["evaluate", place / "run", "--data", place / "text.txt", "--json", *more]
+        assert main([str(a) for a in arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    default, reset, carried = measure(), measure("--reset", "32"), measure("--carry")
+    assert default == reset
+    assert default["memory"] == "reset every 32 tokens"
+    assert carried["tokens"] == default["tokens"] == carried["bytes"] == len(TEXT)
+    assert carried["loss"] != default["loss"]
+    assert measure("--reset", str(10**6))["loss"] == pytest.approx(carried["loss"], abs=1e-5)
+    assert carried["perplexity"] == pytest.approx(math.exp(carried["loss"]))
+    assert carried["bits_per_byte"] == pytest.approx(carried["loss"] / math.log(2))
+    from_memory = measure("--memory", place / "memory")
+    assert from_memory["tokens"] == len(TEXT) - 1 and from_memory["loss"] != default["loss"]
+    assert main(["evaluate", str(place / "run"), "--data", str(place / "text.txt")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_reading_in_two_parts_equals_reading_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file
+
+    run = str(place / "run")
+    (place / "first.txt").write_text(TEXT[:700])
+    (place / "rest.txt").write_text(TEXT[700:])
+    assert main(["read", run, str(place / "first.txt"), "--save-memory", str(place / "half")]) == 0
+    more = ["--memory", str(place / "half"), "--save-memory", str(place / "joined"), "--bins", "3"]
+    assert main(["read", run, str(place / "rest.txt"), *more]) == 0
+    output = capsys.readouterr().out
+    assert f"memory of {len(TEXT) + 1:,} tokens" in output and "mean loss" in output
+    once, joined = load_file(place / "memory"), load_file(place / "joined")
+    for name, tensor in once.items():
+        assert joined[name].shape == tensor.shape
+        assert (joined[name].float() - tensor.float()).abs().max() < 1e-4, name
+
+
+def test_errors_of_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "new")]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(b"text \xff")
+    (tmp_path / "short.txt").write_text("short text")
+    cases = [
+        (["--data", str(tmp_path / "none.txt")], "no file or directory at"),
+        (["--data", str(tmp_path / "empty.txt")], "holds no text"),
+        (["--data", str(tmp_path / "binary")], "is not UTF-8 (byte 0xff at offset 5)"),
+        (["--data", str(tmp_path / "short.txt")], "shorter than one sequence"),
+        (["--preset", "hopp"], "unknown preset 'hopp'; choose one of: hope, hope_linear, hope_attention, transformer"),
+        (["--size", "7b"], "unknown size '7b'; choose one of: tiny, 340m, 760m, 1.3b"),
+        (["--set", "width=3"], "has no setting width"),
+        (["--set", "width"], "write NAME=VALUE"),
+        (["--steps", "0"], "steps is 0"),
+        (["--steps", "many"], "'many' is not a valid"),
+        (["--stepz", "3"], "--stepz"),
+        (["--resume"], "no run to resume"),
+        (["--data", "no/such-set", "--streaming"], "cannot stream 'no/such-set'"),
+    ]
+    for arguments, message in cases:
+        assert message in fails(capsys, "train", *out, *arguments)
+        assert not (tmp_path / "new").exists()
+    assert "--out" in fails(capsys, "train")
+    assert "No such command" in fails(capsys, "trane")
+
+
+def test_errors_of_models_and_memories(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other, memory = place / "run", place / "other", place / "memory"
+    prompt = ["--prompt", "a", "--max-new-tokens", "1"]
+    assert "was saved by another model" in fails(capsys, "generate", other, *prompt, "--memory", memory)
+    assert "no memory file" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "none")
+    (tmp_path / "bad").write_bytes(memory.read_bytes()[:-50])
+    assert "damaged" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "bad")
+    assert "needs a --prompt" in fails(capsys, "generate", run, "--memory", memory)
+    assert "no directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path / "no" / "file")
+    assert "is a directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path)
+    assert "--top-p 0" in fails(capsys, "generate", run, "--top-p", "0")
+    assert "no directory" in fails(capsys, "generate", tmp_path / "nothing", *prompt)
+    assert "holds no model" in fails(capsys, "generate", tmp_path, *prompt)
+    assert "exclude each other" in fails(capsys, "evaluate", run, "--data", "x", "--carry", "--reset", "3")
+    assert "no file or directory" in fails(capsys, "evaluate", run, "--data", tmp_path / "none")
+    assert "no file or directory" in fails(capsys, "read", run, tmp_path / "none")
+
+
+def test_unfinished_and_damaged_models(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "run", broken)
+    (broken / "model.safetensors").write_bytes(b"nonsense")
+    assert "cannot be loaded" in fails(capsys, "generate", broken, "--prompt", "a")
+    (broken / "config.json").unlink()
+    assert "is not finished; finish it with nestling train" in fails(capsys, "generate", broken, "--prompt", "a")
+
+
+def test_a_memory_that_cannot_be_written_leaves_the_old_one(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nestling.memory import state
+
+    target = tmp_path / "memory"
+    target.write_bytes(b"old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    capsys.readouterr()
+    assert main(["read", str(place / "run"), str(place / "text.txt"), "--save-memory", str(target)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and "earlier file there is intact" in error and error.count("\n") == 1
+    assert target.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_a_diverging_run_names_step_and_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", *SMALL, "--out", str(tmp_path / "run"), "--lr", "1e30", "--warmup-steps", "0"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: training stopped at step ") and error.count("\n") == 1
+    assert "holds NaN or infinity" in error or "gave NaN or infinity" in error
+    assert "start a new run with a lower --lr" in error
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nestling.training import NestlingTrainer
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NestlingTrainer, "training_step", interrupt)
+    assert main(["train", *SMALL, "--out", str(tmp_path / "run")]) == 130
+    assert f"continue with: nestling train --out {tmp_path / 'run'} --resume" in capsys.readouterr().err
+
+
+def test_lists_and_overrides_of_the_command_line() -> None:
+    given = ["train", "--data", "a", "b", "--steps", "3", "--valid", "c", "d", "e"]
+    spread = ["train", "--data", "a", "--data", "b", "--steps", "3", *("--valid", "c", "--valid", "d", "--valid", "e")]
+    assert spread_lists(given) == spread
+    assert spread_lists(["read", "run", "a", "b"]) == ["read", "run", "a", "b"]
+    assert parse_overrides(["a=1", "b=[2, null]", "c=true"]) == {"a": 1, "b": [2, None], "c": True}
+    with pytest.raises(UserError, match="must be JSON"):
+        parse_overrides(["a=x"])

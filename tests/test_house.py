@@ -1,0 +1,158 @@
+"""The rules of CONTRIBUTING.md that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("src", "tests", "benchmarks", "examples", "reproductions")
+MAX_LINES = 400
+
+# Imports point one way: a package may import from its own rank and from lower ones.
+RANKS = {
+    "errors": 0,
+    "ops": 1,
+    "memory": 2,
+    "layers": 3,
+    "models": 4,
+    "optim": 5,
+    "levels": 5,
+    "continual": 6,
+    "tasks": 6,
+    "plotting": 6,
+    "evaluation": 7,
+    "training": 7,
+    "serving": 8,
+    "cli": 9,
+    "__main__": 9,
+    "demo": 9,
+}
+
+
+def python_files() -> list[Path]:
+    """Every Python file of the repository."""
+    return sorted(p for folder in CODE for p in (ROOT / folder).rglob("*.py"))
+
+
+def prose_files() -> list[Path]:
+    """Every Markdown file of the repository, the environment and outputs apart."""
+    folders = [ROOT / name for name in (*CODE, "docs", ".github")]
+    return sorted([*ROOT.glob("*.md"), *(p for folder in folders for p in folder.rglob("*.md"))])
+
+
+def name_of(path: Path) -> str:
+    """The path as a test's name."""
+    return str(path.relative_to(ROOT))
+
+
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@pytest.mark.parametrize("path", python_files(), ids=name_of)
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    """At most 400 lines."""
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines; part it in two by subject"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=name_of)
+def test_annotations_are_postponed(path: Path) -> None:
+    """Shape annotations are strings to Python, so a file that has annotations must not evaluate them."""
+    tree = parse(path)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    annotated = any(f.returns or any(a.annotation for a in f.args.args + f.args.kwonlyargs) for f in functions)
+    postponed = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
+    assert postponed or not annotated, f"{name_of(path)} needs: from __future__ import annotations"
+
+
+@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+def test_public_things_are_documented(path: Path) -> None:
+    """Modules, public classes, public functions and public methods have docstrings."""
+    if not path.read_text(encoding="utf-8").strip():
+        return
+    missing = [name for name, node in _public(parse(path)) if not ast.get_docstring(node)]
+    assert not missing, f"{name_of(path)} has no docstring for {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    """From ops over memory, layers, models, optim and tasks up to evaluation, training, serving and the commands."""
+    parts = path.relative_to(ROOT / "src" / "nestling").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    assert parts[0] in RANKS, f"give {parts[0]} a rank in tests/test_house.py"
+    for imported in _imported_packages(parse(path)):
+        assert RANKS[imported] <= RANKS[parts[0]], f"{name_of(path)} imports nestling.{imported}, which stands above it"
+
+
+@pytest.mark.parametrize("path", [*python_files(), *prose_files()], ids=name_of)
+def test_prose_has_no_long_dashes(path: Path) -> None:
+    """A comma, a colon or a full stop says which of the three is meant."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert not re.search("[\u2013\u2014]", line), f"{name_of(path)}:{number} has an en or em dash"
+
+
+@pytest.mark.parametrize("path", prose_files(), ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    """Relative links of Markdown files name files that exist."""
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{name_of(path)} links to {target}, which does not exist"
+
+
+def test_every_dependency_has_a_tested_version() -> None:
+    """constraints.txt pins each direct dependency exactly, and names no local build such as +cpu."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(d for group in project["optional-dependencies"].values() for d in group)]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    names = {_canonical(name) for name in pins}
+    for requirement in wanted:
+        name = _canonical(re.split(r"[\[<>=~! ]", requirement)[0])
+        assert name in names or name == "nestling", f"constraints.txt does not pin {name}"
+    assert not [name for name, version in pins.items() if "+" in version]
+
+
+def test_the_version_is_said_once() -> None:
+    """pyproject.toml, the package and the changelog agree."""
+    import nestling
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert nestling.__version__ == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def _public(tree: ast.Module) -> list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]]:
+    found: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]] = [("the module", tree)]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found.append((node.name, node))
+            if isinstance(node, ast.ClassDef):
+                methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
+                found.extend((f"{node.name}.{m.name}", m) for m in methods if not _is_overload(m))
+    return found
+
+
+def _is_overload(function: ast.FunctionDef) -> bool:
+    return any("overload" in ast.unparse(d) for d in function.decorator_list)
+
+
+def _imported_packages(tree: ast.Module) -> set[str]:
+    """Second parts of all `nestling.*` imports but those for type checkers alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    modules += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    return {m.split(".")[1] for m in modules if m.startswith("nestling.")}
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

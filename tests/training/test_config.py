@@ -1,0 +1,63 @@
+"""Settings of a run: defaults, refusals, and the record that a resumed run is compared with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.errors import UserError
+from nestling.training import TrainConfig
+from nestling.training.config import CONFIG_FILE, differences, read_run
+
+
+def test_budget_and_rate_are_resolved() -> None:
+    default = TrainConfig(out="r").resolved()
+    assert (default.steps, default.warmup_steps, default.learning_rate) == (500, 50, 3e-3)
+    by_tokens = TrainConfig(out="r", tokens=10_000, size="340m", gradient_accumulation=2).resolved()
+    assert (by_tokens.steps, by_tokens.tokens, by_tokens.learning_rate) == (3, None, 4e-4)  # 3 * 4096 >= 10,000
+    assert TrainConfig(out="r", tokens=10_000).resolved(processes=2).steps == 3
+    assert by_tokens.resolved() == by_tokens
+
+
+def test_json_round_trip() -> None:
+    config = TrainConfig(out="r", data=("a", "b"), overrides={"periods": [4, None]})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="does not know: colour"):
+        TrainConfig.from_dict(config.to_dict() | {"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"sequence_length": 1}, "sequence_length is 1"),
+        ({"steps": 5, "tokens": 5}, "both --steps and --tokens"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, but must be positive"),
+        ({"precision": "fp8"}, "precision is fp8, but must be float32 or bf16"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"carry_tokens": 256}, "no effect without --carry-state"),
+        ({"carry_tokens": 100, "carry_state": True}, "no multiple of the sequence length 256"),
+        ({"streaming": True}, "--streaming needs exactly one --data"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(out="r", **settings)
+
+
+def test_differences_name_what_changes_the_run_only() -> None:
+    config = TrainConfig(out="r")
+    assert differences(config, replace(config, out="s", save_every=7, tensorboard=False)) == []
+    assert differences(config, replace(config, seed=1, data=("x",))) == ["data: [] -> ['x']", "seed: 0 -> 1"]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run to resume"):
+        read_run(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_run(tmp_path)
