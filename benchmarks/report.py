@@ -51,7 +51,8 @@ class Report:
 
 def show(report: Report, console: Console) -> None:
     """Print one report."""
-    table = Table(title=report.title, title_justify="left", title_style="bold")
+    console.print(report.title, style="bold", highlight=False)  # a table's own title wraps at the table's width
+    table = Table()
     for i, column in enumerate(report.columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in report.rows:

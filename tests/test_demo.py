@@ -22,7 +22,16 @@ from nestling.tasks.text import Document, embedded_corpus
 def settings_in(out: Path) -> DemoSettings:
     """A demo of four training steps."""
     return DemoSettings(
-        out=out, tokens=512, sequence_length=64, batch_size=2, carry_tokens=128, read=300, continuation=130, bins=4
+        out=out,
+        tokens=512,
+        sequence_length=64,
+        batch_size=2,
+        carry_tokens=128,
+        validate=257,
+        read=300,
+        continuation=130,
+        sample=8,
+        bins=4,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -92,8 +92,9 @@ class Numbers:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         start, self._start = self._start, 0
-        for self.place in range(start + 1, self.count + 1):
-            yield {"n": self.place - 1}
+        for number in range(start, self.count):
+            self.place = number + 1
+            yield {"n": number}
 
     def state_dict(self) -> dict[str, Any]:
         return {"place": self.place}
@@ -113,7 +114,7 @@ def test_streamed_rows_read_whole_documents_without_the_held_out_ones() -> None:
     found = list(islice(make_streamed(), 60))
     for row in range(3):
         mine = found[row::3]
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in pairwise(mine):
             assert int(before["targets"][-1]) == int(after["input_ids"][0])
     assert not {int(i) // 100 for r in found for i in r["input_ids"]} & {0, 1}  # also after the stream began anew
     assert [bool(r["fresh"]) for r in found[:6]] == [True] * 3 + [False] * 3

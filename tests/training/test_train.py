@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from nestling.training.build import build_model
 from nestling.training.checkpoint import checkpoints
 from nestling.training.corpus import prepare_data
 from nestling.training.records import read_metrics
+from nestling.training.rows import collate
+from nestling.training.trainer import batch_loss
 
 Make = Callable[..., TrainConfig]
 
@@ -92,7 +95,7 @@ def test_optimizer_settings(tiny_config: Make) -> None:
     train(config)
     rates = [r["lr"] for r in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in r]
     assert rates[:5] == pytest.approx([0, 5e-4, 1e-3, 1.5e-3, 2e-3])
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and rates[-1] > 5e-4
+    assert all(a > b for a, b in pairwise(rates[4:])) and rates[-1] > 5e-4
     saved = torch.load(checkpoints(config.out)[-1] / "optimizer.pt", weights_only=True)
     decaying, plain = saved["param_groups"]
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -124,9 +127,7 @@ def test_carried_state_is_the_state_of_the_text_before(tiny_config: Make, monkey
     targets = torch.stack([torch.cat([b[row]["targets"] for b in batches]) for row in range(4)])
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        parts = [
-            float(next_token_loss(x, y)) for x, y in zip(logits.split(32, 1), targets.split(32, 1), strict=True)
-        ]
+        parts = [float(next_token_loss(x, y)) for x, y in zip(logits.split(32, 1), targets.split(32, 1), strict=True)]
         fresh = float(next_token_loss(model(input_ids=ids[:, -32:]).logits, targets[:, -32:]))
     expected = [(parts[2 * k] + parts[2 * k + 1]) / 2 for k in range(3)]
     assert losses == pytest.approx(expected, abs=2e-5)
@@ -181,6 +182,61 @@ def test_a_streamed_set_resumes_exactly(tiny_config: Make, tmp_path: Path, monke
     assert without_speed(config.out) == without_speed(whole.out)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_killed_before_its_model_was_saved_is_finished(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    from nestling.training import run
+
+    changes: dict[str, Any] = {}
+    if streaming:
+        pytest.importorskip("datasets")
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "train.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(90))
+        )
+        changes = {"streaming": True, "data": (str(tmp_path / "set"),), "eval_tokens": 100}
+    whole = train(tiny_config(out=str(tmp_path / "whole"), **changes))
+    config = tiny_config(**changes)
+
+    def die(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(run, "_save_model", die)
+        train(config)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert train(config, resume=True).train_loss == whole.train_loss
+    assert without_speed(config.out) == without_speed(whole.out)
+    weights = [(Path(c) / "model.safetensors").read_bytes() for c in (whole.out, config.out)]
+    assert weights[0] == weights[1]
+
+
+def test_the_loss_is_the_mean_over_all_targets_also_in_chunks(tiny_config: Make) -> None:
+    config = tiny_config().resolved()
+    data = prepare_data(config)
+    model = build_model(config, data.tokenizer)
+    batch = collate([data.rows[i] for i in range(4)])
+    with torch.no_grad():
+        loss, out = batch_loss(model, batch["input_ids"], batch["targets"], None, True)
+        expected = next_token_loss(model(input_ids=batch["input_ids"]).logits, batch["targets"])
+    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+    model.config.loss_chunk_size = 16
+    with torch.no_grad():
+        chunked, again = batch_loss(model, batch["input_ids"], batch["targets"], None, True)
+    assert float(chunked) == pytest.approx(float(expected), abs=1e-6)
+    assert again.logits.shape[1] == 1 and out.past_key_values.get_seq_length() == 32
+
+
+def test_a_large_vocabulary_is_trained_in_chunks_and_saved_without(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nestling.training.build.LARGE_VOCABULARY", 100)
+    result = train(tiny_config(steps=2, sample_tokens=0))
+    assert json.loads((checkpoints(result.out)[-1] / "config.json").read_text())["loss_chunk_size"] == 2048
+    assert AutoModelForCausalLM.from_pretrained(result.out).config.loss_chunk_size is None
+
+
 def test_other_settings_or_other_data_cannot_be_resumed(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +250,7 @@ def test_other_settings_or_other_data_cannot_be_resumed(
     with pytest.raises(UserError, match=r"other settings \(batch_size: 4 -> 2\)"):
         train(replace(config, batch_size=2), resume=True)
     (tmp_path / "a.txt").write_text("some other text to train on\n" * 60)
-    with pytest.raises(UserError, match="training data of .* has changed"):
+    with pytest.raises(UserError, match=r"training data of .* has changed"):
         train(config, resume=True)
 
 
@@ -244,10 +300,14 @@ def test_a_gradient_or_a_step_that_breaks_stops_the_run(tiny_config: Make, monke
 
     with pytest.raises(DivergenceError, match=r"stopped at step \d+: .*(NaN|infinity)"):
         train(tiny_config(learning_rate=1e30, warmup_steps=0))
-    monkeypatch.setattr(
-        trainer, "next_token_loss", lambda logits, targets: (logits.sum() * 0.0).sqrt()
-    )  # finite, but its derivative at 0 is not
-    with pytest.raises(DivergenceError, match="stopped at step 1: the gradient of embed_tokens.weight holds NaN"):
+    healthy = trainer.batch_loss
+
+    def broken(*arguments: Any) -> Any:  # 0, but its derivative is not finite
+        loss, out = healthy(*arguments)
+        return (loss * 0.0).sqrt(), out
+
+    monkeypatch.setattr(trainer, "batch_loss", broken)
+    with pytest.raises(DivergenceError, match=r"stopped at step 1: the gradient of embed_tokens\.weight holds NaN"):
         train(tiny_config(out=tiny_config().out + "2"))
 
 

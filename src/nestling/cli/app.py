@@ -6,14 +6,18 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from nestling import __version__
 from nestling.cli.evaluate_command import evaluate
 from nestling.cli.generate_command import generate
 from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
+
+LIST_OPTIONS = ("--data", "--valid", "--set")
 
 app = typer.Typer(
     name="nestling",
@@ -21,7 +25,7 @@ app = typer.Typer(
     epilog="Start with: nestling train --out run, then: nestling generate run --prompt 'The '",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -30,7 +34,20 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(read)
 
-LIST_OPTIONS = ("--data", "--valid", "--set")
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nestling {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def frame(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         command = f" {given[0]}" if given and not given[0].startswith("-") else ""
         return _fail(f"{error.format_message()} (see nestling{command} --help)") if error.format_message() else 2
-    except (KeyboardInterrupt, typer.Abort) as interrupt:
-        print(f"\ninterrupted; {interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on its way out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nestling import presets
 from nestling.errors import UserError
 
 DATA, MODEL, OPTIMIZER, RECORDS = "Data", "Model", "Optimisation", "Records"
@@ -17,10 +19,8 @@ DATA, MODEL, OPTIMIZER, RECORDS = "Data", "Model", "Optimisation", "Records"
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Directory of the run; new, or empty.", show_default=False)],
-    preset: Annotated[
-        str, typer.Option(help="hope, hope_linear, hope_attention or transformer.", rich_help_panel=MODEL)
-    ] = "hope",
-    size: Annotated[str, typer.Option(help="tiny, 340m, 760m or 1.3b.", rich_help_panel=MODEL)] = "tiny",
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(presets.PRESETS)}.", rich_help_panel=MODEL)] = "hope",
+    size: Annotated[str, typer.Option(help=f"One of: {', '.join(presets.SIZES)}.", rich_help_panel=MODEL)] = "tiny",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE...", help="Change a setting of the preset.", rich_help_panel=MODEL),
@@ -123,14 +123,8 @@ def train(
     try:
         run_training(config, resume=resume, console=stdout_console())
     except KeyboardInterrupt:
-        raise UserInterrupt(str(out)) from None
-
-
-class UserInterrupt(KeyboardInterrupt):
-    """Ctrl-C in a run, with a word on how to go on."""
-
-    def __init__(self, out: str) -> None:
-        super().__init__(f"continue with: nestling train --out {out} --resume")
+        print(f"\ninterrupted; continue with: nestling train --out {out} --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

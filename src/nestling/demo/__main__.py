@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from nestling.demo.settings import DemoSettings
+from nestling.errors import UserError
 
 WIDTH = 110  # of the tables when the output is a file or a pipe
 
@@ -34,11 +34,7 @@ def main(
     )
     try:
         run(settings, console)
-    except Exception as error:
-        from nestling.errors import UserError
-
-        if not isinstance(error, UserError):
-            raise
+    except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -47,15 +43,12 @@ def run(settings: DemoSettings, console: Console) -> None:
     """All stages in order. Imports come late, so that the first words are on the screen at once."""
     began = time.perf_counter()
     with console.status("loading PyTorch"):
-        from transformers import logging
-
+        from nestling.cli.console import quiet_libraries
         from nestling.demo import stages, tables
         from nestling.demo.plan import make_plan
         from nestling.demo.unseen import unseen_text
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    quiet_libraries()
     stages.clear_output(settings)
     with console.status("measuring this machine's speed"):
         plan = make_plan(settings)

@@ -76,9 +76,9 @@ def training_config(settings: DemoSettings, name: str, tokens: int) -> TrainConf
         log_every=max(1, steps // 24),
         eval_every=max(1, steps // 3),
         save_every=max(1, steps),
-        eval_tokens=16_384,
+        eval_tokens=settings.validate,
         tensorboard=False,
-        sample_tokens=160,
+        sample_tokens=settings.sample,
         sample_prompt="The ",
     )
 

@@ -20,10 +20,13 @@ class DemoSettings:
         size: of both presets.
         sequence_length: tokens a training step reads; also how often "memory reset" resets.
         batch_size: rows of a step.
-        carry_tokens: a row's memory lives so long in training before it starts anew, so that the models know both a
-            fresh memory and an old one.
+        carry_tokens: a row's memory lives so long in training; None carries it to the end of the row's stream (an
+            eighth of the corpus, longer than what the demo reads). Memories trained for 4,096 bytes helped for about
+            that long and did harm after it.
+        validate: tokens of the held-out text.
         read: tokens of the unseen text that are read before the memory is saved.
         continuation: tokens after them that the new process reads.
+        sample: tokens that each trained model writes.
         bins: points of every loss curve.
         seed: of weights and data order.
     """
@@ -34,9 +37,11 @@ class DemoSettings:
     size: str = "tiny"
     sequence_length: int = 256
     batch_size: int = 8
-    carry_tokens: int = 4096
+    carry_tokens: int | None = None
+    validate: int = 16_384
     read: int = 24_576
     continuation: int = 8_192
+    sample: int = 160
     bins: int = 24
     seed: int = 0
 

@@ -110,7 +110,8 @@ def _reading_section(settings: DemoSettings, reading: Reading) -> Section:
         [
             f"The text is {reading.document.name}. The trained weights stay as they are; what changes while a model "
             f"reads is its memory, carried from the first byte on or reset every {settings.sequence_length} bytes.",
-            "Part of the difference is nearby context: after a reset a model begins again in the middle of a sentence.",
+            "Not all of the difference is long memory. After a reset a model begins again in the middle of a sentence, "
+            "and, trained with its memory carried, it has rarely seen a fresh one.",
         ],
         columns,
         rows,
@@ -193,7 +194,8 @@ def _curve(label: str, losses: Tensor, bins: int, color: int, dashed: bool) -> S
 
 
 def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console.print(f"\n{title}", style="bold", highlight=False)  # a table's own title wraps at the table's width
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:

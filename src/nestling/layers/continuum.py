@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
+
+# Tokens whose erases are solved together: the solve needs their Gram matrix, so a slow level's period is cut. The cut
+# changes nothing but rounding and memory, since the gradients stay those of the period's first weights.
+MAX_SOLVE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,14 @@ class ContinuumConfig:
         variant: "sequential" (Eq. 70, 73), "nested" (Eq. 72) or "headwise" (Eq. 74).
         target: what a level's fast weight learns to output (see `ContinuumMemory`): "next", "value" or
             "reconstruction".
-        erase: delta gradient descent inside a period (NL Eq. 56).
+        erase: delta gradient descent (NL Eq. 56): inside a period every write also erases what the weight holds at
+            its key, at the rate of the write. A constant target is then recalled at half its size.
         inner_lr_scale: first value of the learnable rate of every level, in (0, 1).
         norm_eps: of the norms before every level.
 
     Raises:
-        ValueError: no level, a period below 1, or nested periods that do not divide one another.
+        ValueError: no level, a size or a period below 1, nested periods that do not divide one another, an unknown
+            variant or target, or a rate outside (0, 1).
     """
 
     hidden_size: int
@@ -46,10 +52,15 @@ class ContinuumConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not isinstance(self.periods, (tuple, list)):
+            raise ValueError(f"periods is a tuple with one entry a level, for example (64, None), not {self.periods!r}")
         object.__setattr__(self, "periods", tuple(self.periods))
         if not self.periods:
-            raise ValueError("periods is empty: a continuum memory has at least one level, for example periods=(64, None)")
-        if any(p is not None and p < 1 for p in self.periods):
+            raise ValueError("periods is empty: there is at least one level, for example periods=(64, None)")
+        if any(p is not None and (not isinstance(p, int) or p < 1) for p in self.periods):
             raise ValueError(f"periods are tokens >= 1, or None for a level that never updates; got {self.periods}")
         if self.variant not in ("sequential", "nested", "headwise"):
             raise ValueError(f"variant is 'sequential', 'nested' or 'headwise', not {self.variant!r}")
@@ -113,7 +124,7 @@ class ContinuumLevel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Down-projection N(0, 1/intermediate); rates at `inner_lr_scale`; half of a context is kept by the level above."""
+        """Down-projection N(0, 1/intermediate); rates at `inner_lr_scale`; the level above keeps half of a context."""
         nn.init.normal_(self.down, std=1 / math.sqrt(self.config.intermediate_size))
         if self.rate is not None:
             nn.init.constant_(self.rate, math.log(self.config.inner_lr_scale / (1 - self.config.inner_lr_scale)))
@@ -121,6 +132,7 @@ class ContinuumLevel(nn.Module):
             nn.init.zeros_(self.transfer)
 
     def init_state(self, batch_size: int) -> LevelState | None:
+        """The meta-learned fast weights, and no last token; None for a level that never updates."""
         if self.period is None:
             return None
         dtype = torch.float64 if self.down.dtype == torch.float64 else torch.float32
@@ -149,24 +161,28 @@ class ContinuumLevel(nn.Module):
         self, h: Tensor, target: Tensor, state: LevelState, position: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, LevelState]:
         assert self.period is not None
-        key, tail = self._keys(h, state.tail, lengths)
+        tokens = [h, target]
+        tail = state.tail
+        if tail is not None:
+            key, tail = self._keys(h, tail, lengths)
+            tokens.append(key)
         grid = Grid.of(position, lengths, h.shape[1], self.context or self.period)
-        tokens = [h, key, target]
         if grid.offsets is not None:
             tokens = [shift_rows(t.unsqueeze(1), grid).squeeze(1) for t in tokens]
         spans = chunk_spans(grid.phase, grid.slots, self.period)
         pieces = zip(*(t.split([e - s for s, e in spans], 1) for t in tokens), strict=True)
         outputs, start, running, initial = [], state.start, state.running, state.initial
-        for (begin, end), (h_c, key_c, target_c) in zip(spans, pieces, strict=True):
+        for (begin, end), (h_c, target_c, *other) in zip(spans, pieces, strict=True):
             outputs.append(h_c @ start.mT)
-            recalled = outputs[-1] if key_c is h_c else key_c @ start.mT
+            key_c = other[0] if other else h_c
+            recalled = key_c @ start.mT if other else outputs[-1]
             valid = grid.valid_slots(begin, end, h.device)
             running = self._write(running, key_c, recalled - target_c, valid)
             if end % self.period == 0:
                 start = grid.where_crossed(end, running, start)
                 if self.context is not None and end % self.context == 0:
-                    assert initial is not None
-                    learned = torch.lerp(initial, running, torch.sigmoid(self.transfer))
+                    assert initial is not None and self.transfer is not None
+                    learned = torch.lerp(initial, running, torch.sigmoid(self.transfer.to(initial.dtype)))
                     initial = grid.where_crossed(end, learned, initial)
                     start = grid.where_crossed(end, learned, start)
                     running = grid.where_crossed(end, learned, running)
@@ -175,10 +191,9 @@ class ContinuumLevel(nn.Module):
             y = unshift_rows(y.unsqueeze(1), grid, h.shape[1]).squeeze(1)
         return y, LevelState(start, running, initial, tail)
 
-    def _keys(self, h: Tensor, tail: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The hidden activations that are written, and the new tail. "next" pairs h_{t-1} with the target of t."""
-        if tail is None:
-            return h, None
+    @staticmethod
+    def _keys(h: Tensor, tail: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h_{t-1}, which "next" pairs with the target of t, and the new tail."""
         seen = torch.cat([tail, h], dim=1)
         if lengths is None:
             return seen[:, :-1], seen[:, -1:]
@@ -186,27 +201,36 @@ class ContinuumLevel(nn.Module):
         return seen[:, :-1], seen.gather(1, index)
 
     def _write(self, running: Tensor, key: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
-        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights, their mean over a period at most 1."""
+        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights.
+
+        Rates times |key|^2 sum to at most 1 over a period. Then the map from one period's weights to the next never
+        stretches, whatever the keys. With the erase, e_t |key|^2 <= 1 for each token alone is not enough: the gradients
+        see none of the period's erases, and keys that turn slowly make the weights grow without bound.
+        """
         assert self.rate is not None and self.period is not None
         power = key.square().sum(-1).clamp_min(1.0).reciprocal()
         if valid is not None:
             valid = valid[:, 0]
             power = power * valid
-        rate = torch.sigmoid(self.rate)
+        rate = torch.sigmoid(self.rate) / self.period * power
+        step = rate.unsqueeze(-1) * error
         if not self.config.erase:
-            return running - ((rate / self.period * power).unsqueeze(-1) * error).mT @ key
-        decay = decay_products(torch.zeros_like(power), None, valid)
-        writes = chunk_writes(key, (rate * power).unsqueeze(-1) * error, rate * power, decay, running)
-        return chunk_advance(writes, decay, running)[0]
+            return running - step.mT @ key
+        for at in range(0, key.shape[1], MAX_SOLVE):
+            t = slice(at, at + MAX_SOLVE)
+            decay = decay_products(torch.zeros_like(power[:, t]))
+            writes = chunk_writes(key[:, t], step[:, t], rate[:, t], decay, running)
+            running = chunk_advance(writes, decay, running)[0]
+        return running
 
 
 class ContinuumMemory(SequenceLayer):
     """A chain of MLPs that update at different frequencies, each with its pre-norm and residual.
 
-    Level i computes x <- x + W_i h_i with h_i = silu(W_gate u) * (W_up u), u = RMSNorm(x). Its down-projection W_i is the
-    fast weight: every `period` tokens it takes the gradient steps of the period's tokens (Eq. 71) on
+    Level i computes x <- x + W_i h_i with h_i = silu(W_gate u) * (W_up u), u = RMSNorm(x). Its down-projection W_i is
+    the fast weight: every `period` tokens it takes the gradient steps of the period's tokens (Eq. 71) on
     1/2 |W_i key - target|^2, at rate r / period / max(1, |key|^2) with a learnable r in (0, 1), so that the error on a
-    constant stream shrinks. The pair (key, target) of token t is
+    constant stream shrinks (with `erase`, the distance to half the target). The pair (key, target) of token t is
 
         "next"            (h_{t-1}, V u_t): from a token, predict a learned projection of the next one; the first token
                           of a document writes nothing, and no token uses one after it
@@ -232,9 +256,11 @@ class ContinuumMemory(SequenceLayer):
 
     def init_state(self, batch_size: int) -> ContinuumState:
         """The meta-learned fast weights."""
-        return ContinuumState(
-            [level.init_state(batch_size) for level in self.levels], torch.zeros(batch_size, dtype=torch.long)
-        )
+        levels = [level.init_state(batch_size) for level in self._chain()]
+        return ContinuumState(levels, torch.zeros(batch_size, dtype=torch.long, device="cpu"))
+
+    def _chain(self) -> list[ContinuumLevel]:
+        return [cast(ContinuumLevel, level) for level in self.levels]
 
     def run(
         self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
@@ -242,13 +268,14 @@ class ContinuumMemory(SequenceLayer):
         """See `SequenceLayer.run`."""
         if state is None:
             state = self.init_state(x.shape[0])
-        assert isinstance(state, ContinuumState)
+        if not isinstance(state, ContinuumState):
+            raise TypeError(f"a continuum memory continues from a ContinuumState, not from {type(state).__name__}")
         if x.shape[1] == 0:
             return x, state
         after = state.position + (x.shape[1] if lengths is None else lengths)
         levels: list[LevelState | None] = []
         total = x
-        for i, level in enumerate(self.levels):
+        for i, level in enumerate(self._chain()):
             y, new = level.run(x, state.levels[i], state.position, lengths)
             levels.append(new)
             if self.weights is None:

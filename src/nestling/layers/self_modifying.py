@@ -51,6 +51,8 @@ class SelfModifyingConfig(Rule):
         conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
         output_gate: multiply the normalised output by silu(x W_g).
         checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
+        compile_chunks: run the chunk step through `torch.compile` (about half a minute of compilation for every chunk
+            length, then 1.5 to 2 times the speed on a CPU). Off by default, since a short run never earns it back.
         norm_eps: of the output norm.
 
     Raises:
@@ -73,6 +75,7 @@ class SelfModifyingConfig(Rule):
     conv_size: int = 4
     output_gate: bool = True
     checkpoint_chunks: int | None = None
+    compile_chunks: bool = False
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -205,7 +208,7 @@ class SelfModifyingTitans(SequenceLayer):
             main=self.main.init_state(batch_size, c.momentum, dtype),
             own=None if self.own is None else self.own.init_state(batch_size, c.momentum, dtype),
             conv=torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device),
-            position=torch.zeros(batch_size, dtype=torch.long),
+            position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
         )
 
     def run(
@@ -272,15 +275,18 @@ class SelfModifyingTitans(SequenceLayer):
         self, spans: list[tuple[int, int]], pieces: list[dict[str, Tensor]], main: BankState, own: BankState | None, grid: Grid
     ) -> tuple[Tensor, BankState, BankState | None]:
         outputs = []
+        generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
+        if self.config.compile_chunks:
+            generate, step = _compiled_generate, _compiled_step
         for (start, end), tokens in zip(spans, pieces, strict=True):
-            generated = self._generate(tokens, main, own)
+            generated = generate(self, tokens, main, own)
             if own is not None and self.own is not None:
-                _, own = self._step(self.own, own, generated, start, end, grid)
+                _, own = step(self, self.own, own, generated, start, end, grid)
                 own = grid.cross(own, end, self.config.outer_chunk)
             sub = chunk_spans(start, end, self.config.chunk_size)
             split = {n: t.split([e - s for s, e in sub], 2) for n, t in generated.items()}
             for i, (s, e) in enumerate(sub):
-                y, main = self._step(self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
+                y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
                 main = grid.cross(main, e, self.config.chunk_size)
                 assert y is not None
                 outputs.append(y)
@@ -348,3 +354,8 @@ class SelfModifyingTitans(SequenceLayer):
             rate = rate * -torch.expm1(log_b)
         log_a = torch.zeros_like(eta) if log_a is None else log_a
         return Rates(erase, [rate * s for s in shares], decay_products(log_a, log_b, valid))
+
+
+# Functions of the class, so that all layers of a model share one compilation; nothing is compiled before the first call.
+_compiled_generate = torch.compile(SelfModifyingTitans._generate, dynamic=False)
+_compiled_step = torch.compile(SelfModifyingTitans._step, dynamic=False)

@@ -7,10 +7,11 @@ its fields and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -92,6 +93,8 @@ class State:
     def write_file(self, path: str | Path, fingerprint: str, **metadata: str) -> None:
         """Write all tensors as safetensors, atomically: a failure leaves an earlier file intact.
 
+        The header holds a SHA-256 of everything else in the file, so that `read_file` notices any damage.
+
         Args:
             path: the file to write.
             fingerprint: identity of the model that made this state; `read_file` refuses any other.
@@ -100,6 +103,7 @@ class State:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": type(self).__name__}
         header |= {"fingerprint": fingerprint, "extra": json.dumps(metadata)}
         payload = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors()}
+        header["sha256"] = _checksum(header, payload)
         target = Path(path)
         handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         os.close(handle)
@@ -136,6 +140,8 @@ class State:
             raise StateFileError(f"{path} mixes batch sizes {sorted(batch)}; the file is damaged")
         for name, template in wanted.items():
             _check_like(path, name, template, found[name])
+        if header.pop("sha256", None) != _checksum(header, found):
+            raise StateFileError(f"{path} is damaged: its content does not have the checksum in its header")
         names = iter(wanted)
         return self.map(lambda t: found[next(names)].to(t.device if t.dtype != torch.int64 else "cpu"))
 
@@ -158,6 +164,15 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif value is not None:
         for i, item in enumerate(value):
             yield from _walk(item, f"{name}.{i}")
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header's strings and of the names, types, shapes and bytes of contiguous CPU tensors."""
+    shapes = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
+    digest = hashlib.sha256(json.dumps([header, shapes], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -186,5 +201,7 @@ def _check_like(path: str | Path, name: str, template: Tensor, found: Tensor) ->
         )
     if found.dtype != template.dtype:
         raise StateFileError(f"{path}: {name} is {found.dtype}, this model needs {template.dtype}")
+    if found.dtype == torch.int64 and bool((found < 0).any()):
+        raise StateFileError(f"{path}: the counter {name} is negative; the file is damaged")
     if found.is_floating_point() and not bool(torch.isfinite(found).all()):
         raise StateFileError(f"{path}: {name} holds NaN or infinity; the file is damaged")

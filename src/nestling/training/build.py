@@ -11,6 +11,10 @@ from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.errors import UserError
 from nestling.training.config import TrainConfig
 
+LARGE_VOCABULARY = 8192
+LOSS_CHUNK = 2048
+"""Tokens whose logits exist at once while training with a large vocabulary, where all of them would fill the memory."""
+
 
 def check_preset(preset: str, size: str, overrides: dict[str, Any]) -> None:
     """Refuse names that do not exist, before any data is read.
@@ -43,6 +47,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Nest
         model_config = presets.PRESETS[config.preset](size=config.size, vocab_size=len(tokenizer), **config.overrides)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(model_config, name, getattr(tokenizer, name))
+        if len(tokenizer) > LARGE_VOCABULARY:
+            model_config.loss_chunk_size = LOSS_CHUNK
         set_seed(config.seed)
         model = NestlingForCausalLM(model_config)
     except (ValueError, TypeError) as error:

@@ -48,7 +48,8 @@ class RunRecorder(TrainerCallback):
         self.tokens_per_step, self.log_every, self.eval_every = tokens_per_step, log_every, eval_every
         self.tensorboard = tensorboard
         self.last_report: LossReport | None = None
-        self.last_loss = math.nan
+        earlier = [r["loss"] for r in read_metrics(out / METRICS_FILE) if "loss" in r]
+        self.last_loss = earlier[-1] if earlier else math.nan
         self._writer: Any = None
         self._lr = 0.0
         self._clock = 0.0
@@ -60,8 +61,7 @@ class RunRecorder(TrainerCallback):
         """Open the files; records past the step a run resumes from are dropped, they will be written again."""
         step = state.global_step
         if args.should_save:
-            for record in trim_metrics(self.out / METRICS_FILE, step):
-                self.last_loss = record.get("loss", self.last_loss)
+            trim_metrics(self.out / METRICS_FILE, step)
             if self.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -145,8 +145,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the records after `step` from the file; returns what stays."""
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the records after `step` from the file."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept

@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     is_main = int(os.environ.get("RANK", "0")) == 0
     config = config.resolved(processes)
     check_preset(config.preset, config.size, config.overrides)
-    record = _check_resume(config) if resume else _check_new(out)
+    record = _check_resume(config) if resume else _check_new(out, is_main)
     if resume and (out / RESULT_FILE).exists():
         _say(console, "done", f"the run in {out} is finished already")
         return _read_result(out)
@@ -97,7 +97,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     model = build_model(config, data.tokenizer)
     if is_main:
         _begin(out, config, data)
-        _introduce(console, config, data, model, checkpoint)
+        _introduce(console, config, data, model, checkpoint, processes)
     trainer, recorder = _make_trainer(config, data, model, console, processes)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -106,7 +106,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     return _finish(config, data, trainer, recorder, console, began, processes)
 
 
-def _check_new(out: Path) -> dict[str, Any]:
+def _check_new(out: Path, is_main: bool) -> dict[str, Any]:
+    if not is_main:  # the first process may have begun to write already
+        return {}
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory with --out")
     if (out / CONFIG_FILE).exists():
@@ -135,13 +137,18 @@ def _begin(out: Path, config: TrainConfig, data: TrainingData) -> None:
 
 
 def _introduce(
-    console: Console, config: TrainConfig, data: TrainingData, model: NestlingForCausalLM, checkpoint: Path | None
+    console: Console,
+    config: TrainConfig,
+    data: TrainingData,
+    model: NestlingForCausalLM,
+    checkpoint: Path | None,
+    processes: int,
 ) -> None:
     _say(console, "data", data.description)
     size = f"{config.preset}, size {config.size}: {model.num_parameters():,} parameters"
     _say(console, "model", f"{size}, vocabulary {len(data.tokenizer):,} ({config.tokenizer})")
     carry = ", state carried between steps" if config.carry_state else ""
-    steps = f"{config.steps:,} steps of {config.tokens_per_step():,} tokens"
+    steps = f"{config.steps:,} steps of {config.tokens_per_step(processes):,} tokens"
     rows = f"sequences of {config.sequence_length}{carry}"
     _say(console, "run", f"{steps} ({rows}), learning rate {config.learning_rate:g}, into {config.out}")
     if checkpoint is not None:
@@ -198,6 +205,7 @@ def _finish(
 ) -> TrainResult:
     """Save the model, write a sample, and say how it went."""
     model = trainer.accelerator.unwrap_model(trainer.net, keep_fp32_wrapper=False)
+    model.config.loss_chunk_size = None  # a matter of training memory; who loads the model expects logits
     report = recorder.last_report or recorder.validate()  # a run killed after its last checkpoint has no report
     steps = config.steps or 0
     sample = sample_text(model, data.tokenizer, config.sample_prompt, config.sample_tokens, config.seed)

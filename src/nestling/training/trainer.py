@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from nestling.errors import UserError
 from nestling.evaluation.language import next_token_loss
 from nestling.models.cache import ModelState
-from nestling.models.modeling import NestlingForCausalLM
-from nestling.training.checkpoint import last_checkpoint, prune, staged_directory, staging_path
+from nestling.models.modeling import IGNORE, NestlingForCausalLM
+from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune, staged_directory, staging_path
 from nestling.training.config import TrainConfig
 from nestling.training.divergence import DivergenceError, first_nonfinite, locate_nonfinite, locate_nonfinite_gradient
 from nestling.training.rows import Row, StreamedRows, collate
@@ -29,7 +30,7 @@ POSITION_FILE = "position.json"
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's settings for a resolved run; logging, evaluation and rotation are this package's own."""
     assert config.steps is not None and config.learning_rate is not None and config.warmup_steps is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.out,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -56,9 +57,37 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=None,
+        ddp_find_unused_parameters=True,  # a slow level has no gradient in a row shorter than its period
         disable_tqdm=True,
         report_to="none",
     )
+    _ = arguments.device  # counts the GPUs
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process is a replica: no DataParallel, which cannot carry states
+    return arguments
+
+
+def batch_loss(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, state: ModelState | None, use_cache: bool
+) -> tuple[Tensor, Any]:
+    """Mean cross entropy of `targets` (the next tokens, `[B, L]`) and the model's output.
+
+    The model's own loss does all but the last column, so that its `loss_chunk_size` holds: labels are shifted inside
+    the model, and the target of a row's last token lies outside the row.
+    """
+    labels = F.pad(targets[:, :-1], (1, 0), value=IGNORE)
+    out = model(input_ids=input_ids, labels=labels, past_key_values=state, use_cache=use_cache, logits_to_keep=1)
+    length = targets.shape[1]
+    return (out.loss * (length - 1) + next_token_loss(out.logits, targets[:, -1:])) / length, out
+
+
+def _detach_state(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: cuts the new state from the graph inside the model, where data-parallel wrappers see it.
+
+    They would otherwise wait for gradients of parameters that the state depends on and the loss does not.
+    """
+    if output.past_key_values is not None:
+        output.past_key_values = output.past_key_values.detach()
+    return output
 
 
 class NestlingTrainer(Trainer):
@@ -108,12 +137,18 @@ class NestlingTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
         """Train to `max_steps`, from a checkpoint directory if one is given."""
         if resume_from_checkpoint is not None:
+            if checkpoint_step(Path(resume_from_checkpoint)) >= self.args.max_steps:
+                return self._load_from_checkpoint(resume_from_checkpoint)  # killed between the last step and the end
             position = json.loads((Path(resume_from_checkpoint) / POSITION_FILE).read_text(encoding="utf-8"))
             self.loss_sum, self.loss_count = position["loss_sum"], position["loss_count"]
             if isinstance(self.train_dataset, StreamedRows):
                 self.train_dataset.load_state_dict(position["rows"])
                 self.args.ignore_data_skip = True
-        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        hook = self.net.register_forward_hook(_detach_state)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        finally:
+            hook.remove()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and stacks of them decay; gains, biases, rates and what a layer marks `_no_weight_decay` do not."""
@@ -136,14 +171,13 @@ class NestlingTrainer(Trainer):
             DivergenceError: the loss is not finite.
         """
         state = None if not self.carry_state or bool(inputs["fresh"].all()) else self.carried
-        out = model(input_ids=inputs["input_ids"], past_key_values=state, use_cache=self.carry_state)
-        loss = next_token_loss(out.logits, inputs["targets"])
+        loss, out = batch_loss(model, inputs["input_ids"], inputs["targets"], state, self.carry_state)
         value = loss.item()
         if not torch.isfinite(loss):
             where = locate_nonfinite(self.net, inputs["input_ids"], state)
             raise self._diverged(f"the loss is {value}: {where}")
         if self.carry_state:
-            self.carried = out.past_key_values.detach()
+            self.carried = out.past_key_values
         self.loss_sum += value
         self.loss_count += 1
         return (loss, out) if return_outputs else loss

@@ -1,0 +1,66 @@
+"""The arithmetic behind the benchmarks, and that every subject runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import peak_memory
+from benchmarks.report import Report, Verdict, write_json
+from benchmarks.subjects import matrix_config, mlp_config, titans_config, titans_subject
+from benchmarks.timing import Subject, Timing, interleave, speed_ratio
+from nestling.layers.self_modifying import SelfModifyingConfig
+
+
+@pytest.mark.parametrize("config", [matrix_config(), mlp_config(), titans_config(64), titans_config(16)])
+def test_necessary_operations_are_what_is_executed_less_the_waste(config: SelfModifyingConfig) -> None:
+    """PyTorch counts full squares where triangles would do, and no triangular solve: the counts differ a little."""
+    subject = titans_subject("layer", config, 128)
+    with FlopCounterMode(display=False) as counter:
+        subject.step()
+    assert subject.flops is not None
+    assert 0.6 < subject.flops / counter.get_total_flops() < 1.5
+
+
+def test_necessary_operations_grow_linearly() -> None:
+    """Twice the tokens, twice the operations."""
+    one, two = (titans_subject("layer", matrix_config(), time).flops for time in (128, 256))
+    assert one is not None and two == pytest.approx(2 * one)
+
+
+def test_the_ratio_is_taken_round_by_round() -> None:
+    """A slow round of the machine that hits both sides leaves no trace; tokens per step may differ."""
+    slow, fast = Subject("slow", lambda: None, tokens=100), Subject("fast", lambda: None, tokens=200)
+    ratio = speed_ratio(Timing(fast, (1.0, 10.0, 2.0)), Timing(slow, (2.0, 20.0, 3.0)))
+    assert (ratio.low, ratio.median, ratio.high) == (3.0, 4.0, 4.0)
+
+
+def test_rounds_alternate() -> None:
+    """Warm-up in order, then every second round reversed."""
+    calls: list[str] = []
+    steps: list[Callable[[], None]] = [lambda: calls.append("a"), lambda: calls.append("b")]
+    timings = interleave([Subject(f"{i}", step, 1) for i, step in enumerate(steps)], rounds=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert [len(t.seconds) for t in timings] == [3, 3]
+
+
+def test_a_verdict_knows_its_direction(tmp_path: Path) -> None:
+    """And a report survives as JSON."""
+    assert Verdict("speed", 1.0, 1.0).met and not Verdict("speed", 0.99, 1.0).met
+    assert Verdict("size", 1.0, 1.1, at_least=False).met and not Verdict("size", 1.2, 1.1, at_least=False).met
+    write_json([Report("t", ["a"], [["1"]], [Verdict("speed", 1.0, 2.0)])], tmp_path / "out.json", threads=2)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["reports"][0]["verdicts"][0]["value"] == 1.0 and written["machine"]["threads"] == 2
+
+
+@pytest.mark.slow  # three processes that import PyTorch
+def test_memory_is_measured_in_another_process() -> None:
+    """More tokens need more; a subject that does not exist is an error with the process's words."""
+    short, long = (peak_memory.measure("matrix", time, threads=1) for time in (256, 1024))
+    assert 0 < short < long < 2**30
+    with pytest.raises(RuntimeError, match="failed"):
+        peak_memory.measure("matrix", -1, threads=1)
