@@ -223,7 +223,8 @@ def check_state_is_a_value(layer: SequenceLayer, hidden: int) -> None:
         _, state = layer(x)
         before = [t.clone() for _, t in state.tensors()]
         expected = probe(layer, state)
-        assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors(), strict=True)), "a call changed its state"
+        unchanged = [torch.equal(a, b) for a, (_, b) in zip(before, state.tensors(), strict=True)]
+        assert all(unchanged), "a call changed the state it was given"
         close([probe(layer, state)], [expected])
 
         copy = state.clone()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from nestling.layers.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nestling.memory.bank import BankState, MemoryBank
@@ -60,11 +60,11 @@ class Memory:
 
 @dataclass
 class Gates:
-    """Rates of one token, `[N, H]`; `l` per layer."""
+    """Rates of one token, `[N, H]`; `e` and `lr` per layer."""
 
     a: Tensor
-    e: Tensor
-    l: list[Tensor]
+    e: list[Tensor]
+    lr: list[Tensor]
     b: Tensor
 
 
@@ -144,7 +144,10 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
         e = torch.zeros_like(size)
         reach = torch.ones_like(a) if c.objective == "dot" else (1 - a).clamp_min(1 / c.chunk_size)
         steps = [s * size * reach for s in share]
-    return Gates(a, e, [step * (1 - b) for step in steps], b)
+    before_last = [e] * (c.layers - 1)
+    if layer.hidden_erase is not None:
+        before_last = [h * e for h in torch.sigmoid(layer.hidden_erase)]
+    return Gates(a, [*before_last, e], [step * (1 - b) for step in steps], b)
 
 
 def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, online: bool) -> None:
@@ -154,7 +157,7 @@ def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, o
         gradients[-1] = online_gradient(rule, memory.running, inputs, k, target)
     for layer, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
         power = 1.0 if layer == 0 else x.square().sum(-1).clamp_min(1.0)
-        e, lr = ((rate / power)[..., None, None] for rate in (gates.e, gates.l[layer]))
+        e, lr = ((rate / power)[..., None, None] for rate in (gates.e[layer], gates.lr[layer]))
         weight, column = memory.running[layer], x[..., None]
         surprise = gates.b[..., None, None] * memory.surprise[layer] - lr * gradient
         memory.surprise[layer] = surprise

@@ -36,7 +36,7 @@ def test_a_frozen_matrix_memory_is_the_gated_delta_rule() -> None:
         made = generate(layer, memories, u[:, t])
         k, v = normalize(made["k"]), normalize(made["v"])
         gates = rates(layer, made["eta"], made["alpha"], b[:, t])
-        a, lr = gates.a[..., None, None], gates.l[0][..., None]
+        a, lr = gates.a[..., None, None], gates.lr[0][..., None]
         error = (weight @ k[..., None])[..., 0] - v
         weight = a * weight - (lr * error)[..., None] * k[..., None, :]
         outputs.append((weight @ q[:, t, :, :, None])[..., 0])
@@ -45,7 +45,8 @@ def test_a_frozen_matrix_memory_is_the_gated_delta_rule() -> None:
     o = torch.stack(outputs, 1)
     o = (o * (o.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * layer.out_norm).flatten(-2)
     assert layer.gate_proj is not None
-    torch.testing.assert_close(y, layer.out_proj(o * torch.nn.functional.silu(layer.gate_proj(x))), rtol=1e-9, atol=1e-11)
+    wanted = layer.out_proj(o * torch.nn.functional.silu(layer.gate_proj(x)))
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("settings", [MATRIX, MLP, MLP | {"self_chunk_size": 8, "erase": False}], ids=str)

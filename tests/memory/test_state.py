@@ -47,7 +47,9 @@ def make(rows: int = 3, cache: int = 2) -> Outer:
 def same(a: State, b: State) -> bool:
     """Equal names, values and types."""
     left, right = dict(a.tensors()), dict(b.tensors())
-    return left.keys() == right.keys() and all(t.dtype == right[n].dtype and torch.equal(t, right[n]) for n, t in left.items())
+    if left.keys() != right.keys():
+        return False
+    return all(t.dtype == right[n].dtype and torch.equal(t, right[n]) for n, t in left.items())
 
 
 def test_tensors_have_dotted_names() -> None:
@@ -207,9 +209,9 @@ def test_not_a_state_file(tmp_path: Path) -> None:
 def test_another_shape(tmp_path: Path) -> None:
     path = tmp_path / "a"
     Inner([torch.zeros(2, 3)], None).write_file(path, "m")
-    with pytest.raises(StateFileError, match=r"weights.0 has shape \(2, 3\), this model needs \(1, 4\) \(batch apart\)"):
+    with pytest.raises(StateFileError, match=r"weights.0 has shape \(2, 3\), this model needs \(1, 4\)"):
         Inner([torch.zeros(1, 4)], None).read_file(path, "m")
-    with pytest.raises(StateFileError, match="weights.0 has shape"):
+    with pytest.raises(StateFileError, match=r"weights\.0 has shape"):
         Inner([torch.zeros(1, 3, 1)], None).read_file(path, "m")
     with pytest.raises(StateFileError, match=r"does not have this model's tensors; first difference: surprise.0"):
         Inner([torch.zeros(1, 3)], [torch.zeros(1, 3)]).read_file(path, "m")
@@ -226,5 +228,5 @@ def test_damaged_contents(tmp_path: Path) -> None:
     with pytest.raises(StateFileError, match="mixes batch sizes"):
         Inner([torch.zeros(1, 3)], None).read_file(path, "m")
     Inner([torch.full((2, 3), float("nan"))], None).write_file(path, "m")
-    with pytest.raises(StateFileError, match="weights.0 holds NaN or infinity; the file is damaged"):
+    with pytest.raises(StateFileError, match=r"weights\.0 holds NaN or infinity; the file is damaged"):
         Inner([torch.zeros(1, 3)], None).read_file(path, "m")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from nestling.ops.short_conv import short_conv
 
@@ -29,8 +29,8 @@ def test_equals_conv1d_over_tail_and_input(width: int, time: int) -> None:
     assert torch.equal(after, seen[:, time:])
     mix = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     inputs = (x, weight, tail) if width > 1 else (x, weight)
-    pairs = zip(torch.autograd.grad((y * mix).sum(), inputs), torch.autograd.grad((wanted * mix).sum(), inputs), strict=True)
-    for a, b in pairs:
+    ours, theirs = (torch.autograd.grad((out * mix).sum(), inputs) for out in (y, wanted))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -96,6 +96,8 @@ class SoftmaxAttention(SequenceLayer):
         if state is not None and not isinstance(state, AttentionState):
             raise TypeError(f"softmax attention continues from an AttentionState, not from {type(state).__name__}")
         time = x.shape[1]
+        if time == 0:
+            return x, state or self.init_state(x.shape[0])
         heads = (-1, self.config.head_dim)
         cos, sin = _rotation(self.config, state, time, x.device)
         q = _rotate(self.query(x).unflatten(-1, heads), cos, sin)

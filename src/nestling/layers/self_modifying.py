@@ -47,6 +47,9 @@ class SelfModifyingConfig(Rule):
         max_erase: upper end of e_t + (folded) l_t. 2 allows negative eigenvalues, which state tracking needs.
         inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
             MLPs, which did not learn parity with larger shares.
+        hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
+            the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
+            the layer after it, and with full shares parity did not carry over to longer sequences.
         use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
         conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
         output_gate: multiply the normalised output by silu(x W_g).
@@ -71,6 +74,7 @@ class SelfModifyingConfig(Rule):
     self_chunk_size: int | None = None
     max_erase: float = 2.0
     inner_lr_scale: float | None = None
+    hidden_erase_scale: float = 0.1
     use_retention: bool = True
     conv_size: int = 4
     output_gate: bool = True
@@ -99,6 +103,8 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
         if not 0 < self.share < 1:
             raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
+        if not 0 < self.hidden_erase_scale < 1:
+            raise ValueError(f"hidden_erase_scale is in (0, 1), not {self.hidden_erase_scale}")
 
     @property
     def outer_chunk(self) -> int:
@@ -150,6 +156,8 @@ class SelfModifyingTitans(SequenceLayer):
         e_t = 0, l_t = share * sigmoid(eta_t + bias) * max(1/C, 1 - a_t) * (1 - b_t)       chunk gradients, no erase
         e_t + l_t = max_erase * sigmoid(eta_t + bias), l_t = share * e_t (or e_t = 0)      online gradients
 
+    (an MLP's layers before the last use a learnable share of e_t)
+
     so that on a constant token the error of a chunk shrinks (docs/paper_map.md has the bound).
     """
 
@@ -178,6 +186,11 @@ class SelfModifyingTitans(SequenceLayer):
         self.eta_bias = nn.Parameter(torch.empty(c.num_heads))
         self.alpha_bias = nn.Parameter(torch.empty(c.num_heads)) if c.use_retention else None
         self.share = nn.Parameter(torch.empty(c.layers, c.num_heads))
+        hidden = c.layers - 1 if c.erase else 0
+        self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
+        for rate in (self.share, self.hidden_erase, self.conv):
+            if rate is not None:
+                rate._no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     def _bank(self, names: list[str]) -> MemoryBank:
@@ -192,7 +205,9 @@ class SelfModifyingTitans(SequenceLayer):
         if self.alpha_bias is not None:
             with torch.no_grad():
                 self.alpha_bias.copy_(torch.linspace(0.0, 6.0, c.num_heads))
-        nn.init.constant_(self.share, math.log(c.share / (1 - c.share)))
+        nn.init.constant_(self.share, _logit(c.share))
+        if self.hidden_erase is not None:
+            nn.init.constant_(self.hidden_erase, _logit(c.hidden_erase_scale))
         nn.init.normal_(self.conv, std=0.1)
         with torch.no_grad():
             self.conv[:, -1] += 1.0
@@ -353,7 +368,15 @@ class SelfModifyingTitans(SequenceLayer):
         if log_b is not None:
             rate = rate * -torch.expm1(log_b)
         log_a = torch.zeros_like(eta) if log_a is None else log_a
-        return Rates(erase, [rate * s for s in shares], decay_products(log_a, log_b, valid))
+        erases = None
+        if erase is not None:
+            hidden = () if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(eta.dtype))[:, :, None]
+            erases = [*(erase * s for s in hidden), erase]
+        return Rates(erases, [rate * s for s in shares], decay_products(log_a, log_b, valid))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 # Functions of the class, so that all layers of a model share one compilation; nothing is compiled before the first call.

@@ -51,9 +51,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Rates:
-    """Per-token rates of a chunk: e_t `[N, H, L]` (None without erase), l_t of every layer, and the decay products."""
+    """Per-token rates of a chunk, `[N, H, L]` for every layer: e_t (None without erase) and l_t; the decay products."""
 
-    erase: Tensor | None
+    erase: list[Tensor] | None
     inner_lr: list[Tensor]
     decay: Decay
 
@@ -99,11 +99,12 @@ class MemoryBank(nn.Module):
         The first weights of MLPs and gates are scaled by sqrt(K): their inputs have length 1, and hidden activations
         and logits should start at unit variance while the parameters keep the size of other linear layers'.
         """
-        first = self.initial[0].to(dtype)
+        # Not a slice of the ParameterList: that makes new parameters, which cuts functional_call off from the gradient.
+        first, *deeper = (w.to(dtype) for w in self.initial)
         scale = torch.full((first.shape[1], 1), math.sqrt(self.width), dtype=dtype, device=first.device)
         if self.depth == 1:
             scale[: len(self.deep) * self.hidden] = 1.0
-        weights = [first * scale] + [w.to(dtype) for w in self.initial[1:]]
+        weights = [first * scale, *deeper]
         rows = [w.expand(batch_size, *w.shape) for w in weights]
         surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
         return BankState(start=rows, running=list(rows), surprise=surprise)
@@ -204,7 +205,8 @@ class MemoryBank(nn.Module):
         """
         running, surprises, z = [], [], q
         for layer, (x, g) in enumerate(zip(at_key.inputs, gradients, strict=True)):
-            lr, erase, decay = rates.inner_lr[layer], rates.erase, rates.decay
+            lr, decay = rates.inner_lr[layer], rates.decay
+            erase = None if rates.erase is None else rates.erase[layer]
             if layer > 0:
                 # Hidden activations have any length: normalised rates keep the erase a contraction.
                 power = x.square().sum(-1).clamp_min(1.0).reciprocal()
