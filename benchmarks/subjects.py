@@ -35,15 +35,16 @@ class CausalAttention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
 
 
-def matrix_config(chunk: int = CHUNK, checkpoint: bool = False) -> SelfModifyingConfig:
+def matrix_config(checkpoint: bool = False, compiled: bool = False) -> SelfModifyingConfig:
     """Self-modifying Titans with matrix memories."""
-    return _config(memory="matrix", chunk_size=chunk, checkpoint_chunks=CHECKPOINT_CHUNKS if checkpoint else None)
+    stride = CHECKPOINT_CHUNKS if checkpoint else None
+    return _config(memory="matrix", chunk_size=CHUNK, checkpoint_chunks=stride, compile_chunks=compiled)
 
 
-def mlp_config(chunk: int = CHUNK, checkpoint: bool = False) -> SelfModifyingConfig:
+def mlp_config(checkpoint: bool = False, compiled: bool = False) -> SelfModifyingConfig:
     """Self-modifying Titans with MLP memories and momentum."""
     stride = CHECKPOINT_CHUNKS if checkpoint else None
-    return _config(memory="mlp", momentum=True, chunk_size=chunk, checkpoint_chunks=stride)
+    return _config(memory="mlp", momentum=True, chunk_size=CHUNK, checkpoint_chunks=stride, compile_chunks=compiled)
 
 
 def titans_config(chunk: int) -> SelfModifyingConfig:

@@ -171,3 +171,11 @@ def test_checkpointing_changes_nothing(name: str, stride: int) -> None:
     plain, thrifty = make_layer(**CASES[name]), make_layer(**CASES[name], checkpoint_chunks=stride)
     x = sample(2, 23, 8).requires_grad_()
     assert_same(run_layer(thrifty, x), run_layer(plain, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["matrix", "mlp momentum"])
+def test_compiled_chunks_change_nothing(name: str) -> None:
+    plain, compiled = make_layer(**CASES[name]), make_layer(**CASES[name], compile_chunks=True)
+    x = sample(2, 11, 8).requires_grad_()
+    assert_same(run_layer(compiled, x), run_layer(plain, x))

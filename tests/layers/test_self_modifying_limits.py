@@ -68,7 +68,7 @@ def online_twin(layer: SelfModifyingTitans) -> SelfModifyingTitans:
     _, _, b = project(layer, sample(1, 1, 8))
     eta, alpha = sample(1, 2, 1), sample(1, 2, 1, seed=2)
     other = twin(layer, gradient="online")
-    ratio = rates(layer, eta, alpha, b[:, 0]).e / rates(other, eta, alpha, b[:, 0]).e
+    ratio = rates(layer, eta, alpha, b[:, 0]).e[-1] / rates(other, eta, alpha, b[:, 0]).e[-1]
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
     return twin(layer, gradient="online", max_erase=layer.config.max_erase * ratio[0, 0].item())
 

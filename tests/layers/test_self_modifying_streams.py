@@ -27,6 +27,7 @@ EXTREMES: dict[str, dict[str, float]] = {
     "highest rate, forgets": {"eta_bias": 20.0, "alpha_bias": -30.0},
     "highest rate, keeps": {"eta_bias": 20.0, "alpha_bias": 30.0},
     "highest rate, large share": {"eta_bias": 20.0, "share": 10.0},
+    "large share, hidden layers keep": {"eta_bias": 2.0, "share": 10.0, "hidden_erase": -10.0},
     "large share": {"share": 10.0},
 }
 EXTREME_CONFIGS: dict[str, dict[str, Any]] = {
@@ -116,8 +117,10 @@ def test_rates_at_their_ends_are_stable(name: str, extreme: str) -> None:
     """No value of a bias or a share makes a memory diverge; it would be exponential, so a generous bound finds it."""
     layer = make_layer(**{"chunk_size": 16} | EXTREME_CONFIGS[name])
     with torch.no_grad():
-        for parameter, value in EXTREMES[extreme].items():
-            getattr(layer, parameter).fill_(value)
+        for key, value in EXTREMES[extreme].items():
+            parameter = getattr(layer, key)
+            if parameter is not None:
+                parameter.fill_(value)
     peaks = stream(layer, 400, 200)
     assert float(peaks.max()) < 200, f"fast weights reach {float(peaks.max()):.3g} in 400 tokens"
 
@@ -140,6 +143,22 @@ def test_float32_gradients_are_finite(name: str) -> None:
     assert x.grad is not None and bool(torch.isfinite(x.grad).all())
     for key, parameter in layer.named_parameters():
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), key
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient": "online", "erase": False}], ids=["momentum", "online"])
+def test_gradients_are_finite_when_a_token_wipes_the_memory(settings: dict[str, Any]) -> None:
+    """a and b near 0: products over a chunk run over the whole range of float32."""
+    layer = make_layer(**{"momentum": not settings} | settings, chunk_size=64)
+    with torch.no_grad():
+        layer.alpha_bias.fill_(-400.0)
+        if layer.momentum_proj is not None:
+            layer.momentum_proj.bias.fill_(-100.0)
+    x = torch.randn(2, 150, HIDDEN).requires_grad_()
+    y, state = layer(x)
+    (y.sum() + sum(t.square().sum() for t in state.main.running)).backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), key
 
 
 def test_enormous_inputs_do_not_overflow() -> None:

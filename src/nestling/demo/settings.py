@@ -19,9 +19,9 @@ class DemoSettings:
         tokens: budget of each model at most. Bytes are the tokens, so this is also bytes of text.
         size: of both presets.
         sequence_length: tokens a training step reads; also how often "memory reset" resets.
-        batch_size: rows of a step.
-        carry_tokens: a row's memory lives so long in training; None carries it to the end of the row's stream (an
-            eighth of the corpus, longer than what the demo reads). Memories trained for 4,096 bytes helped for about
+        batch_size: rows of a step. Few, since on so few tokens both models learn more from many small steps.
+        carry_tokens: a row's memory lives so long in training; None carries it to the end of the row's stream (a
+            quarter of the corpus, longer than what the demo reads). Memories trained for 4,096 bytes helped for about
             that long and did harm after it.
         validate: tokens of the held-out text.
         read: tokens of the unseen text that are read before the memory is saved.
@@ -36,7 +36,7 @@ class DemoSettings:
     tokens: int = 600_000
     size: str = "tiny"
     sequence_length: int = 256
-    batch_size: int = 8
+    batch_size: int = 4
     carry_tokens: int | None = None
     validate: int = 16_384
     read: int = 24_576

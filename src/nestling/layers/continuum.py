@@ -46,7 +46,7 @@ class ContinuumConfig:
     intermediate_size: int
     periods: tuple[int | None, ...] = (64, 256, None)
     variant: Literal["sequential", "nested", "headwise"] = "sequential"
-    target: Literal["next", "value", "reconstruction"] = "next"
+    target: Literal["next", "value", "reconstruction"] = "value"
     erase: bool = False
     inner_lr_scale: float = 0.5
     norm_eps: float = 1e-6
@@ -172,12 +172,11 @@ class ContinuumLevel(nn.Module):
         spans = chunk_spans(grid.phase, grid.slots, self.period)
         pieces = zip(*(t.split([e - s for s, e in spans], 1) for t in tokens), strict=True)
         outputs, start, running, initial = [], state.start, state.running, state.initial
-        for (begin, end), (h_c, target_c, *other) in zip(spans, pieces, strict=True):
+        for (_, end), (h_c, target_c, *other) in zip(spans, pieces, strict=True):
             outputs.append(h_c @ start.mT)
             key_c = other[0] if other else h_c
             recalled = key_c @ start.mT if other else outputs[-1]
-            valid = grid.valid_slots(begin, end, h.device)
-            running = self._write(running, key_c, recalled - target_c, valid)
+            running = self._write(running, key_c, recalled - target_c)
             if end % self.period == 0:
                 start = grid.where_crossed(end, running, start)
                 if self.context is not None and end % self.context == 0:
@@ -200,18 +199,17 @@ class ContinuumLevel(nn.Module):
         index = lengths.to(h.device)[:, None, None].expand(-1, 1, h.shape[2])
         return seen[:, :-1], seen.gather(1, index)
 
-    def _write(self, running: Tensor, key: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
+    def _write(self, running: Tensor, key: Tensor, error: Tensor) -> Tensor:
         """Gradient steps on 1/2 |W key - target|^2 at the period's first weights.
 
         Rates times |key|^2 sum to at most 1 over a period. Then the map from one period's weights to the next never
         stretches, whatever the keys. With the erase, e_t |key|^2 <= 1 for each token alone is not enough: the gradients
         see none of the period's erases, and keys that turn slowly make the weights grow without bound.
+
+        Slots without a token hold a key of zeros: they write and erase nothing.
         """
         assert self.rate is not None and self.period is not None
         power = key.square().sum(-1).clamp_min(1.0).reciprocal()
-        if valid is not None:
-            valid = valid[:, 0]
-            power = power * valid
         rate = torch.sigmoid(self.rate) / self.period * power
         step = rate.unsqueeze(-1) * error
         if not self.config.erase:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.sequence import SequenceLayer
@@ -98,7 +98,9 @@ class SelfModifyingConfig(Rule):
         if "memory" not in self.adapt:
             raise ValueError("adapt must name 'memory': a layer whose main memory never learns is a feed-forward layer")
         if self.chunk_size < 1 or self.outer_chunk % self.chunk_size:
-            raise ValueError(f"self_chunk_size {self.self_chunk_size} is not a multiple of chunk_size {self.chunk_size}")
+            raise ValueError(
+                f"self_chunk_size {self.self_chunk_size} is not a multiple of chunk_size {self.chunk_size}"
+            )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
         if not 0 < self.share < 1:
@@ -199,7 +201,7 @@ class SelfModifyingTitans(SequenceLayer):
         return MemoryBank(deep, gates, c.num_heads, self.head_dim, c.layers, c.expansion, c.activation)
 
     def reset_parameters(self) -> None:
-        """Retentions from 0.958 to 0.9998 over the heads, rates at the middle of their range, the convolution near identity."""
+        """Retentions from 0.958 to 0.9998 over the heads, rates at mid-range, the convolution near identity."""
         c = self.config
         nn.init.zeros_(self.eta_bias)
         if self.alpha_bias is not None:
@@ -273,7 +275,10 @@ class SelfModifyingTitans(SequenceLayer):
         outputs, main, own = [], state.main, state.own
         spans = chunk_spans(grid.phase, grid.slots, self.config.outer_chunk)
         sizes = [end - start for start, end in spans]
-        pieces = [dict(zip(tokens, part, strict=True)) for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)]
+        pieces = [
+            dict(zip(tokens, part, strict=True))
+            for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)
+        ]
         stride = self.config.checkpoint_chunks
         for at in range(0, len(spans), stride or 1):
             group = slice(at, at + (stride or 1))
@@ -287,7 +292,12 @@ class SelfModifyingTitans(SequenceLayer):
         return (o if grid.offsets is None else unshift_rows(o, grid, streams.shape[1])), main, own
 
     def _chunks(
-        self, spans: list[tuple[int, int]], pieces: list[dict[str, Tensor]], main: BankState, own: BankState | None, grid: Grid
+        self,
+        spans: list[tuple[int, int]],
+        pieces: list[dict[str, Tensor]],
+        main: BankState,
+        own: BankState | None,
+        grid: Grid,
     ) -> tuple[Tensor, BankState, BankState | None]:
         outputs = []
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
@@ -379,6 +389,6 @@ def _logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-# Functions of the class, so that all layers of a model share one compilation; nothing is compiled before the first call.
+# Functions of the class: all layers of a model share one compilation, and nothing is compiled before the first call.
 _compiled_generate = torch.compile(SelfModifyingTitans._generate, dynamic=False)
 _compiled_step = torch.compile(SelfModifyingTitans._step, dynamic=False)

@@ -31,7 +31,8 @@ class SequenceLayer(nn.Module, ABC):
             x: input.
             state: what an earlier call returned, one row per row of `x` (per document with `cu_seqlens`); None starts
                 every row from the meta-learned initial state.
-            mask: `[B, T]`, non-zero for real tokens. Masked tokens neither write nor advance the chunk; their output is 0.
+            mask: `[B, T]`, non-zero for real tokens. Masked tokens neither write nor advance the
+                chunk, and their output is 0.
             cu_seqlens: `[N + 1]` boundaries of documents packed in one row; every document has a state row of its own.
 
         Raises:

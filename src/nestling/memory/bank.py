@@ -72,7 +72,14 @@ class MemoryBank(nn.Module):
     """
 
     def __init__(
-        self, deep: tuple[str, ...], gates: tuple[str, ...], num_heads: int, width: int, depth: int, expansion: int, activation: str
+        self,
+        deep: tuple[str, ...],
+        gates: tuple[str, ...],
+        num_heads: int,
+        width: int,
+        depth: int,
+        expansion: int,
+        activation: str,
     ) -> None:
         super().__init__()
         self.deep, self.gates = deep, gates

@@ -8,6 +8,7 @@ When all rows have one phase and no padding nothing is shifted and no token is m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Grid:
 def chunk_spans(start: int, end: int, chunk: int) -> list[tuple[int, int]]:
     """`[start, end)` cut at the multiples of `chunk`."""
     cuts = [start, *range(start - start % chunk + chunk, end, chunk), end]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [(a, b) for a, b in pairwise(cuts) if b > a]
 
 
 def shift_rows(x: Tensor, grid: Grid) -> Tensor:

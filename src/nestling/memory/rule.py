@@ -47,16 +47,18 @@ class Rule:
         _one_of("read", self.read, ("token", "chunk"))
         if self.gradient == "online" and self.objective not in ("l2", "dot"):
             raise ValueError(
-                f"gradient='online' needs objective 'l2' or 'dot': the gradient of {self.objective!r} is not linear in the "
-                "fast weights, so a chunk has no closed form; use gradient='chunk'"
+                f"gradient='online' needs objective 'l2' or 'dot': the gradient of {self.objective!r} is not linear in "
+                "the fast weights, so a chunk has no closed form; use gradient='chunk'"
             )
         if self.gradient == "online" and self.momentum:
             raise ValueError(
-                "gradient='online' cannot have momentum: the surprise would hold gradients that depend on every weight of "
-                "the chunk, which has no closed form; use gradient='chunk'"
+                "gradient='online' cannot have momentum: the surprise would hold gradients that depend on every weight "
+                "of the chunk, which has no closed form; use gradient='chunk'"
             )
         if self.read == "chunk" and self.read_before:
-            raise ValueError("read='chunk' reads the weights before all writes of the chunk; read_before has no meaning there")
+            raise ValueError(
+                "read='chunk' reads the weights before all writes of the chunk; read_before has no meaning there"
+            )
         if self.objective == "lp" and self.p <= 1:
             raise ValueError(f"objective='lp' needs p > 1 for a continuous gradient, not {self.p}")
         for name in ("delta", "clip"):

@@ -48,6 +48,7 @@ _SIZES = {
     "1.3b": Size(2048, 24, 64, 5632, 64, 32000, (512, 2048, None)),
 }
 SIZES: tuple[str, ...] = tuple(_SIZES)
+DEFAULT_TARGET = "value"
 
 
 def hope(
@@ -61,6 +62,8 @@ def hope(
     chunk_size: int = 64,
     momentum: bool = False,
     periods: Sequence[int | None] | None = None,
+    variant: str = "sequential",
+    target: str = DEFAULT_TARGET,
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Hope: self-modifying Titans with MLP memories, then the continuum memory system (NL section 8.3, Eq. 94-97).
@@ -75,6 +78,8 @@ def hope(
         chunk_size: tokens in a chunk of the self-modifying memories.
         momentum: keep a running surprise.
         periods: update periods of the continuum's levels in tokens, fast to slow; None in it never updates.
+        variant: of the continuum: "sequential", "nested" or "headwise".
+        target: of the continuum's levels: "next", "value" or "reconstruction".
         tie_word_embeddings: use the embedding as the output projection.
 
     Raises:
@@ -82,7 +87,7 @@ def hope(
     """
     shape = _shape(size, vocab_size, hidden_size, num_layers)
     mixer = {"kind": "self_modifying", "memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}
-    channel = {"kind": "continuum", "periods": list(periods or shape.periods)}
+    channel = _continuum(periods or shape.periods, variant, target)
     return _assemble(shape, mixer, channel, num_heads, intermediate_size, tie_word_embeddings)
 
 
@@ -97,12 +102,14 @@ def hope_linear(
     chunk_size: int = 64,
     momentum: bool = False,
     periods: Sequence[int | None] | None = None,
+    variant: str = "sequential",
+    target: str = DEFAULT_TARGET,
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Hope with matrix-valued memories, several times faster; arguments as in `hope`."""
     shape = _shape(size, vocab_size, hidden_size, num_layers)
     mixer = {"kind": "self_modifying", "memory": "matrix", "chunk_size": chunk_size, "momentum": momentum}
-    channel = {"kind": "continuum", "periods": list(periods or shape.periods)}
+    channel = _continuum(periods or shape.periods, variant, target)
     return _assemble(shape, mixer, channel, num_heads, intermediate_size, tie_word_embeddings)
 
 
@@ -117,6 +124,8 @@ def hope_attention(
     window: int | None = None,
     intermediate_size: int | None = None,
     periods: Sequence[int | None] | None = None,
+    variant: str = "sequential",
+    target: str = DEFAULT_TARGET,
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Hope-Attention: softmax attention, then the continuum memory system (NL section 8.3).
@@ -125,7 +134,7 @@ def hope_attention(
     """
     shape = _shape(size, vocab_size, hidden_size, num_layers)
     mixer = {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window}
-    channel = {"kind": "continuum", "periods": list(periods or shape.periods)}
+    channel = _continuum(periods or shape.periods, variant, target)
     return _assemble(shape, mixer, channel, num_heads, intermediate_size, tie_word_embeddings)
 
 
@@ -146,6 +155,10 @@ def transformer(
     mixer = {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window}
     channel = {"kind": "feed_forward"}
     return _assemble(shape, mixer, channel, num_heads, intermediate_size, tie_word_embeddings)
+
+
+def _continuum(periods: Sequence[int | None], variant: str, target: str) -> dict[str, Any]:
+    return {"kind": "continuum", "periods": list(periods), "variant": variant, "target": target}
 
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {

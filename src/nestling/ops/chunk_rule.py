@@ -225,80 +225,99 @@ def chunk_scan(
         raise ValueError("online gradients with momentum have no closed form: the momentum would have to carry W")
     if schedule not in ("parallel", "sequential"):
         raise ValueError(f"schedule is 'parallel' or 'sequential', not {schedule!r}")
-    ones = torch.ones_like(x[..., 0])
-    rate = ones if inner_lr is None else inner_lr
+    rate = torch.ones_like(x[..., 0]) if inner_lr is None else inner_lr
     if online:
         erase = rate if erase is None else erase + rate
-    step = rate[..., None] * g
-    log_a = 0 * ones if log_retention is None else log_retention
+    log_a = torch.zeros_like(rate) if log_retention is None else log_retention
     if log_momentum is not None and surprise is None:
         surprise = torch.zeros_like(weight)
+    tokens = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
     scan = _scan_parallel if schedule == "parallel" else _scan_sequential
-    return scan(x, step, q, erase, log_a, log_momentum, weight, surprise, chunk_size, read_before)
+    return scan(tokens, weight, surprise, chunk_size, read_before)
 
 
-def _scan_sequential(x, step, q, erase, log_a, log_b, weight, surprise, size, before):  # type: ignore[no-untyped-def]
+@dataclass(frozen=True)
+class _Tokens:
+    """What the scan needs of every token: inputs, steps l g, queries, e and the logarithms of a and b."""
+
+    x: Tensor
+    step: Tensor
+    q: Tensor
+    erase: Tensor | None
+    log_a: Tensor
+    log_b: Tensor | None
+
+    def part(self, t: slice) -> _Tokens:
+        """Tokens `t` of all."""
+        erase, log_b = (None if r is None else r[..., t] for r in (self.erase, self.log_b))
+        return _Tokens(self.x[..., t, :], self.step[..., t, :], self.q[..., t, :], erase, self.log_a[..., t], log_b)
+
+    def fold(self, size: int) -> _Tokens:
+        """All tokens as `[..., chunks, size, D]`, zeros after the last."""
+
+        def rows(t: Tensor) -> Tensor:
+            return torch.nn.functional.pad(t, (0, 0, 0, -t.shape[-2] % size)).unflatten(-2, (-1, size))
+
+        erase, log_b = (None if r is None else rows(r[..., None])[..., 0] for r in (self.erase, self.log_b))
+        log_a = rows(self.log_a[..., None])[..., 0]
+        return _Tokens(rows(self.x), rows(self.step), rows(self.q), erase, log_a, log_b)
+
+
+_Scanned = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _scan_sequential(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, size: int, before: bool) -> _Scanned:
     outputs = []
-    for at in range(0, x.shape[-2], size):
-        t = slice(at, at + size)
-        decay = decay_products(log_a[..., t], None if log_b is None else log_b[..., t])
-        writes = chunk_writes(
-            x[..., t, :], step[..., t, :], None if erase is None else erase[..., t], decay, weight, surprise
-        )
-        outputs.append(chunk_read(q[..., t, :], writes, decay, weight, surprise, before))
+    for at in range(0, tokens.x.shape[-2], size):
+        chunk = tokens.part(slice(at, at + size))
+        decay = decay_products(chunk.log_a, chunk.log_b)
+        writes = chunk_writes(chunk.x, chunk.step, chunk.erase, decay, weight, surprise)
+        outputs.append(chunk_read(chunk.q, writes, decay, weight, surprise, before))
         weight, surprise = chunk_advance(writes, decay, weight, surprise)
     return torch.cat(outputs, dim=-2), weight, surprise
 
 
-def _scan_parallel(x, step, q, erase, log_a, log_b, weight, surprise, size, before):  # type: ignore[no-untyped-def]
+def _scan_parallel(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, size: int, before: bool) -> _Scanned:
     """A chunk maps its first weights linearly, [W_C | S_C] = [W_0 | S_0] F + H; find F and H of all chunks, then chain.
 
     The map's parts come from `chunk_writes` and `chunk_advance` themselves, fed with the identity for W_0 (and S_0) and
     no step, and with zero weights and the true step.
     """
-    time = x.shape[-2]
+    time = tokens.x.shape[-2]
     size = min(size, time)
-    pad = -time % size
-    fold = lambda t: None if t is None else _fold(t, size, pad)  # noqa: E731
+    chunks = tokens.fold(size)
     valid = None
-    if pad:
-        valid = torch.arange(time + pad, device=x.device).reshape(-1, size) < time
-    x, step, q = fold(x), fold(step), fold(q)
-    erase, log_a, log_b = (None if r is None else fold(r[..., None])[..., 0] for r in (erase, log_a, log_b))
-    decay = decay_products(log_a, log_b, valid)
+    if time % size:
+        valid = torch.arange(chunks.x.shape[-3] * size, device=weight.device).reshape(-1, size) < time
+    decay = decay_products(chunks.log_a, chunks.log_b, valid)
 
-    zero = x.new_zeros(*step.shape[:-2], step.shape[-1], x.shape[-1])
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
-    none = torch.zeros_like(x)
-    has_momentum = surprise is not None
-    written = chunk_writes(x, step, erase, decay, zero, zero if has_momentum else None)
-    offset = chunk_advance(written, decay, zero, zero if has_momentum else None)
-    from_weight = _unit_response(x, none, erase, decay, eye, has_momentum)
-    from_surprise = _unit_response(x, none, erase, decay, eye, True, swap=True) if has_momentum else None
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device).expand(*chunks.x.shape[:-2], -1, -1)
+    zero = chunks.x.new_zeros(*chunks.x.shape[:-2], weight.shape[-2], weight.shape[-1])
+    off_w, off_s = _response(chunks, chunks.step, decay, zero, None if surprise is None else zero)
+    no_step = torch.zeros_like(chunks.x)
+    w_to_w, _ = _response(chunks, no_step, decay, eye, None if surprise is None else torch.zeros_like(eye))
+    s_to_w = s_to_s = None
+    if surprise is not None:
+        s_to_w, s_to_s = _response(chunks, no_step, decay, torch.zeros_like(eye), eye)
 
     starts_w, starts_s = [], []
-    for n in range(x.shape[-3]):
+    for n in range(chunks.x.shape[-3]):
         starts_w.append(weight)
-        starts_s.append(surprise)
-        after = weight @ from_weight[0][..., n, :, :] + offset[0][..., n, :, :]
-        if has_momentum:
-            after = after + surprise @ from_surprise[0][..., n, :, :]
-            surprise = surprise @ from_surprise[1][..., n, :, :] + offset[1][..., n, :, :]
-        weight = after
+        weight = weight @ w_to_w[..., n, :, :] + off_w[..., n, :, :]
+        if surprise is not None:
+            assert s_to_w is not None and s_to_s is not None and off_s is not None
+            starts_s.append(surprise)
+            weight = weight + surprise @ s_to_w[..., n, :, :]
+            surprise = surprise @ s_to_s[..., n, :, :] + off_s[..., n, :, :]
     w0 = torch.stack(starts_w, dim=-3)
-    s0 = torch.stack(starts_s, dim=-3) if has_momentum else None
-    writes = chunk_writes(x, step, erase, decay, w0, s0)
-    y = chunk_read(q, writes, decay, w0, s0, before)
+    s0 = torch.stack(starts_s, dim=-3) if starts_s else None
+    writes = chunk_writes(chunks.x, chunks.step, chunks.erase, decay, w0, s0)
+    y = chunk_read(chunks.q, writes, decay, w0, s0, before)
     return y.flatten(-3, -2)[..., :time, :], weight, surprise
 
 
-def _unit_response(x, none, erase, decay, eye, has_momentum, swap=False):  # type: ignore[no-untyped-def]
-    """(W_C, S_C) of a chunk without steps, started at W_0 = I (or S_0 = I with `swap`)."""
-    zero = torch.zeros_like(eye)
-    w, s = (zero, eye) if swap else (eye, zero if has_momentum else None)
-    return chunk_advance(chunk_writes(x, none, erase, decay, w, s), decay, w, s)
-
-
-def _fold(t: Tensor, size: int, pad: int) -> Tensor:
-    """`[..., T, D]` to `[..., chunks, size, D]`, zeros in the padding."""
-    return torch.nn.functional.pad(t, (0, 0, 0, pad)).unflatten(-2, (-1, size))
+def _response(
+    chunks: _Tokens, step: Tensor, decay: Decay, weight: Tensor, surprise: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(W_C, S_C) of every chunk from the given (W_0, S_0) and steps."""
+    return chunk_advance(chunk_writes(chunks.x, step, chunks.erase, decay, weight, surprise), decay, weight, surprise)

@@ -80,7 +80,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: f
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(series) > 1:
-            axes.legend(frameon=False, fontsize=10)
+            figure.legend(frameon=False, fontsize=10, loc="outside upper left", ncols=2)  # never over a line
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

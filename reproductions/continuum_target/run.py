@@ -1,0 +1,58 @@
+"""Which target should a continuum level learn in context? hope_attention, about 2.4M parameters, periods 16, 64, never.
+
+    python reproductions/continuum_target/run.py --train BOOK... --valid BOOK [--tokens 200000] [--jobs 2]
+
+Two seeds for each target and one run without updates, at one learning rate; prints validation losses in nats per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+RATE = 3e-3
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    *((t, {"target": t, "periods": [16, 64, None]}, s) for s in (0, 1) for t in ("next", "value", "reconstruction")),
+    ("no updates", {"periods": [None]}, 0),
+]
+
+
+def small_lm() -> Any:
+    """The functions of reproductions/small_lm/run.py."""
+    path = Path(__file__).parent.parent / "small_lm" / "run.py"
+    spec = importlib.util.spec_from_file_location("small_lm", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Train every case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/continuum_target"))
+    args = parser.parse_args()
+    lm = small_lm()
+    data, valid = (lm.prepare(books, args.work / "books") for books in (args.train, [args.valid]))
+
+    def run(case: tuple[str, dict[str, Any], int]) -> None:
+        name, overrides, seed = case
+        out = args.work / f"{name.replace(' ', '-')}-{seed}"
+        loss = lm.train_once(out, args.tokens, data, valid, "hope_attention", RATE, seed, overrides)["validation"][
+            "loss"
+        ]
+        print(f"{name:15} seed {seed}: {loss:.4f}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, CASES))
+
+
+if __name__ == "__main__":
+    main()
