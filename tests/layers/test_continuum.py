@@ -16,6 +16,7 @@ from tests.layers.battery import CHECKS, gradients, noise, weigh
 from tests.layers.reference_continuum import apply, reference
 
 HIDDEN = 8
+FIRST: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 12, "target": "next"}
 VARIANTS: dict[str, tuple[int | None, ...]] = {
     "sequential": (2, 3, 8, None),
     "nested": (2, 4, 8, None),
@@ -25,7 +26,7 @@ VARIANTS: dict[str, tuple[int | None, ...]] = {
 
 def make_layer(**settings: Any) -> ContinuumMemory:
     """A float64 layer whose parameters all differ from their first values."""
-    layer = ContinuumMemory(ContinuumConfig(**{"hidden_size": HIDDEN, "intermediate_size": 12} | settings)).double()
+    layer = ContinuumMemory(ContinuumConfig(**FIRST | settings)).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
