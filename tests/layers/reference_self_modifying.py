@@ -133,16 +133,18 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
         a = torch.sigmoid(alpha[..., 0] + layer.alpha_bias) ** (1 / 16)
     share = torch.sigmoid(layer.share)
     if c.gradient == "online" and c.objective == "l2":
-        e = c.max_erase * size / (1 + share[-1]) if c.erase else torch.zeros_like(size)
-        steps = [s * (e if c.erase else c.max_erase * size) for s in share]
+        total = a * c.max_erase * size
+        e = total / (1 + share[-1]) if c.erase else torch.zeros_like(size)
+        steps = [s * (e if c.erase else total) for s in share]
         if not c.erase:
-            steps[-1] = c.max_erase * size
+            steps[-1] = total
     elif c.erase:
-        e = c.max_erase * size
-        steps = [s * e for s in share]
+        full = c.max_erase * size
+        e = a * full
+        steps = [s * a * torch.minimum(full, 2 - full) for s in share]
     else:
         e = torch.zeros_like(size)
-        reach = torch.ones_like(a) if c.objective == "dot" else (1 - a).clamp_min(1 / c.chunk_size)
+        reach = torch.ones_like(a) if c.objective == "dot" else (1 - a).clamp_min(1 / c.outer_chunk)
         steps = [s * size * reach for s in share]
     before_last = [e] * (c.layers - 1)
     if layer.hidden_erase is not None:

@@ -44,7 +44,7 @@ class SelfModifyingConfig(Rule):
         self_targets: every memory generates its own targets, M_m(v_t) (Eq. 84). Without it, the target is v_t (Titans).
         chunk_size: tokens in a chunk of M_memory.
         self_chunk_size: tokens in a chunk of the other memories, a multiple of `chunk_size`; None is the same.
-        max_erase: upper end of e_t + (folded) l_t. 2 allows negative eigenvalues, which state tracking needs.
+        max_erase: upper end of (e_t + folded l_t) / a_t. 2 allows negative eigenvalues, which state tracking needs.
         inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
             MLPs, which did not learn parity with larger shares.
         hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
@@ -85,6 +85,19 @@ class SelfModifyingConfig(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "adapt", tuple(self.adapt))
+        sizes = (
+            "hidden_size",
+            "num_heads",
+            "chunk_size",
+            "self_chunk_size",
+            "expansion",
+            "conv_size",
+            "checkpoint_chunks",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.memory not in ("mlp", "matrix"):
@@ -97,7 +110,7 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"adapt names {sorted(unknown)}; memories are {', '.join(DEEP + GATES)}")
         if "memory" not in self.adapt:
             raise ValueError("adapt must name 'memory': a layer whose main memory never learns is a feed-forward layer")
-        if self.chunk_size < 1 or self.outer_chunk % self.chunk_size:
+        if self.outer_chunk % self.chunk_size:
             raise ValueError(
                 f"self_chunk_size {self.self_chunk_size} is not a multiple of chunk_size {self.chunk_size}"
             )
@@ -153,10 +166,10 @@ class SelfModifyingTitans(SequenceLayer):
 
     with k, v and q of length 1. The rates stay in their stable range whatever the memories say:
 
-        a_t = sigmoid(alpha_t + bias)^(1/16)
-        e_t = max_erase * sigmoid(eta_t + bias), l_t = share * e_t * (1 - b_t)             chunk gradients, delta erase
+        a_t = sigmoid(alpha_t + bias)^(1/16),  r_t = max_erase * sigmoid(eta_t + bias)
+        e_t = a_t r_t, l_t = share * a_t * min(r_t, 2 - r_t) * (1 - b_t)                   chunk gradients, delta erase
         e_t = 0, l_t = share * sigmoid(eta_t + bias) * max(1/C, 1 - a_t) * (1 - b_t)       chunk gradients, no erase
-        e_t + l_t = max_erase * sigmoid(eta_t + bias), l_t = share * e_t (or e_t = 0)      online gradients
+        e_t + l_t = a_t r_t, l_t = share * e_t (or e_t = 0)                                online gradients
 
     (an MLP's layers before the last use a learnable share of e_t)
 
@@ -234,7 +247,10 @@ class SelfModifyingTitans(SequenceLayer):
         """See `SequenceLayer.run`."""
         if state is None:
             state = self.init_state(x.shape[0])
-        assert isinstance(state, SelfModifyingState)
+        if not isinstance(state, SelfModifyingState):
+            raise TypeError(
+                f"self-modifying Titans continue from a SelfModifyingState, not from the state {type(state).__name__}"
+            )
         if x.shape[1] == 0:
             return x, state
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
@@ -361,19 +377,21 @@ class SelfModifyingTitans(SequenceLayer):
         if valid is not None:
             eta = eta * valid
         share = torch.sigmoid(self.share.to(eta.dtype))[:, :, None]
+        keep = 1.0 if log_a is None else log_a.exp()
         if c.gradient == "online" and c.objective == "l2":
-            total = c.max_erase * eta
+            total = c.max_erase * eta * keep
             erase = total / (1 + share[-1]) if c.erase else None
             rate = total if erase is None else erase
             shares = list(share) if c.erase else [*share[:-1], torch.ones_like(share[-1])]
         elif c.erase:
-            erase = rate = c.max_erase * eta
+            full = c.max_erase * eta
+            erase, rate = keep * full, keep * torch.minimum(full, 2 - full)
             shares = list(share)
         else:
             erase, shares = None, list(share)
             rate = eta
             if c.objective != "dot":
-                floor = 1.0 / c.chunk_size
+                floor = 1.0 / c.outer_chunk
                 rate = eta * (floor if log_a is None else (-torch.expm1(log_a)).clamp_min(floor))
         if log_b is not None:
             rate = rate * -torch.expm1(log_b)

@@ -11,8 +11,8 @@ def safe_normalize(x: Float[Tensor, "*batch D"], eps: float = 1e-6) -> Float[Ten
     """x / sqrt(|x|^2 + eps^2) over the last dimension: a zero vector gives zero, with finite gradients.
 
     `torch.nn.functional.normalize` divides by max(|x|, eps), and the gradient of the norm at zero is not finite there
-    once differentiated twice. A vector far above `eps` (1e-6) has length 1 to float32 precision. Entries beyond 1e17 count
-    as 1e17, so that |x|^2 cannot overflow in float32.
+    once differentiated twice. A vector far above `eps` (1e-6) has length 1 to float32 precision. Entries beyond 1e17
+    count as 1e17, so that |x|^2 cannot overflow in float32.
     """
     x = x.clamp(-1e17, 1e17)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps * eps)

@@ -83,9 +83,11 @@ def _packed_rows(shape: tuple[int, int], cu_seqlens: Tensor) -> Rows:
     if batch != 1:
         raise ValueError(f"cu_seqlens describes one packed row; the batch is {batch}")
     bounds = cu_seqlens.to(device="cpu", dtype=torch.long)
-    lengths = bounds.diff()
+    lengths = bounds.reshape(-1).diff()
     if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or bool((lengths < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to the row's length {time}; got {bounds.tolist()[:8]}...")
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the row's length {time}; got {bounds.reshape(-1).tolist()[:8]}"
+        )
     slots = torch.arange(max(int(lengths.max()), 1))
     index = torch.minimum(bounds[:-1, None] + slots, bounds[1:, None] - 1).clamp_min(0)
     return Rows(lengths, index, _valid(lengths, len(slots)), (1, time))
