@@ -150,7 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activation": "tanh"}, "activation is 'silu', 'gelu' or 'relu', not 'tanh'"),
     ({"adapt": ("memory", "value")}, r"adapt names \['value'\]; memories are memory, k, v, q, eta, alpha"),
     ({"adapt": ("k", "v")}, "adapt must name 'memory'"),
-    ({"chunk_size": 0}, "chunk_size 0"),
+    ({"chunk_size": 0}, "chunk_size must be at least 1"),
     ({"chunk_size": 4, "self_chunk_size": 6}, "self_chunk_size 6 is not a multiple of chunk_size 4"),
     ({"chunk_size": 4, "self_chunk_size": 2}, "self_chunk_size 2 is not a multiple of chunk_size 4"),
     ({"max_erase": 0.0}, r"max_erase is in \(0, 2\], not 0.0: beyond 2 the erase is no contraction"),
