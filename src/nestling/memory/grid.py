@@ -46,7 +46,7 @@ class Grid:
         """`[N, 1, end - start]`, True where a token stands; None when all slots hold one."""
         if self.offsets is None or self.ends is None:
             return None
-        slots = torch.arange(start, end)
+        slots = torch.arange(start, end, device="cpu")
         valid = (slots >= self.offsets[:, None]) & (slots < self.ends[:, None])
         return None if bool(valid.all()) else valid[:, None].to(device)
 
@@ -77,7 +77,7 @@ def chunk_spans(start: int, end: int, chunk: int) -> list[tuple[int, int]]:
 def shift_rows(x: Tensor, grid: Grid) -> Tensor:
     """`[N, H, L, ...]` left-aligned rows to `[N, H, slots, ...]`; slots without a token hold zeros."""
     assert grid.offsets is not None and grid.ends is not None
-    slots = torch.arange(grid.slots)
+    slots = torch.arange(grid.slots, device="cpu")
     index = (slots - grid.offsets[:, None]).clamp(0, x.shape[2] - 1)
     valid = (slots >= grid.offsets[:, None]) & (slots < grid.ends[:, None])
     moved = _gather(x, index)
@@ -87,7 +87,7 @@ def shift_rows(x: Tensor, grid: Grid) -> Tensor:
 def unshift_rows(y: Tensor, grid: Grid, time: int) -> Tensor:
     """`[N, H, slots, ...]` back to `[N, H, time, ...]`."""
     assert grid.offsets is not None
-    index = (torch.arange(time) + grid.offsets[:, None]).clamp_max(grid.slots - 1)
+    index = (torch.arange(time, device="cpu") + grid.offsets[:, None]).clamp_max(grid.slots - 1)
     return _gather(y, index)
 
 

@@ -74,7 +74,7 @@ def find_rows(
     batch, time = shape
     lengths = mask.sum(1)
     order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, : max(int(lengths.max()), 1)]
-    index = order + torch.arange(batch)[:, None] * time
+    index = order + torch.arange(batch, device="cpu")[:, None] * time
     return Rows(lengths, index, _valid(lengths, index.shape[1]), (batch, time))
 
 
@@ -88,10 +88,10 @@ def _packed_rows(shape: tuple[int, int], cu_seqlens: Tensor) -> Rows:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the row's length {time}; got {bounds.reshape(-1).tolist()[:8]}"
         )
-    slots = torch.arange(max(int(lengths.max()), 1))
+    slots = torch.arange(max(int(lengths.max()), 1), device="cpu")
     index = torch.minimum(bounds[:-1, None] + slots, bounds[1:, None] - 1).clamp_min(0)
     return Rows(lengths, index, _valid(lengths, len(slots)), (1, time))
 
 
 def _valid(lengths: Tensor, width: int) -> Tensor:
-    return torch.arange(width)[None, :] < lengths[:, None]
+    return torch.arange(width, device="cpu")[None, :] < lengths[:, None]

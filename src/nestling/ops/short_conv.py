@@ -34,6 +34,6 @@ def short_conv(
         y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
     if lengths is None:
         return y, seen[:, time:].to(tail.dtype)
-    slots = lengths[:, None] + torch.arange(width - 1)
+    slots = lengths[:, None] + torch.arange(width - 1, device="cpu")
     index = slots.to(x.device)[..., None].expand(-1, -1, x.shape[2])
     return y, seen.gather(1, index).to(tail.dtype)
