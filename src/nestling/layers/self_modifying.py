@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,131 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank, Rates
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
-from nestling.memory.rule import Rule
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import decay_products
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
-DEEP = ("memory", "k", "v", "q")
-GATES = ("eta", "alpha")
-ADAPTIVE = ("memory", "k", "v", "eta", "alpha")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfModifyingConfig(Rule):
-    """Settings of `SelfModifyingTitans`; those of the learning rule are `Rule`'s.
-
-    Attributes:
-        hidden_size: width of the layer's input and output.
-        num_heads: H; every head has memories of width `hidden_size / num_heads`.
-        memory: "mlp" (NL Eq. 89) or "matrix" for M_memory, M_k, M_v (and M_q). The gates' memories are always matrices
-            with one output.
-        depth: layers of an MLP memory.
-        expansion: hidden width of an MLP memory over its head width.
-        activation: of the MLP memories.
-        adapt: the memories that learn in context, of "memory", "k", "v", "q", "eta", "alpha". The others keep their
-            meta-learned weights (Table 6 ablates them one by one). Naming "q" makes q = M_q(x) (`adaptive_q`), which
-            is otherwise the projection x W_q (Eq. 83).
-        self_targets: every memory generates its own targets, M_m(v_t) (Eq. 84). Without it, the target is v_t (Titans).
-        chunk_size: tokens in a chunk of M_memory.
-        self_chunk_size: tokens in a chunk of the other memories, a multiple of `chunk_size`; None is the same.
-        max_erase: upper end of (e_t + folded l_t) / a_t. 2 allows negative eigenvalues, which state tracking needs.
-        inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
-            MLPs, which did not learn parity with larger shares.
-        hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
-            the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
-            the layer after it, and with full shares parity did not carry over to longer sequences.
-        use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
-        conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
-        output_gate: multiply the normalised output by silu(x W_g).
-        checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
-        compile_chunks: run the chunk step through `torch.compile` (about half a minute of compilation for every chunk
-            length, then 1.5 to 2 times the speed on a CPU). Off by default, since a short run never earns it back.
-        norm_eps: of the output norm.
-
-    Raises:
-        ValueError: sizes that do not divide, unknown memories, or a rule that has no closed form.
-    """
-
-    hidden_size: int
-    num_heads: int
-    memory: Literal["mlp", "matrix"] = "mlp"
-    depth: int = 2
-    expansion: int = 1
-    activation: Literal["silu", "gelu", "relu"] = "silu"
-    adapt: tuple[str, ...] = ADAPTIVE
-    self_targets: bool = True
-    chunk_size: int = 64
-    self_chunk_size: int | None = None
-    max_erase: float = 2.0
-    inner_lr_scale: float | None = None
-    hidden_erase_scale: float = 0.1
-    use_retention: bool = True
-    conv_size: int = 4
-    output_gate: bool = True
-    checkpoint_chunks: int | None = None
-    compile_chunks: bool = False
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "adapt", tuple(self.adapt))
-        sizes = (
-            "hidden_size",
-            "num_heads",
-            "chunk_size",
-            "self_chunk_size",
-            "expansion",
-            "conv_size",
-            "checkpoint_chunks",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.memory not in ("mlp", "matrix"):
-            raise ValueError(f"memory is 'mlp' or 'matrix', not {self.memory!r}")
-        if self.memory == "mlp" and self.depth < 2:
-            raise ValueError(f"an MLP memory has depth >= 2, not {self.depth}; use memory='matrix' for one weight")
-        if self.activation not in ("silu", "gelu", "relu"):
-            raise ValueError(f"activation is 'silu', 'gelu' or 'relu', not {self.activation!r}")
-        if unknown := set(self.adapt) - {*DEEP, *GATES}:
-            raise ValueError(f"adapt names {sorted(unknown)}; memories are {', '.join(DEEP + GATES)}")
-        if "memory" not in self.adapt:
-            raise ValueError("adapt must name 'memory': a layer whose main memory never learns is a feed-forward layer")
-        if self.outer_chunk % self.chunk_size:
-            raise ValueError(
-                f"self_chunk_size {self.self_chunk_size} is not a multiple of chunk_size {self.chunk_size}"
-            )
-        if not 0 < self.max_erase <= 2:
-            raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
-        if not 0 < self.share < 1:
-            raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
-        if not 0 < self.hidden_erase_scale < 1:
-            raise ValueError(f"hidden_erase_scale is in (0, 1), not {self.hidden_erase_scale}")
-
-    @property
-    def outer_chunk(self) -> int:
-        """Chunk of the memories other than M_memory; positions count modulo it."""
-        return self.self_chunk_size or self.chunk_size
-
-    @property
-    def share(self) -> float:
-        """First value of l_t / e_t."""
-        if self.inner_lr_scale is not None:
-            return self.inner_lr_scale
-        return 0.5 if self.memory == "matrix" else 0.1
-
-    @property
-    def layers(self) -> int:
-        """Weights of a deep memory."""
-        return self.depth if self.memory == "mlp" else 1
+__all__ = ["ADAPTIVE", "SelfModifyingConfig", "SelfModifyingState", "SelfModifyingTitans"]
 
 
 @dataclass
