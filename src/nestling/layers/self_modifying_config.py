@@ -32,16 +32,16 @@ class SelfModifyingConfig(Rule):
         self_chunk_size: tokens in a chunk of the other memories, a multiple of `chunk_size`; None is the same.
         max_erase: upper end of (e_t + folded l_t) / a_t. 2 allows negative eigenvalues, which state tracking needs.
         inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
-            MLPs, which did not learn parity with larger shares.
+            MLPs, whose hidden layers take a step of |W|^2 times the rate.
         hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
             the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
-            the layer after it, and with full shares parity did not carry over to longer sequences.
+            the layer after it.
         use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
         conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
         output_gate: multiply the normalised output by silu(x W_g).
         checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
-        compile_chunks: run the chunk step through `torch.compile` (about half a minute of compilation for every chunk
-            length, then 1.5 to 2 times the speed on a CPU). Off by default, since a short run never earns it back.
+        compile_chunks: run the chunk step through `torch.compile` (some tens of seconds of compilation for
+            every chunk length). Off by default, since a short run never earns it back.
         norm_eps: of the output norm.
 
     Raises:

@@ -22,7 +22,7 @@ class Rule:
         read: "token" reads the fast weights of the token itself; "chunk" those of the chunk's start (NL Eq. 90 to the
             letter), with which the last tokens are invisible.
         read_before: with read="token", read W_{t-1} in place of W_t (the time index of NL Eq. 86).
-        p: exponent of "lp"; 3 as in Miras' best setting.
+        p: exponent of "lp"; above 1, for a continuous gradient.
         delta: width of the quadratic part of "huber".
         clip: bound on every coordinate of a gradient (of a target, for "online"). Keys have length 1, so ordinary
             values stay far below the default 2; it keeps the fast weights bounded on hostile input.
