@@ -16,7 +16,7 @@ from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank, Rates
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
-from nestling.ops.chunk_rule import decay_products
+from nestling.ops.chunk_step import ChunkDecay
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
@@ -240,16 +240,10 @@ class SelfModifyingTitans(SequenceLayer):
         c = self.config
         valid = grid.valid_slots(start, end, tokens["k"].device)
         rates = self._rates(tokens, valid)
-        at_key = bank.forward(state.start, tokens["k"])
-        if c.self_targets:
-            at_value = bank.forward(state.start, tokens["v"])
-            target, gate_target = at_value.output, at_value.gates
-        else:
-            target, gate_target = bank.shared_target(tokens["v"])
-        gradients = bank.gradients(c, state.start, at_key, target, gate_target)
+        lesson = bank.lesson(c, state.start, tokens["k"], tokens["v"], c.self_targets)
         fresh = state.start[0] is state.running[0]
         queried = bank is self.main and c.read == "token"
-        y, after = bank.update(c, state, at_key, gradients, rates, fresh, tokens["q"] if queried else None)
+        y, after = bank.update(c, state, lesson, rates, fresh, tokens["q"] if queried else None)
         if bank is self.main and c.read == "chunk":
             y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
         return y, after
@@ -284,7 +278,7 @@ class SelfModifyingTitans(SequenceLayer):
         if erase is not None:
             hidden = () if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(eta.dtype))[:, :, None]
             erases = [*(erase * s for s in hidden), erase]
-        return Rates(erases, [rate * s for s in shares], decay_products(log_a, log_b, valid))
+        return Rates(erases, [rate * s for s in shares], ChunkDecay(log_a, log_b, valid))
 
 
 def _logit(share: float) -> float:

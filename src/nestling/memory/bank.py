@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
-from nestling.ops.chunk_rule import Decay, Writes, chunk_advance, chunk_read, chunk_writes
+from nestling.ops import native
+from nestling.ops.chunk_step import ChunkDecay, chunk_step
 
 
 @dataclass
@@ -50,12 +51,21 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a chunk teaches: every layer's inputs x, products W x with the chunk's first weights, and gradients g."""
+
+    inputs: list[Tensor]
+    recalled: list[Tensor]
+    gradients: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Rates:
-    """Per-token rates of a chunk, `[N, H, L]` for every layer: e_t (None without erase) and l_t; the decay products."""
+    """Per-token rates of a chunk, `[N, H, L]` for every layer: e_t (None without erase) and l_t; what decays."""
 
     erase: list[Tensor] | None
     inner_lr: list[Tensor]
-    decay: Decay
+    decay: ChunkDecay
 
 
 class MemoryBank(nn.Module):
@@ -122,18 +132,55 @@ class MemoryBank(nn.Module):
         `names` is all of the bank's, or all but the first deep memory.
         """
         skip = len(self.deep) - sum(n in names for n in self.deep)
-        if skip:
-            weights = [weights[0][..., skip * self.hidden :, :], *(w[:, :, skip:] for w in weights[1:])]
-        trace = self.forward(weights, x)
         deep = self.deep[skip:]
-        if self.depth == 1:
-            parts = trace.output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1)
+        if self.depth > 1 and native.fits(x, weights[0]):
+            outputs, gates = native.native_read(self._shape(first=skip), x.flatten(0, 1), _flat(weights))
+            parts = list(outputs.unflatten(0, x.shape[:2]).unbind(2))
+            if gates is not None:
+                parts += gates.unflatten(0, x.shape[:2]).split(1, dim=-1)
         else:
-            parts = trace.output.unbind(2)
-            if trace.gates is not None:
-                parts += trace.gates.split(1, dim=-1)
+            if skip:
+                weights = [weights[0][..., skip * self.hidden :, :], *(w[:, :, skip:] for w in weights[1:])]
+            trace = self.forward(weights, x)
+            if self.depth == 1:
+                parts = list(trace.output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1))
+            else:
+                parts = list(trace.output.unbind(2))
+                if trace.gates is not None:
+                    parts += trace.gates.split(1, dim=-1)
         values = dict(zip(deep + self.gates, parts, strict=True))
         return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
+
+    def _shape(self, rule: Rule | None = None, self_targets: bool = True, first: int = 0) -> native.BankShape:
+        dot, clip = rule is not None and rule.objective == "dot", 1.0 if rule is None else rule.clip
+        return native.BankShape(
+            len(self.deep), len(self.gates), self.hidden, self.activation, self_targets, dot, clip, first
+        )
+
+    def lesson(self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool) -> Lesson:
+        """What a chunk teaches the memories at its first weights.
+
+        Args:
+            rule: the learning rule.
+            weights: fast weights at the chunk's start.
+            key: `[N, H, L, K]`.
+            value: `[N, H, L, K]`.
+            self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
+        """
+        plain = rule.gradient == "chunk" and rule.objective in ("l2", "dot")
+        if self.depth > 1 and plain and native.fits(key, weights[0]):
+            shape = self._shape(rule, self_targets)
+            made = native.native_inner(shape, key.flatten(0, 1), value.flatten(0, 1), _flat(weights))
+            inputs, recalled, gradients = ([t.unflatten(0, key.shape[:2]) for t in part] for part in made)
+            return Lesson([key, *inputs], recalled, gradients)
+        at_key = self.forward(weights, key)
+        if self_targets:
+            at_value = self.forward(weights, value)
+            target, gate_target = at_value.output, at_value.gates
+        else:
+            target, gate_target = self.shared_target(value)
+        gradients = self.gradients(rule, weights, at_key, target, gate_target)
+        return Lesson(at_key.inputs, at_key.recalled, gradients)
 
     def forward(self, weights: list[Tensor], x: Tensor) -> Trace:
         """All memories at `x` `[N, H, L, K]`."""
@@ -188,8 +235,7 @@ class MemoryBank(nn.Module):
         self,
         rule: Rule,
         state: BankState,
-        at_key: Trace,
-        gradients: list[Tensor],
+        lesson: Lesson,
         rates: Rates,
         fresh: bool,
         q: Tensor | None = None,
@@ -201,54 +247,50 @@ class MemoryBank(nn.Module):
         Args:
             rule: the learning rule.
             state: before the chunk.
-            at_key: the forward pass of the keys at the chunk's first weights.
-            gradients: of `gradients`.
+            lesson: of the chunk.
             rates: of the chunk.
-            fresh: running and start weights are the same, so that `at_key` holds the products with both.
+            fresh: running and start weights are the same, so that `lesson` holds the products with both.
             q: queries `[N, H, L, K]`, or None.
 
         Returns:
             y `[N, H, L, V]` (None without q), and the state after the chunk, its chunk start unchanged.
         """
         running, surprises, z = [], [], q
-        for layer, (x, g) in enumerate(zip(at_key.inputs, gradients, strict=True)):
-            lr, decay = rates.inner_lr[layer], rates.decay
-            erase = None if rates.erase is None else rates.erase[layer]
-            if layer > 0:
-                # Hidden activations have any length: normalised rates keep the erase a contraction.
-                power = x.square().sum(-1).clamp_min(1.0).reciprocal()
-                lr, erase = lr.unsqueeze(2) * power, None if erase is None else erase.unsqueeze(2) * power
-                decay = decay.unsqueeze(-1)
+        for layer, (x, g) in enumerate(zip(lesson.inputs, lesson.gradients, strict=True)):
+            lr, erase = rates.inner_lr[layer], None if rates.erase is None else rates.erase[layer]
             if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
                 erase = lr if erase is None else erase + lr
+            if z is not None and layer > 0:
+                z = activate(self.activation, z)[0]
             weight = state.running[layer]
             surprise = None if state.surprise is None else state.surprise[layer]
-            recalled = at_key.recalled[layer] if fresh else None
-            writes = chunk_writes(x, lr.unsqueeze(-1) * g, erase, decay, weight, surprise, recalled)
-            if z is not None:
-                z = z if layer == 0 else activate(self.activation, z)[0]
-                own, weight0, surprise0 = self._first(writes, weight, surprise, layer)
-                z = chunk_read(z, own, rates.decay, weight0, surprise0, rule.read_before)
-            weight, surprise = chunk_advance(writes, decay, weight, surprise)
-            running.append(weight)
+            recalled = lesson.recalled[layer] if fresh and erase is not None else None
+            # Layer 0 stacks its memories along the outputs: one memory, as far as the rule goes.
+            stack = layer == 0
+            z, after, surprise = chunk_step(
+                x.unsqueeze(2) if stack else x,
+                g.unsqueeze(2) if stack else g,
+                lr,
+                erase,
+                rates.decay,
+                weight.unsqueeze(2) if stack else weight,
+                surprise.unsqueeze(2) if stack and surprise is not None else surprise,
+                recalled=recalled.unsqueeze(2) if stack and recalled is not None else recalled,
+                q=z,
+                answers=self.hidden if layer < self.depth - 1 else self.width,
+                normalise=not stack,
+                read_before=rule.read_before,
+            )
+            running.append(after.squeeze(2) if stack else after)
             if surprise is not None:
-                surprises.append(surprise)
+                surprises.append(surprise.squeeze(2) if stack else surprise)
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
         return z, BankState(state.start, running, surprises or None)
 
-    def _first(
-        self, writes: Writes, weight: Tensor, surprise: Tensor | None, layer: int
-    ) -> tuple[Writes, Tensor, Tensor | None]:
-        """The first deep memory's part: stacked along outputs in layer 0, along the memory dimension after it."""
 
-        def pick(t: Tensor, outputs: int) -> Tensor:
-            return t.narrow(outputs, 0, self.hidden) if layer == 0 else t[:, :, 0]
-
-        x = writes.x if layer == 0 else writes.x[:, :, 0]
-        erased = None if writes.erased is None else pick(writes.erased, -1)
-        own = Writes(x, pick(writes.step, -1), erased)
-        return own, pick(weight, -2), None if surprise is None else pick(surprise, -2)
+def _flat(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.flatten(0, 1) for t in tensors]
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:

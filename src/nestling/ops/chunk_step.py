@@ -1,0 +1,97 @@
+"""One chunk of one layer of a bank: solve, read, advance; through torch, or compiled where that is possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nestling.ops import native
+from nestling.ops.chunk_rule import Decay, Writes, chunk_advance, chunk_read, chunk_writes, decay_products
+
+
+@dataclass(frozen=True)
+class ChunkDecay:
+    """What all layers of a bank share in a chunk: logarithms of a_t and b_t (both <= 0), and which tokens are there."""
+
+    log_retention: Float[Tensor, "*batch C"]
+    log_momentum: Float[Tensor, "*batch C"] | None = None
+    valid: Bool[Tensor, "*batch C"] | None = None
+
+    @cached_property
+    def products(self) -> Decay:
+        """`decay_products` of the chunk, computed once for all layers."""
+        return decay_products(self.log_retention, self.log_momentum, self.valid)
+
+
+def chunk_step(
+    x: Float[Tensor, "*batch M C K"],
+    g: Float[Tensor, "*batch M C V"],
+    inner_lr: Float[Tensor, "*batch C"],
+    erase: Float[Tensor, "*batch C"] | None,
+    decay: ChunkDecay,
+    weight: Float[Tensor, "*batch M V K"],
+    surprise: Float[Tensor, "*batch M V K"] | None = None,
+    *,
+    recalled: Float[Tensor, "*batch M C V"] | None = None,
+    q: Float[Tensor, "*batch C K"] | None = None,
+    answers: int = 0,
+    normalise: bool = False,
+    read_before: bool = False,
+) -> tuple[Float[Tensor, "*batch C answers"] | None, Tensor, Tensor | None]:
+    """Write a chunk into M memories that share their rates, and read the first of them at q.
+
+    Args:
+        x: inputs of the weight.
+        g: gradients at its output.
+        inner_lr: l_t; 0 at tokens that are not there.
+        erase: e_t, or None for no erase; 0 at tokens that are not there.
+        decay: of the chunk.
+        weight: running fast weights before the chunk.
+        surprise: momentum before the chunk; given exactly when `decay` has momentum.
+        recalled: X W_0^T if it is at hand already.
+        q: queries, or None for no read.
+        answers: outputs that are read, from the first.
+        normalise: divide l_t and e_t by max(1, |x_t|^2), which keeps the erase a contraction for inputs of any length.
+        read_before: every token reads the weights before its own write.
+
+    Returns:
+        The answers (None without q), and weight and surprise after the chunk.
+    """
+    if native.fits(x, weight):
+        return _compiled(
+            (x, g, inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid),
+            (weight, surprise, recalled, q),
+            (answers, normalise, read_before),
+        )
+    lr, e = inner_lr.unsqueeze(-2), None if erase is None else erase.unsqueeze(-2)
+    if normalise:
+        power = x.square().sum(-1).clamp_min(1.0).reciprocal()
+        lr, e = lr * power, None if e is None else e * power
+    shared = decay.products.unsqueeze(-1)
+    writes = chunk_writes(x, lr.unsqueeze(-1) * g, e, shared, weight, surprise, recalled)
+    y = None
+    if q is not None:
+        first, first_s = (None if t is None else t.select(-3, 0)[..., :answers, :] for t in (weight, surprise))
+        assert first is not None
+        erased = None if writes.erased is None else writes.erased.select(-3, 0)[..., :answers]
+        own = Writes(x.select(-3, 0), writes.step.select(-3, 0)[..., :answers], erased)
+        y = chunk_read(q, own, decay.products, first, first_s, read_before)
+    return y, *chunk_advance(writes, shared, weight, surprise)
+
+
+def _compiled(
+    tokens: tuple[Tensor | None, ...], carried: tuple[Tensor | None, ...], options: tuple[int, bool, bool]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Batch dimensions as one (where they are missing, repeated), the compiled chunk, and back."""
+    assert tokens[0] is not None
+    batch = tokens[0].shape[:-3]
+    flat = [
+        None if t is None else t.expand(*batch, *t.shape[len(batch) :]).flatten(0, len(batch) - 1)
+        for t in (*tokens, *carried)
+    ]
+    y, weight, surprise = (None if t is None else t.unflatten(0, batch) for t in native.native_chunk(flat, options))
+    assert weight is not None
+    return y, weight, surprise

@@ -1,0 +1,38 @@
+"""Chunks and MLP memories as compiled C++ for the CPU, built on first use with the system's compiler.
+
+`python -m nestling.ops.native` builds it ahead of time. Plain C++ behind ctypes rather than a torch extension: without
+torch's headers it compiles in seconds, and no other build tool is needed. Where no compiler works, or with the
+environment variable NESTLING_NATIVE=0, everything runs through torch, with the same results to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestling.ops.native.build import library
+from nestling.ops.native.chunk import native_chunk
+from nestling.ops.native.memories import BankShape, native_inner, native_read
+
+__all__ = ["BankShape", "fits", "native_chunk", "native_inner", "native_read"]
+
+# Above these a problem outgrows a core's cache, and torch's own products are the faster ones.
+_MAX_CHUNK = 128
+_MAX_WIDTH = 512
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether compiled code can take `x` `[..., C, K]` and `weight` `[..., out, in]`: on the CPU, of cache size."""
+    return (
+        x.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.float64)
+        and x.dtype == weight.dtype
+        and x.shape[-2] <= _MAX_CHUNK
+        and max(weight.shape[-2:]) <= _MAX_WIDTH
+        and not torch.compiler.is_compiling()
+        # Subclasses (fake, distributed, functorch's) have no memory of their own to point at.
+        and type(x) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and library() is not None
+    )

@@ -1,0 +1,143 @@
+"""Compiled reads and inner gradients of a bank of MLP memories, as autograd functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nestling.ops.native.build import library, pointers, sizes
+
+ACTIVATIONS = ("silu", "gelu", "relu")
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """What a bank of MLP memories is, and how its inner gradient is taken.
+
+    Attributes:
+        memories: M.
+        gates: G.
+        hidden: width of hidden layers.
+        activation: one of `ACTIVATIONS`.
+        self_targets: targets are M_m(v), else v.
+        dot: objective is the dot product, else L2.
+        clip: bound on every coordinate of a gradient.
+        first: memory from which a read starts.
+    """
+
+    memories: int
+    gates: int
+    hidden: int
+    activation: str
+    self_targets: bool = True
+    dot: bool = False
+    clip: float = 1.0
+    first: int = 0
+
+    def numbers(self, x: Tensor, layers: int) -> list[int]:
+        """Sizes in the kernel's order."""
+        problems, chunk, width = x.shape
+        kind = ACTIVATIONS.index(self.activation)
+        return [problems, self.first, self.memories, chunk, width, self.hidden, layers, self.gates, kind,
+                self.self_targets, self.dot, torch.get_num_threads()]  # fmt: skip
+
+    def widths(self, width: int, layers: int) -> list[int]:
+        """Outputs of each layer."""
+        return [self.hidden] * (layers - 1) + [width]
+
+
+def native_read(shape: BankShape, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Outputs `[P, M - first, C, K]` and gates `[P, C, G]` (None without gates) at x `[P, C, K]`."""
+    values, gates = _Read.apply(shape, x, *weights)  # type: ignore[no-untyped-call]
+    return values, gates
+
+
+def native_inner(
+    shape: BankShape, key: Tensor, value: Tensor, weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Inputs of the layers after the first, and every layer's products W x and gradients, as `Trace` lays them out.
+
+    Args:
+        shape: of the bank.
+        key: `[P, C, K]`.
+        value: `[P, C, K]`.
+        weights: `[P, M * hidden + G, K]`, then `[P, M, out, hidden]`.
+    """
+    layers = len(weights)
+    found = _Inner.apply(shape, key, value, *weights)  # type: ignore[no-untyped-call]
+    return list(found[: layers - 1]), list(found[layers - 1 : 2 * layers - 1]), list(found[2 * layers - 1 :])
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, *weights = (t.contiguous() for t in (x, *weights))  # type: ignore[assignment]
+        problems, chunk, width = x.shape
+        count, layers = shape.memories - shape.first, len(weights)
+        z = [x.new_empty(problems, count, chunk, out) for out in shape.widths(width, layers)]
+        values = x.new_empty(problems, count, chunk, width)
+        gates = x.new_empty(problems, chunk, shape.gates) if shape.gates else None
+        ctx.numbers = shape.numbers(x, layers)
+        _call(ctx.numbers, shape.clip, [*weights, x, values, gates, *z], x.dtype, inner=False, backward=False)
+        ctx.save_for_backward(x, *weights, *z)
+        ctx.set_materialize_grads(False)
+        return values, gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_values: Tensor | None, d_gates: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        layers = len(rest) // 2
+        weights, z = rest[:layers], rest[layers:]
+        d_weights = [torch.zeros_like(w) for w in weights]
+        dx = torch.empty_like(x)
+        coming = [None if t is None else t.contiguous() for t in (d_values, d_gates)]
+        tensors = [*weights, *d_weights, x, None, None, *z, *coming, dx]
+        _call(ctx.numbers, 1.0, tensors, x.dtype, inner=False, backward=True)
+        return None, dx, *d_weights
+
+
+class _Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: BankShape, key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        key, value, *weights = (t.contiguous() for t in (key, value, *weights))  # type: ignore[assignment]
+        problems, chunk, width = key.shape
+        layers = len(weights)
+        widths = shape.widths(width, layers)
+        each = [key.new_empty(problems, shape.memories, chunk, out) for out in widths]
+        stacked = key.new_empty(problems, chunk, weights[0].shape[1])
+        hidden = [torch.empty_like(each[0]) for _ in range(layers - 1)]
+        recalled, gradients = ([torch.empty_like(t) for t in (stacked, *each[1:])] for _ in range(2))
+        ctx.numbers, ctx.clip, ctx.layers = shape.numbers(key, layers), shape.clip, layers
+        outputs = [*hidden, *recalled, *gradients]
+        _call(ctx.numbers, shape.clip, [*weights, key, value, *outputs, *each], key.dtype, inner=True, backward=False)
+        ctx.save_for_backward(*weights, key, value, *recalled, *gradients, *each[:-1])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, layers = ctx.saved_tensors, ctx.layers
+        weights, inputs, kept = saved[:layers], saved[layers : layers + 2], saved[layers + 2 :]
+        d_weights = [torch.zeros_like(w) for w in weights]
+        d_inputs = [torch.empty_like(t) for t in inputs]
+        coming = [None if t is None else t.contiguous() for t in upstream]
+        # What is not read again: the hidden activations, and the values' outputs.
+        tensors = [*weights, *d_weights, *inputs, *[None] * (layers - 1), *kept, None, *coming, *d_inputs]
+        _call(ctx.numbers, ctx.clip, tensors, weights[0].dtype, inner=True, backward=True)
+        return None, *d_inputs, *d_weights
+
+
+def _call(
+    numbers: list[int], clip: float, tensors: Sequence[Tensor | None], dtype: torch.dtype, inner: bool, backward: bool
+) -> None:
+    kernel = library()
+    assert kernel is not None
+    double = int(dtype == torch.float64)
+    kernel.nestling_memories(sizes(*numbers), clip, pointers(tensors), double, int(inner), int(backward))
