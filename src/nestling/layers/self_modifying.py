@@ -147,7 +147,12 @@ class SelfModifyingTitans(SequenceLayer):
         return y, SelfModifyingState(main, own, conv, after)
 
     def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        o = F.rms_norm(o.transpose(1, 2), (self.head_dim,), self.out_norm.to(o.dtype), self.config.norm_eps).flatten(-2)
+        # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
+        size = math.sqrt(self.head_dim)
+        o = safe_normalize(o.transpose(1, 2), size * math.sqrt(self.config.norm_eps)) * (self.out_norm * size).to(
+            o.dtype
+        )
+        o = o.flatten(-2)
         return self.out_proj(o if gate is None else o * gate)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -209,7 +214,9 @@ class SelfModifyingTitans(SequenceLayer):
                 _, own = step(self, self.own, own, generated, start, end, grid)
                 own = grid.cross(own, end, self.config.outer_chunk)
             sub = chunk_spans(start, end, self.config.chunk_size)
-            split = {n: t.split([e - s for s, e in sub], 2) for n, t in generated.items()}
+            # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
+            cut = [e - s for s, e in sub]
+            split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
             for i, (s, e) in enumerate(sub):
                 y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
                 main = grid.cross(main, e, self.config.chunk_size)

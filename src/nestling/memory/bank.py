@@ -134,10 +134,10 @@ class MemoryBank(nn.Module):
         skip = len(self.deep) - sum(n in names for n in self.deep)
         deep = self.deep[skip:]
         if self.depth > 1 and native.fits(x, weights[0]):
-            outputs, gates = native.native_read(self._shape(first=skip), x.flatten(0, 1), _flat(weights))
-            parts = list(outputs.unflatten(0, x.shape[:2]).unbind(2))
+            outputs, gates = native.native_read(self._shape(first=skip), x, weights)
+            parts = list(outputs.unbind(2))
             if gates is not None:
-                parts += gates.unflatten(0, x.shape[:2]).split(1, dim=-1)
+                parts += gates.split(1, dim=-1)
         else:
             if skip:
                 weights = [weights[0][..., skip * self.hidden :, :], *(w[:, :, skip:] for w in weights[1:])]
@@ -170,8 +170,7 @@ class MemoryBank(nn.Module):
         plain = rule.gradient == "chunk" and rule.objective in ("l2", "dot")
         if self.depth > 1 and plain and native.fits(key, weights[0]):
             shape = self._shape(rule, self_targets)
-            made = native.native_inner(shape, key.flatten(0, 1), value.flatten(0, 1), _flat(weights))
-            inputs, recalled, gradients = ([t.unflatten(0, key.shape[:2]) for t in part] for part in made)
+            inputs, recalled, gradients = native.native_inner(shape, key, value, weights)
             return Lesson([key, *inputs], recalled, gradients)
         at_key = self.forward(weights, key)
         if self_targets:
@@ -287,10 +286,6 @@ class MemoryBank(nn.Module):
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
         return z, BankState(state.start, running, surprises or None)
-
-
-def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.flatten(0, 1) for t in tensors]
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,11 +61,9 @@ def chunk_step(
         The answers (None without q), and weight and surprise after the chunk.
     """
     if native.fits(x, weight):
-        return _compiled(
-            (x, g, inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid),
-            (weight, surprise, recalled, q),
-            (answers, normalise, read_before),
-        )
+        rates = (inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid)
+        options = (answers, normalise, read_before)
+        return native.native_chunk((x, g, *rates, weight, surprise, recalled, q), options)
     lr, e = inner_lr.unsqueeze(-2), None if erase is None else erase.unsqueeze(-2)
     if normalise:
         power = x.square().sum(-1).clamp_min(1.0).reciprocal()
@@ -80,18 +78,3 @@ def chunk_step(
         own = Writes(x.select(-3, 0), writes.step.select(-3, 0)[..., :answers], erased)
         y = chunk_read(q, own, decay.products, first, first_s, read_before)
     return y, *chunk_advance(writes, shared, weight, surprise)
-
-
-def _compiled(
-    tokens: tuple[Tensor | None, ...], carried: tuple[Tensor | None, ...], options: tuple[int, bool, bool]
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Batch dimensions as one (where they are missing, repeated), the compiled chunk, and back."""
-    assert tokens[0] is not None
-    batch = tokens[0].shape[:-3]
-    flat = [
-        None if t is None else t.expand(*batch, *t.shape[len(batch) :]).flatten(0, len(batch) - 1)
-        for t in (*tokens, *carried)
-    ]
-    y, weight, surprise = (None if t is None else t.unflatten(0, batch) for t in native.native_chunk(flat, options))
-    assert weight is not None
-    return y, weight, surprise

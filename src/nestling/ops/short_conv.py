@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestling.ops import native
+
 
 def short_conv(
     x: Float[Tensor, "N L D"],
@@ -29,9 +31,12 @@ def short_conv(
         return x * weight[:, 0], tail
     seen = torch.cat([tail.to(x.dtype), x], dim=1)
     time = x.shape[1]
-    y = seen[:, width - 1 :] * weight[:, width - 1]
-    for w in range(width - 1):
-        y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
+    if native.fits(seen) and weight.dtype == seen.dtype:
+        y = native.native_short_conv(seen, weight)
+    else:
+        y = seen[:, width - 1 :] * weight[:, width - 1]
+        for w in range(width - 1):
+            y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
     if lengths is None:
         return y, seen[:, time:].to(tail.dtype)
     slots = lengths[:, None] + torch.arange(width - 1, device="cpu")

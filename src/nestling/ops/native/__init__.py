@@ -13,26 +13,32 @@ from torch import Tensor
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.memories import BankShape, native_inner, native_read
+from nestling.ops.native.normalize import native_normalize
+from nestling.ops.native.short_conv import native_short_conv
 
-__all__ = ["BankShape", "fits", "native_chunk", "native_inner", "native_read"]
+__all__ = ["BankShape", "fits", "native_chunk", "native_inner", "native_normalize", "native_read", "native_short_conv"]
 
 # Above these a problem outgrows a core's cache, and torch's own products are the faster ones.
 _MAX_CHUNK = 128
 _MAX_WIDTH = 512
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether compiled code can take `x` `[..., C, K]` and `weight` `[..., out, in]`: on the CPU, of cache size."""
     return (
-        x.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.float64)
-        and x.dtype == weight.dtype
-        and x.shape[-2] <= _MAX_CHUNK
-        and max(weight.shape[-2:]) <= _MAX_WIDTH
+        _plain(x)
         and not torch.compiler.is_compiling()
-        # Subclasses (fake, distributed, functorch's) have no memory of their own to point at.
-        and type(x) is Tensor
-        and type(weight) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
+        and (weight is None or (_plain(weight) and x.dtype == weight.dtype and _small(x, weight)))
         and library() is not None
     )
+
+
+def _plain(t: Tensor) -> bool:
+    """Subclasses (fake, distributed, functorch's) have no memory of their own to point at."""
+    on_cpu = t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)
+    return on_cpu and type(t) in (Tensor, torch.nn.Parameter)
+
+
+def _small(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[-2] <= _MAX_CHUNK and max(weight.shape[-2:]) <= _MAX_WIDTH

@@ -76,7 +76,10 @@ def _load(file: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(file))
     loaded.nestling_chunk.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 2]
     loaded.nestling_memories.argtypes = [ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p, *[ctypes.c_int] * 3]
-    loaded.nestling_chunk.restype = loaded.nestling_memories.restype = None
+    loaded.nestling_normalize.argtypes = [ctypes.c_void_p, *[ctypes.c_double] * 2, ctypes.c_void_p, *[ctypes.c_int] * 2]
+    loaded.nestling_short_conv.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 2]
+    for name in ("chunk", "memories", "normalize", "short_conv"):
+        getattr(loaded, f"nestling_{name}").restype = None
     return loaded
 
 

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "matmul.h"
@@ -38,11 +39,18 @@ T dot(const T* a, const T* b, int64_t n) {
 
 template <class T>
 void scaled(T* out, T c, const T* a, int64_t n) {
+#pragma omp simd
     for (int64_t i = 0; i < n; i++) out[i] = c * a[i];
 }
 
 template <class T>
+void zero(T* out, int64_t n) {
+    std::memset(out, 0, n * sizeof(T));
+}
+
+template <class T>
 void add_scaled(T* out, T c, const T* a, int64_t n) {
+#pragma omp simd
     for (int64_t i = 0; i < n; i++) out[i] += c * a[i];
 }
 
@@ -70,7 +78,7 @@ struct Chunk {
         rates();
         decay();
         for (int64_t t = 0; t < C; t++) scaled(P + t * V, lr[t], g + t * V, V);
-        if (erases || reads) transpose(x, C, K, Xt);
+        if (erases || reads) transpose(x, K, C, K, Xt);
         if (erases) matmul<T>({x, K, 1}, {Xt, C}, G, C, C, C, K, {.out_lower = true});
         if (reads) matmul<T>({q, K, 1}, {Xt, C}, Mq, C, C, C, K, {.out_lower = true});
     }
@@ -105,12 +113,15 @@ struct Chunk {
         }
     }
 
-    // out[t, s] = factor[t - lag, s] * match[t, s] for s <= t - lag, else 0.
+    // out[t, r] = factor[t - lag, r] * match[t, r] for r <= t - lag, else 0.
     void masked(T* out, const T* factor, const T* match, int64_t lag) const {
         for (int64_t t = 0; t < C; t++) {
             int64_t n = t + 1 - lag;
-            for (int64_t s_ = 0; s_ < n; s_++) out[t * C + s_] = factor[(t - lag) * C + s_] * match[t * C + s_];
-            for (int64_t s_ = n; s_ < C; s_++) out[t * C + s_] = 0;
+            const T *f = factor + (t - lag) * C, *with = match + t * C;
+            T* o = out + t * C;
+#pragma omp simd
+            for (int64_t r = 0; r < n; r++) o[r] = f[r] * with[r];
+            zero(o + n, C - n);
         }
     }
 
@@ -133,23 +144,28 @@ void forward_one(const Args<T>& s, int64_t index, Scratch<T>& mem) {
     T *R = s.R ? s.R + c.bm * C * V : nullptr, *Tm = s.Tm ? s.Tm + c.bm * C * V : nullptr;
     const T* recalled = s.recalled ? s.recalled + c.bm * C * V : R;
     T *Wt = mem.take(K * V), *St = mem.take(K * V), *work = mem.take(C * C), *tot = mem.take(C * V);
-    if (R || c.reads) transpose(c.W, V, K, Wt);
-    if (c.momentum && (c.erases || c.reads)) transpose(c.S, V, K, St);
+    if (R || c.reads) transpose(c.W, K, V, K, Wt);
+    if (c.momentum && (c.erases || c.reads)) transpose(c.S, K, V, K, St);
 
     if (c.erases) {
         if (R) matmul<T>({c.x, K, 1}, {Wt, V}, R, V, C, V, K, {});
-        T* inner = E;
         if (c.momentum) {
             matmul<T>({c.x, K, 1}, {St, V}, Tm, V, C, V, K, {});
             c.masked(work, c.D, c.G, 1);
-            matmul<T>({work, C, 1}, {c.P, V}, inner, V, C, V, C, {.lower = true, .negate = true});
+            matmul<T>({work, C, 1}, {c.P, V}, E, V, C, V, C, {.lower = true, .negate = true});
         }
         for (int64_t t = 0; t < C; t++) {
             T start = c.before_chunk(c.A0, t, 1, T(1)), start_m = c.momentum ? c.before_chunk(c.d0, t, 1, T(0)) : T(0);
-            for (int64_t v = 0; v < V; v++) {
-                T u = start * recalled[t * V + v];
-                if (c.momentum) u += inner[t * V + v] + start_m * Tm[t * V + v];
-                E[t * V + v] = c.e[t] * u + (c.momentum ? T(0) : c.P[t * V + v]);
+            const T e = c.e[t], *recall = recalled + t * V;
+            T* o = E + t * V;
+            if (c.momentum) {
+                const T* past = Tm + t * V;
+#pragma omp simd
+                for (int64_t v = 0; v < V; v++) o[v] = e * (start * recall[v] + o[v] + start_m * past[v]);
+            } else {
+                const T* step = c.P + t * V;
+#pragma omp simd
+                for (int64_t v = 0; v < V; v++) o[v] = e * start * recall[v] + step[v];
             }
         }
         solve(c, E, work);
@@ -213,36 +229,41 @@ struct Backward {
         work = mem.take(C * C), work2 = mem.take(C * C);
         dA = zeros(mem, C * C), dB = zeros(mem, C * C), dD = zeros(mem, C * C);
         dA0 = zeros(mem, C), dB0 = zeros(mem, C), dd0 = zeros(mem, C), de = zeros(mem, C);
-        std::fill(dx, dx + C * K, T(0));
-        std::fill(dP, dP + C * V, T(0));
-        std::fill(dE, dE + C * V, T(0));
+        zero(dx, C * K);
+        zero(dP, C * V);
+        zero(dE, C * V);
     }
 
     static T* zeros(Scratch<T>& mem, int64_t n) {
         T* p = mem.take(n);
-        std::fill(p, p + n, T(0));
+        zero(p, n);
         return p;
     }
 
     void advance() {
         const int64_t l = C - 1, n = V * K;
-        std::fill(dW, dW + n, T(0));
-        if (c.momentum) std::fill(dS, dS + n, T(0));
+        zero(dW, n);
+        if (c.momentum) zero(dS, n);
         if (s.dW2) {
             const T* d = s.dW2 + c.bm * n;
             add_scaled(dW, c.A0[l], d, n);
             dA0[l] += dot(c.W, d, n);
-            transpose(d, V, K, wide);
+            transpose(d, K, V, K, wide);
             matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
             for (int64_t t = 0; t < C; t++) {
-                T keep = c.A[l * C + t], keep_m = c.momentum ? c.D[l * C + t] : T(0);
-                add_scaled(dE + t * V, -keep, rows + t * V, V);
-                dA[l * C + t] -= dot(E + t * V, rows + t * V, V);
-                scaled(rows2 + t * V, keep, E + t * V, V);
-                if (!c.momentum) continue;
-                add_scaled(dP + t * V, -keep_m, rows + t * V, V);
-                dD[l * C + t] -= dot(c.P + t * V, rows + t * V, V);
-                add_scaled(rows2 + t * V, keep_m, c.P + t * V, V);
+                const T keep = c.A[l * C + t], keep_m = c.momentum ? c.D[l * C + t] : T(0);
+                const T *z = rows + t * V, *erased = E + t * V, *step = c.P + t * V;
+                T *o = rows2 + t * V, *de_t = dE + t * V, *dp = dP + t * V, to_a = 0, to_d = 0;
+#pragma omp simd reduction(+ : to_a, to_d)
+                for (int64_t v = 0; v < V; v++) {
+                    o[v] = keep * erased[v] + keep_m * step[v];
+                    de_t[v] = -keep * z[v];
+                    dp[v] = -keep_m * z[v];
+                    to_a += erased[v] * z[v];
+                    to_d += step[v] * z[v];
+                }
+                dA[l * C + t] -= to_a;
+                if (c.momentum) dD[l * C + t] -= to_d;
             }
             matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
             if (c.momentum) {
@@ -254,13 +275,18 @@ struct Backward {
             const T* d = s.dS2 + c.bm * n;
             add_scaled(dS, c.B0[l], d, n);
             dB0[l] += dot(c.S, d, n);
-            transpose(d, V, K, wide);
+            transpose(d, K, V, K, wide);
             matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
             for (int64_t t = 0; t < C; t++) {
-                T keep = c.B[l * C + t];
-                add_scaled(dP + t * V, -keep, rows + t * V, V);
-                dB[l * C + t] -= dot(c.P + t * V, rows + t * V, V);
-                scaled(rows2 + t * V, keep, c.P + t * V, V);
+                const T keep = c.B[l * C + t], *z = rows + t * V, *step = c.P + t * V;
+                T *o = rows2 + t * V, *dp = dP + t * V, sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t v = 0; v < V; v++) {
+                    o[v] = keep * step[v];
+                    dp[v] -= keep * z[v];
+                    sum += step[v] * z[v];
+                }
+                dB[l * C + t] -= sum;
             }
             matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
         }
@@ -269,16 +295,18 @@ struct Backward {
     // One of the two sums of a read, y -= (F * Mq) Z with F = A or D: dF, dZ and the part of d(Mq), left in `match`.
     void read_sum(const T* dy, const T* Z, const T* factor, T* dfactor, T* dZ, T* match, bool add) {
         const int64_t lag = s.before ? 1 : 0;
-        for (int64_t t = 0; t < C; t++)
-            for (int64_t v = 0; v < Q; v++) wide[v * C + t] = Z[t * V + v];
+        transpose(Z, V, C, Q, wide);
         matmul<T>({dy, Q, 1}, {wide, C}, work, C, C, C, Q, {.out_lower = true, .negate = true});
         for (int64_t t = 0; t < C; t++) {
-            for (int64_t r = 0; r < t + 1 - lag; r++) {
-                T f = factor[(t - lag) * C + r], d = work[t * C + r];
-                dfactor[(t - lag) * C + r] += d * c.Mq[t * C + r];
-                match[t * C + r] = (add ? match[t * C + r] : T(0)) + d * f;
+            const int64_t n = t + 1 - lag;
+            const T *f = factor + (t - lag) * C, *d = work + t * C, *mq = c.Mq + t * C;
+            T *df = dfactor + (t - lag) * C, *o = match + t * C;
+            if (!add) zero(o, C);
+#pragma omp simd
+            for (int64_t r = 0; r < n; r++) {
+                df[r] += d[r] * mq[r];
+                o[r] += d[r] * f[r];
             }
-            for (int64_t r = t + 1 - lag; r < C; r++) match[t * C + r] = 0;
         }
         c.masked(work, factor, c.Mq, lag);
         matmul<T>({work, 1, C}, {dy, Q}, dZ, V, C, Q, C, {.upper = true, .negate = true, .add = true});
@@ -286,7 +314,7 @@ struct Backward {
 
     void read() {
         T* dq = s.dq + c.b * C * K;
-        std::fill(dq, dq + C * K, T(0));
+        zero(dq, C * K);
         const int64_t lag = s.before ? 1 : 0;
         const T* dy = s.dy + c.b * C * Q;
         start_term(dy, s.QW + c.b * C * Q, c.A0, dA0, T(1), lag, c.W, dW, dq);
@@ -317,17 +345,21 @@ struct Backward {
         solve_unit_lower_transposed(work, dE, C, V);
         if (!c.momentum) add_scaled(dP, T(1), dE, C * V);
         // dL = -dE E^T; L = e * sh(A) * G.
-        transpose(E, C, V, wide);
+        transpose(E, V, C, V, wide);
         matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
         T* dG = work;
-        for (int64_t t = 0; t < C; t++) {
+        zero(dG, C);
+        for (int64_t t = 1; t < C; t++) {
+            const T e = c.e[t], *d = work2 + t * C, *before = c.A + (t - 1) * C, *gram = c.G + t * C;
+            T sum = 0, *da = dA + (t - 1) * C, *o = dG + t * C;
+#pragma omp simd reduction(+ : sum)
             for (int64_t r = 0; r < t; r++) {
-                T d = work2[t * C + r], before = c.A[(t - 1) * C + r], gram = c.G[t * C + r];
-                de[t] += d * before * gram;
-                dA[(t - 1) * C + r] += d * c.e[t] * gram;
-                dG[t * C + r] = d * c.e[t] * before;
+                sum += d[r] * before[r] * gram[r];
+                da[r] += d[r] * e * gram[r];
+                o[r] = d[r] * e * before[r];
             }
-            for (int64_t r = t; r < C; r++) dG[t * C + r] = 0;
+            de[t] += sum;
+            zero(o + t, C - t);
         }
         right_side(dG);
         matmul<T>({dG, C, 1}, {c.x, K}, dx, K, C, K, C, {.lower = true, .add = true});
@@ -343,13 +375,8 @@ struct Backward {
         }
         for (int64_t t = 0; t < C; t++) {
             T start = c.before_chunk(c.A0, t, 1, T(1)), start_m = c.momentum ? c.before_chunk(c.d0, t, 1, T(0)) : T(0);
-            T sum = 0;
-            for (int64_t v = 0; v < V; v++) {
-                T u = start * R[t * V + v];
-                if (c.momentum) u += inner[t * V + v] + start_m * Tm[t * V + v];
-                sum += u * dE[t * V + v];
-            }
-            de[t] += sum;
+            de[t] += start * dot(R + t * V, dE + t * V, V);
+            if (c.momentum) de[t] += dot(inner + t * V, dE + t * V, V) + start_m * dot(Tm + t * V, dE + t * V, V);
             scaled(dE + t * V, c.e[t], dE + t * V, V);  // from here the gradient of `inner`
             if (t) dA0[t - 1] += dot(dE + t * V, R + t * V, V);
             if (t && c.momentum) dd0[t - 1] += dot(dE + t * V, Tm + t * V, V);
@@ -366,14 +393,17 @@ struct Backward {
         for (int64_t t = 0; t < C; t++) scaled(rows2 + t * V, c.before_chunk(c.d0, t, 1, T(0)), dE + t * V, V);
         matmul<T>({rows2, V, 1}, {c.S, K}, dx, K, C, K, V, {.add = true});
         matmul<T>({rows2, 1, V}, {c.x, K}, dS, K, V, K, C, {.add = true});
-        transpose(c.P, C, V, wide);
+        transpose(c.P, V, C, V, wide);
         matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
-        for (int64_t t = 1; t < C; t++)
+        for (int64_t t = 1; t < C; t++) {
+            const T *d = work2 + t * C, *before = c.D + (t - 1) * C, *gram = c.G + t * C;
+            T *o = dG + t * C, *dd = dD + (t - 1) * C;
+#pragma omp simd
             for (int64_t r = 0; r < t; r++) {
-                T d = work2[t * C + r];
-                dG[t * C + r] += d * c.D[(t - 1) * C + r];
-                dD[(t - 1) * C + r] += d * c.G[t * C + r];
+                o[r] += d[r] * before[r];
+                dd[r] += d[r] * gram[r];
             }
+        }
     }
 
     void decay() {

@@ -15,7 +15,7 @@ from nestling.ops.native.build import library, pointers, sizes
 def native_chunk(
     tensors: Sequence[Tensor | None], options: tuple[int, bool, bool]
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`ops.chunk_step.chunk_step` with flat problems: x `[P, M, C, K]`, rates `[P, C]`, q `[P, C, K]`.
+    """`ops.chunk_step.chunk_step`.
 
     Args:
         tensors: x, g, l, e, log a, log b, valid, weight, surprise, X W_0^T, q.
@@ -32,7 +32,9 @@ class _Chunk(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
         options: tuple[int, bool, bool]
         *tensors, options = arguments
-        inputs: list[Any] = [None if t is None else t.contiguous() for t in tensors]
+        ctx.batch = batch = tensors[0].shape[:-3]
+        ctx.shapes = [None if t is None else t.shape for t in tensors]
+        inputs: list[Any] = [_flat(t, batch) for t in tensors]
         x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
         problems, memories, chunk, width = x.shape
         numbers = [problems, memories, chunk, width, g.shape[-1], *map(int, options), torch.get_num_threads()]
@@ -51,7 +53,9 @@ class _Chunk(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *kept)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
-        return results[0], results[1], results[2]
+        y, after, pushed = (None if t is None else t.unflatten(0, batch) for t in results)
+        assert after is not None
+        return y, after, pushed
 
     @staticmethod
     @once_differentiable
@@ -75,7 +79,13 @@ class _Chunk(torch.autograd.Function):
             rates = [None if r is None else r[:, 0] for r in rates]
         else:
             rates = [None if r is None else r.sum(1) for r in rates]
-        return dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq, None
+        made = (dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq)
+        return *(None if d is None else d.view(s) for d, s in zip(made, ctx.shapes, strict=True)), None
+
+
+def _flat(t: Tensor | None, batch: torch.Size) -> Tensor | None:
+    """Batch dimensions as one; where they are missing, repeated (`valid`, which every head shares)."""
+    return None if t is None else t.expand(*batch, *t.shape[len(batch) :]).flatten(0, len(batch) - 1).contiguous()
 
 
 def _call(numbers: list[int], tensors: list[Tensor | None], dtype: torch.dtype, backward: bool) -> None:

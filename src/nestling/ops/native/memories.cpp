@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "exponential.h"
@@ -59,6 +60,12 @@ struct Rows {
     T* operator[](int64_t t) const { return data + t * row; }
 };
 
+template <class T>
+void add(T* out, const T* a, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] += a[i];
+}
+
 template <class T, int KIND>
 struct Work {
     const Bank<T>& s;
@@ -71,19 +78,24 @@ struct Work {
         Wt = mem.take(wide * wide), h = mem.take(C * wide), y = mem.take(C * wide), dh = mem.take(C * wide);
     }
 
-    // z_l of memory m at x, for all l.
-    void pass(int64_t b, int64_t m, const T* x, const Rows<T>* z) const {
+    // z_l of memory m at x, for all l; `H` keeps the inputs of the layers after the first.
+    void pass(int64_t b, int64_t m, const T* x, const Rows<T>* z, T* const* H = nullptr) const {
         for (int64_t l = 0; l < L; l++) {
             const int64_t out = s.outputs(l), in = s.inputs(l);
+            T* h = H && l ? H[l] : this->h;
             if (l) activations(z[l - 1], h);
-            transpose(s.W[l] + s.offset(b, m, l), out, in, Wt);
+            transpose(s.W[l] + s.offset(b, m, l), in, out, in, Wt);
             matmul<T>({l ? h : x, in, 1}, {Wt, out}, z[l].data, z[l].row, C, out, in, {});
         }
     }
 
     void activations(Rows<T> z, T* out) const {
-        for (int64_t t = 0; t < C; t++)
-            for (int64_t j = 0; j < s.hidden; j++) out[t * s.hidden + j] = act<T, KIND>(z[t][j]).value;
+        for (int64_t t = 0; t < C; t++) {
+            const T* in = z[t];
+            T* o = out + t * s.hidden;
+#pragma omp simd
+            for (int64_t j = 0; j < s.hidden; j++) o[j] = act<T, KIND>(in[j]).value;
+        }
     }
 
     // The reverse of `pass`. dz[L - 1] holds the gradient of z_{L-1}; with `key`, dz[l] of earlier layers and dH[l], the
@@ -95,12 +107,14 @@ struct Work {
             activations(z[l - 1], h);
             matmul<T>({dz[l], out, 1}, {s.W[l] + at, hidden}, dh, hidden, C, hidden, out, {});
             matmul<T>({dz[l], 1, out}, {h, hidden}, s.dW[l] + at, hidden, out, hidden, C, {.add = true});
-            for (int64_t t = 0; t < C; t++)
-                for (int64_t j = 0; j < hidden; j++) {
-                    const int64_t i = t * hidden + j;
-                    T d = (dh[i] + (more ? more[i] : T(0))) * act<T, KIND>(z[l - 1][t][j]).slope;
-                    dz[l - 1][i] = (key ? dz[l - 1][i] : T(0)) + d;
-                }
+            if (more) add(dh, more, C * hidden);
+            if (!key) std::memset(dz[l - 1], 0, C * hidden * sizeof(T));
+            for (int64_t t = 0; t < C; t++) {
+                const T *in = z[l - 1][t], *d = dh + t * hidden;
+                T* o = dz[l - 1] + t * hidden;
+#pragma omp simd
+                for (int64_t j = 0; j < hidden; j++) o[j] += d[j] * act<T, KIND>(in[j]).slope;
+            }
         }
         linear_back(s.offset(b, m, 0), s.hidden, x, dz[0], s.hidden, dx);
     }
@@ -112,7 +126,7 @@ struct Work {
     }
 
     void gates(int64_t b, const T* x, T* out, int64_t out_row) const {
-        transpose(s.W[0] + s.gate_offset(b), s.gates, K, Wt);
+        transpose(s.W[0] + s.gate_offset(b), K, s.gates, K, Wt);
         matmul<T>({x, K, 1}, {Wt, s.gates}, out, out_row, C, s.gates, K, {});
     }
 };
@@ -141,10 +155,11 @@ void read_one(const Bank<T>& s, const Read<T>& r, int64_t b, Scratch<T>& mem, bo
         const int64_t at = (b * count + i) * C * K;
         if (!backward) {
             work.pass(b, s.first + i, x, z);
-            for (int64_t j = 0; j < C * K; j++) r.values[at + j] = z[L - 1].data[j] + x[j];
+            std::copy(x, x + C * K, r.values + at);
+            add(r.values + at, z[L - 1].data, C * K);
         } else if (r.dvalues) {
             std::copy(r.dvalues + at, r.dvalues + at + C * K, dz[L - 1]);
-            for (int64_t j = 0; j < C * K; j++) dx[j] += dz[L - 1][j];
+            add(dx, dz[L - 1], C * K);
             work.chain(b, s.first + i, x, z, dz, nullptr, false, dx);
         }
     }
@@ -201,19 +216,24 @@ struct InnerOne {
     void forward(int64_t m) {
         Rows<T> zk[most_layers], zv[most_layers], g[most_layers];
         for (int64_t l = 0; l < L; l++) zk[l] = part(p.recalled, m, l), zv[l] = own(p.zv, m, l), g[l] = part(p.g, m, l);
-        work.pass(b, m, key, zk);
-        for (int64_t l = 1; l < L; l++) work.activations(zk[l - 1], p.H[l] + (b * s.memories + m) * C * s.hidden);
+        T* H[most_layers];
+        for (int64_t l = 1; l < L; l++) H[l] = p.H[l] + (b * s.memories + m) * C * s.hidden;
+        work.pass(b, m, key, zk, H);
         if (s.self_targets) work.pass(b, m, value, zv);
-        for (int64_t t = 0; t < C; t++)
-            for (int64_t j = 0; j < K; j++) {
-                T target = value[t * K + j] + (s.self_targets ? zv[L - 1][t][j] : T(0));
-                g[L - 1][t][j] = error(zk[L - 1][t][j] + key[t * K + j], target);
-            }
+        std::copy(value, value + C * K, work.y);
+        if (s.self_targets) add(work.y, zv[L - 1].data, C * K);
+        const T *output = zk[L - 1].data, *target = work.y, *x = key;
+        T* top = g[L - 1].data;
+#pragma omp simd
+        for (int64_t i = 0; i < C * K; i++) top[i] = error(output[i] + x[i], target[i]);
         for (int64_t l = L - 2; l >= 0; l--) {
             pull(m, l, g[l + 1]);
-            for (int64_t t = 0; t < C; t++)
-                for (int64_t j = 0; j < s.hidden; j++)
-                    g[l][t][j] = clipped(work.y[t * s.hidden + j] * act<T, KIND>(zk[l][t][j]).slope);
+            for (int64_t t = 0; t < C; t++) {
+                const T *in = zk[l][t], *y = work.y + t * s.hidden;
+                T* o = g[l][t];
+#pragma omp simd
+                for (int64_t j = 0; j < s.hidden; j++) o[j] = clipped(y[j] * act<T, KIND>(in[j]).slope);
+            }
         }
     }
 
@@ -235,30 +255,34 @@ struct InnerOne {
         for (int64_t l = 0; l < L - 1; l++) {
             const int64_t hidden = s.hidden, out = s.outputs(l + 1), at = s.offset(b, m, l + 1);
             pull(m, l, g[l + 1]);
-            for (int64_t t = 0; t < C; t++)
+            for (int64_t t = 0; t < C; t++) {
+                const T *in = zk[l][t], *y = work.y + t * hidden, *gl = g[l][t], *up = dg[l] + t * hidden;
+                T *o = dz[l] + t * hidden, *dy = work.dh + t * hidden;
+#pragma omp simd
                 for (int64_t j = 0; j < hidden; j++) {
-                    const int64_t i = t * hidden + j;
-                    const Point<T> a = act<T, KIND>(zk[l][t][j]);
-                    T d = inside(g[l][t][j]) ? dg[l][i] : T(0);
-                    dz[l][i] += d * work.y[i] * a.curve;
-                    work.dh[i] = d * a.slope;
+                    const Point<T> a = act<T, KIND>(in[j]);
+                    const T d = inside(gl[j]) ? up[j] : T(0);
+                    o[j] += d * y[j] * a.curve;
+                    dy[j] = d * a.slope;
                 }
-            transpose(s.W[l + 1] + at, out, hidden, work.Wt);
+            }
+            transpose(s.W[l + 1] + at, hidden, out, hidden, work.Wt);
             matmul<T>({work.dh, hidden, 1}, {work.Wt, out}, dg[l + 1], out, C, out, hidden, {.add = true});
             matmul<T>({g[l + 1].data, 1, g[l + 1].row}, {work.dh, hidden}, s.dW[l + 1] + at, hidden, out, hidden, C,
                       {.add = true});
         }
-        T* d = dg[L - 1];
+        T *d = dg[L - 1], *to_z = dz[L - 1], *to_key = dkey, *to_value = dvalue;
+        const T *top = g[L - 1].data, through = s.dot ? T(0) : T(1);
+#pragma omp simd
         for (int64_t i = 0; i < C * K; i++) {
-            d[i] = inside(g[L - 1].data[i]) ? d[i] : T(0);
-            const T to_output = s.dot ? T(0) : d[i];
-            dz[L - 1][i] += to_output;
-            dkey[i] += to_output;
-            dvalue[i] -= d[i];
+            d[i] = inside(top[i]) ? d[i] : T(0);
+            to_z[i] += through * d[i];
+            to_key[i] += through * d[i];
+            to_value[i] -= d[i];
         }
         work.chain(b, m, key, zk, dz, dH, true, dkey);
         if (!s.self_targets) return;
-        for (int64_t i = 0; i < C * K; i++) dz[L - 1][i] = -d[i];
+        for (int64_t i = 0; i < C * K; i++) to_z[i] = -d[i];
         work.chain(b, m, value, zv, dz, nullptr, false, dvalue);
     }
 

@@ -41,7 +41,7 @@ class BankShape:
 
     def numbers(self, x: Tensor, layers: int) -> list[int]:
         """Sizes in the kernel's order."""
-        problems, chunk, width = x.shape
+        problems, chunk, width = x.flatten(0, -3).shape
         kind = ACTIVATIONS.index(self.activation)
         return [problems, self.first, self.memories, chunk, width, self.hidden, layers, self.gates, kind,
                 self.self_targets, self.dot, torch.get_num_threads()]  # fmt: skip
@@ -52,7 +52,7 @@ class BankShape:
 
 
 def native_read(shape: BankShape, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Outputs `[P, M - first, C, K]` and gates `[P, C, G]` (None without gates) at x `[P, C, K]`."""
+    """Outputs `[..., M - first, C, K]` and gates `[..., C, G]` (None without gates) at x `[..., C, K]`."""
     values, gates = _Read.apply(shape, x, *weights)  # type: ignore[no-untyped-call]
     return values, gates
 
@@ -64,9 +64,9 @@ def native_inner(
 
     Args:
         shape: of the bank.
-        key: `[P, C, K]`.
-        value: `[P, C, K]`.
-        weights: `[P, M * hidden + G, K]`, then `[P, M, out, hidden]`.
+        key: `[..., C, K]`.
+        value: `[..., C, K]`.
+        weights: `[..., M * hidden + G, K]`, then `[..., M, out, hidden]`.
     """
     layers = len(weights)
     found = _Inner.apply(shape, key, value, *weights)  # type: ignore[no-untyped-call]
@@ -77,11 +77,11 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
         x, *weights = (t.contiguous() for t in (x, *weights))  # type: ignore[assignment]
-        problems, chunk, width = x.shape
+        *batch, chunk, width = x.shape
         count, layers = shape.memories - shape.first, len(weights)
-        z = [x.new_empty(problems, count, chunk, out) for out in shape.widths(width, layers)]
-        values = x.new_empty(problems, count, chunk, width)
-        gates = x.new_empty(problems, chunk, shape.gates) if shape.gates else None
+        z = [x.new_empty(*batch, count, chunk, out) for out in shape.widths(width, layers)]
+        values = x.new_empty(*batch, count, chunk, width)
+        gates = x.new_empty(*batch, chunk, shape.gates) if shape.gates else None
         ctx.numbers = shape.numbers(x, layers)
         _call(ctx.numbers, shape.clip, [*weights, x, values, gates, *z], x.dtype, inner=False, backward=False)
         ctx.save_for_backward(x, *weights, *z)
@@ -106,11 +106,11 @@ class _Inner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: BankShape, key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         key, value, *weights = (t.contiguous() for t in (key, value, *weights))  # type: ignore[assignment]
-        problems, chunk, width = key.shape
+        *batch, chunk, width = key.shape
         layers = len(weights)
         widths = shape.widths(width, layers)
-        each = [key.new_empty(problems, shape.memories, chunk, out) for out in widths]
-        stacked = key.new_empty(problems, chunk, weights[0].shape[1])
+        each = [key.new_empty(*batch, shape.memories, chunk, out) for out in widths]
+        stacked = key.new_empty(*batch, chunk, weights[0].shape[-2])
         hidden = [torch.empty_like(each[0]) for _ in range(layers - 1)]
         recalled, gradients = ([torch.empty_like(t) for t in (stacked, *each[1:])] for _ in range(2))
         ctx.numbers, ctx.clip, ctx.layers = shape.numbers(key, layers), shape.clip, layers

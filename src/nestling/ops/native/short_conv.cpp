@@ -1,0 +1,84 @@
+// A causal convolution of few taps, one filter a channel (nestling/ops/short_conv.py): y_t = sum_w weight_w seen_{t + w}.
+// Threads take blocks of channels, so that the filters' gradients need no exchange.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t block = 32;
+
+template <class T>
+struct Conv {
+    int64_t rows, time, channels, taps, threads;  // rows of `seen` have time + taps - 1 tokens
+    T *seen, *weight, *y, *dy, *dseen, *dweight;
+
+    template <class F>
+    void each_block(F f) const {
+#pragma omp parallel for num_threads(threads) if (rows * time * channels > 32768)
+        for (int64_t from = 0; from < channels; from += block) {
+            const int64_t n = std::min(block, channels - from);
+            for (int64_t w = 0; w < taps; w++) {
+                T filter[block], found[block] = {};
+                for (int64_t c = 0; c < n; c++) filter[c] = weight[(from + c) * taps + w];
+                for (int64_t r = 0; r < rows; r++) f(r, w, from, n, filter, found);
+                if (dweight)
+                    for (int64_t c = 0; c < n; c++) dweight[(from + c) * taps + w] = found[c];
+            }
+        }
+    }
+
+    void forward() const {
+        each_block([this](int64_t r, int64_t w, int64_t from, int64_t n, const T* filter, T*) {
+            for (int64_t t = 0; t < time; t++) {
+                const T* in = seen + (r * (time + taps - 1) + t + w) * channels + from;
+                T* out = y + (r * time + t) * channels + from;
+                if (!w) std::memset(out, 0, n * sizeof(T));
+#pragma omp simd
+                for (int64_t c = 0; c < n; c++) out[c] += filter[c] * in[c];
+            }
+        });
+    }
+
+    void backward() const {
+        std::memset(dseen, 0, rows * (time + taps - 1) * channels * sizeof(T));
+        each_block([this](int64_t r, int64_t w, int64_t from, int64_t n, const T* filter, T* found) {
+            for (int64_t t = 0; t < time; t++) {
+                const int64_t at = (r * (time + taps - 1) + t + w) * channels + from;
+                const T *in = seen + at, *up = dy + (r * time + t) * channels + from;
+                T* out = dseen + at;
+#pragma omp simd
+                for (int64_t c = 0; c < n; c++) {
+                    out[c] += filter[c] * up[c];
+                    found[c] += in[c] * up[c];
+                }
+            }
+        });
+    }
+};
+
+template <class T>
+void run(const int64_t* sizes, void* const* t, bool back) {
+    Conv<T> s{};
+    int64_t* to_sizes[] = {&s.rows, &s.time, &s.channels, &s.taps, &s.threads};
+    for (int64_t* p : to_sizes) *p = *sizes++;
+    T** first[] = {&s.seen, &s.weight};
+    for (T** p : first) *p = static_cast<T*>(*t++);
+    if (!back) {
+        s.y = static_cast<T*>(*t);
+        return s.forward();
+    }
+    T** rest[] = {&s.dy, &s.dseen, &s.dweight};
+    for (T** p : rest) *p = static_cast<T*>(*t++);
+    s.backward();
+}
+
+}  // namespace
+
+extern "C" {
+// Tensors: seen, weight, then y, or for the backward pass dy, dseen, dweight.
+void nestling_short_conv(const int64_t* sizes, void* const* tensors, int is_double, int back) {
+    is_double ? run<double>(sizes, tensors, back) : run<float>(sizes, tensors, back);
+}
+}
