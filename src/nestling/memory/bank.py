@@ -264,25 +264,24 @@ class MemoryBank(nn.Module):
             weight = state.running[layer]
             surprise = None if state.surprise is None else state.surprise[layer]
             recalled = lesson.recalled[layer] if fresh and erase is not None else None
-            # Layer 0 stacks its memories along the outputs: one memory, as far as the rule goes.
-            stack = layer == 0
             z, after, surprise = chunk_step(
-                x.unsqueeze(2) if stack else x,
-                g.unsqueeze(2) if stack else g,
+                x,
+                g,
                 lr,
                 erase,
                 rates.decay,
-                weight.unsqueeze(2) if stack else weight,
-                surprise.unsqueeze(2) if stack and surprise is not None else surprise,
-                recalled=recalled.unsqueeze(2) if stack and recalled is not None else recalled,
+                weight,
+                surprise,
+                recalled=recalled,
                 q=z,
                 answers=self.hidden if layer < self.depth - 1 else self.width,
-                normalise=not stack,
+                # Keys have length 1; hidden activations have any length.
+                normalise=layer > 0,
                 read_before=rule.read_before,
             )
-            running.append(after.squeeze(2) if stack else after)
+            running.append(after)
             if surprise is not None:
-                surprises.append(surprise.squeeze(2) if stack else surprise)
+                surprises.append(surprise)
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
         return z, BankState(state.start, running, surprises or None)

@@ -27,21 +27,21 @@ class ChunkDecay:
 
 
 def chunk_step(
-    x: Float[Tensor, "*batch M C K"],
-    g: Float[Tensor, "*batch M C V"],
+    x: Float[Tensor, "*batch *M C K"],
+    g: Float[Tensor, "*batch *M C V"],
     inner_lr: Float[Tensor, "*batch C"],
     erase: Float[Tensor, "*batch C"] | None,
     decay: ChunkDecay,
-    weight: Float[Tensor, "*batch M V K"],
-    surprise: Float[Tensor, "*batch M V K"] | None = None,
+    weight: Float[Tensor, "*batch *M V K"],
+    surprise: Float[Tensor, "*batch *M V K"] | None = None,
     *,
-    recalled: Float[Tensor, "*batch M C V"] | None = None,
+    recalled: Float[Tensor, "*batch *M C V"] | None = None,
     q: Float[Tensor, "*batch C K"] | None = None,
     answers: int = 0,
     normalise: bool = False,
     read_before: bool = False,
 ) -> tuple[Float[Tensor, "*batch C answers"] | None, Tensor, Tensor | None]:
-    """Write a chunk into M memories that share their rates, and read the first of them at q.
+    """Write a chunk into a memory, or into M that share their rates, and read the (first) one at q.
 
     Args:
         x: inputs of the weight.
@@ -64,17 +64,22 @@ def chunk_step(
         rates = (inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid)
         options = (answers, normalise, read_before)
         return native.native_chunk((x, g, *rates, weight, surprise, recalled, q), options)
-    lr, e = inner_lr.unsqueeze(-2), None if erase is None else erase.unsqueeze(-2)
+    several = x.dim() > inner_lr.dim() + 1
+    lr, e, shared = inner_lr, erase, decay.products
+    if several:
+        lr, e, shared = lr.unsqueeze(-2), None if e is None else e.unsqueeze(-2), shared.unsqueeze(-1)
     if normalise:
         power = x.square().sum(-1).clamp_min(1.0).reciprocal()
         lr, e = lr * power, None if e is None else e * power
-    shared = decay.products.unsqueeze(-1)
     writes = chunk_writes(x, lr.unsqueeze(-1) * g, e, shared, weight, surprise, recalled)
     y = None
     if q is not None:
-        first, first_s = (None if t is None else t.select(-3, 0)[..., :answers, :] for t in (weight, surprise))
-        assert first is not None
-        erased = None if writes.erased is None else writes.erased.select(-3, 0)[..., :answers]
-        own = Writes(x.select(-3, 0), writes.step.select(-3, 0)[..., :answers], erased)
+        own, first, first_s = writes, weight, surprise
+        if several:
+            erased = None if writes.erased is None else writes.erased.select(-3, 0)
+            own = Writes(x.select(-3, 0), writes.step.select(-3, 0), erased)
+            first, first_s = weight.select(-3, 0), None if surprise is None else surprise.select(-3, 0)
+        own = Writes(own.x, own.step[..., :answers], None if own.erased is None else own.erased[..., :answers])
+        first, first_s = first[..., :answers, :], None if first_s is None else first_s[..., :answers, :]
         y = chunk_read(q, own, decay.products, first, first_s, read_before)
     return y, *chunk_advance(writes, shared, weight, surprise)

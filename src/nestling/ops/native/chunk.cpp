@@ -483,7 +483,7 @@ void run(const int64_t* sizes, void* const* t, bool backward) {
 #pragma omp parallel num_threads(s.threads) if (s.problems * s.memories > 1)
     {
         static thread_local Scratch<T> mem;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < s.problems * s.memories; i++) {
             mem.reset(room);
             if (backward) {

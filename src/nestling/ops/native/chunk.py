@@ -32,14 +32,13 @@ class _Chunk(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
         options: tuple[int, bool, bool]
         *tensors, options = arguments
-        ctx.batch = batch = tensors[0].shape[:-3]
-        ctx.shapes = [None if t is None else t.shape for t in tensors]
-        inputs: list[Any] = [_flat(t, batch) for t in tensors]
+        batch = tensors[2].shape[:-1]
+        inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
-        problems, memories, chunk, width = x.shape
-        numbers = [problems, memories, chunk, width, g.shape[-1], *map(int, options), torch.get_num_threads()]
+        memories = x.shape[-3] if x.dim() > len(batch) + 2 else 1
+        numbers = [batch.numel(), memories, *x.shape[-2:], g.shape[-1], *map(int, options), torch.get_num_threads()]
 
-        read: Any = None if q is None else x.new_empty(problems, chunk, options[0])
+        read: Any = None if q is None else x.new_empty(*batch, x.shape[-2], options[0])
         momentum, erases = log_b is not None, erase is not None
         results: list[Any] = [read, torch.empty_like(weight), None if surprise is None else torch.empty_like(surprise)]
         kept = [
@@ -53,9 +52,7 @@ class _Chunk(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *kept)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
-        y, after, pushed = (None if t is None else t.unflatten(0, batch) for t in results)
-        assert after is not None
-        return y, after, pushed
+        return results[0], results[1], results[2]
 
     @staticmethod
     @once_differentiable
@@ -63,7 +60,8 @@ class _Chunk(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, kept = saved[:11], saved[11:]
         x, g, lr, erase, log_a, log_b, _, weight, surprise, recalled, q = inputs
-        per_memory = x.shape[:3]
+        memories = ctx.numbers[1]
+        per_memory = (*lr.shape[:-1], memories, lr.shape[-1]) if memories > 1 else lr.shape
         found = [
             torch.empty_like(x),
             torch.empty_like(g),
@@ -75,17 +73,16 @@ class _Chunk(torch.autograd.Function):
         coming = [None if t is None else t.contiguous() for t in upstream]
         _call(ctx.numbers, [*inputs, None, None, None, *kept, *coming, *found], weight.dtype, backward=True)
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found
-        if per_memory[1] == 1:
-            rates = [None if r is None else r[:, 0] for r in rates]
-        else:
-            rates = [None if r is None else r.sum(1) for r in rates]
-        made = (dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq)
-        return *(None if d is None else d.view(s) for d, s in zip(made, ctx.shapes, strict=True)), None
+        if memories > 1:
+            rates = [None if r is None else r.sum(-2) for r in rates]
+        return dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq, None
 
 
-def _flat(t: Tensor | None, batch: torch.Size) -> Tensor | None:
-    """Batch dimensions as one; where they are missing, repeated (`valid`, which every head shares)."""
-    return None if t is None else t.expand(*batch, *t.shape[len(batch) :]).flatten(0, len(batch) - 1).contiguous()
+def _whole(t: Tensor, batch: torch.Size) -> Tensor:
+    """Contiguous, and repeated over batch dimensions that are 1 (`valid`, which every head shares)."""
+    if t.shape[: len(batch)] != batch:
+        t = t.expand(*batch, *t.shape[len(batch) :])
+    return t.contiguous()
 
 
 def _call(numbers: list[int], tensors: list[Tensor | None], dtype: torch.dtype, backward: bool) -> None:

@@ -364,7 +364,7 @@ void run(Bank<T> s, void* const* t, bool inner, bool backward) {
 #pragma omp parallel num_threads(s.threads) if (s.problems > 1)
     {
         static thread_local Scratch<T> mem;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int64_t b = 0; b < s.problems; b++) {
             mem.reset(room);
             if (inner) {
