@@ -52,6 +52,7 @@ $(DEV): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV) (the first time downloads PyTorch and takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m nestling.ops.native
 	@touch $@
 
 $(BENCH): $(DEV)

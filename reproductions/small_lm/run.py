@@ -2,9 +2,10 @@
 
     python reproductions/small_lm/run.py --train BOOK... --valid BOOK --test BOOK [--tokens 400000] [--jobs 2]
 
-Every preset gets the same grid of learning rates (seed 0); the rate with the lowest validation loss then runs with two
-more seeds, and the test book is read once by those three runs. Finished runs are kept in --work, so the command may be
-interrupted and repeated. Writes results.json and table.md beside this file.
+Every preset starts from the same grid of learning rates (seed 0), which doubles or halves on until the best rate is not
+at its edge. The rate with the lowest validation loss then runs with two more seeds, and the test book is read once by
+those three runs. Finished runs are kept in --work, so the command may be interrupted and repeated. Writes results.json
+and table.md beside this file.
 """
 
 from __future__ import annotations
@@ -106,6 +107,19 @@ def run_one(
             "parameters": result["parameters"], "tokens": result["tokens"]}  # fmt: skip
 
 
+def best_rate(runs: list[dict[str, Any]], preset: str) -> float:
+    """The rate with the lowest validation loss."""
+    rate: float = min((r for r in runs if r["preset"] == preset), key=lambda r: r["validation"])["rate"]
+    return rate
+
+
+def beyond_edge(runs: list[dict[str, Any]], preset: str) -> float | None:
+    """The next rate to try where the best one is the lowest or the highest so far, else None."""
+    rates = sorted(r["rate"] for r in runs if r["preset"] == preset)
+    best = best_rate(runs, preset)
+    return best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
+
+
 def main() -> None:
     """Grid, seeds, test, report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,9 +136,12 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         # The slow presets first, so that the last to finish is a short one.
-        grid = [(p, r, SEEDS[0]) for p in reversed(PRESETS) for r in RATES]
-        runs = list(pool.map(lambda job: run_one(args, data, [valid], *job), grid))
-        best = {p: min((r for r in runs if r["preset"] == p), key=lambda r: r["validation"])["rate"] for p in PRESETS}
+        todo = [(p, r, SEEDS[0]) for p in reversed(PRESETS) for r in RATES]
+        runs: list[dict[str, Any]] = []
+        while todo:
+            runs += pool.map(lambda job: run_one(args, data, [valid], *job), todo)
+            todo = [(p, rate, SEEDS[0]) for p in reversed(PRESETS) if (rate := beyond_edge(runs, p))]
+        best = {p: best_rate(runs, p) for p in PRESETS}
         more = [(p, best[p], s) for p in reversed(PRESETS) for s in SEEDS[1:]]
         runs += pool.map(lambda job: run_one(args, data, [valid], *job), more)
         chosen = [r for r in runs if r["rate"] == best[r["preset"]]]
@@ -160,14 +177,15 @@ def table(runs: list[dict[str, Any]], best: dict[str, float]) -> str:
             for v in ([r[k] for r in mine] for k in ("validation", "test"))
         ]
         lines.append(f"| {preset} | {mine[0]['parameters']:,} | {best[preset]:g} | {cells[0]} | {cells[1]} |")
+    rates = sorted({r["rate"] for r in runs})
     lines += [
         "",
-        "| preset (seed 0, validation) | " + " | ".join(f"lr {r:g}" for r in RATES) + " |",
-        "| --- " * (len(RATES) + 1) + "|",
+        "| preset (seed 0, validation) | " + " | ".join(f"lr {r:g}" for r in rates) + " |",
+        "| --- " * (len(rates) + 1) + "|",
     ]
     for preset in PRESETS:
         found = {r["rate"]: r["validation"] for r in runs if r["preset"] == preset and r["seed"] == SEEDS[0]}
-        lines.append(f"| {preset} | " + " | ".join(f"{found[r]:.4f}" for r in RATES) + " |")
+        lines.append(f"| {preset} | " + " | ".join(f"{found[r]:.4f}" if r in found else "" for r in rates) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -133,21 +133,20 @@ class MemoryBank(nn.Module):
         """
         skip = len(self.deep) - sum(n in names for n in self.deep)
         deep = self.deep[skip:]
+
+        def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+            first, *deeper = weights
+            trace = self.forward([first[..., skip * self.hidden :, :], *(w[:, :, skip:] for w in deeper)], x)
+            return trace.output, trace.gates
+
         if self.depth > 1 and native.fits(x, weights[0]):
-            outputs, gates = native.native_read(self._shape(first=skip), x, weights)
-            parts = list(outputs.unbind(2))
-            if gates is not None:
-                parts += gates.split(1, dim=-1)
+            output, gates = native.native_read(plain, self._shape(first=skip), x, weights)
         else:
-            if skip:
-                weights = [weights[0][..., skip * self.hidden :, :], *(w[:, :, skip:] for w in weights[1:])]
-            trace = self.forward(weights, x)
-            if self.depth == 1:
-                parts = list(trace.output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1))
-            else:
-                parts = list(trace.output.unbind(2))
-                if trace.gates is not None:
-                    parts += trace.gates.split(1, dim=-1)
+            output, gates = plain(x, *weights)
+        if self.depth == 1:
+            parts = list(output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1))
+        else:
+            parts = [*output.unbind(2), *(() if gates is None else gates.split(1, dim=-1))]
         values = dict(zip(deep + self.gates, parts, strict=True))
         return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
 
@@ -167,11 +166,20 @@ class MemoryBank(nn.Module):
             value: `[N, H, L, K]`.
             self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
         """
-        plain = rule.gradient == "chunk" and rule.objective in ("l2", "dot")
-        if self.depth > 1 and plain and native.fits(key, weights[0]):
+
+        def plain(key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            made = self._lesson(rule, list(weights), key, value, self_targets)
+            return (*made.inputs[1:], *made.recalled, *made.gradients)
+
+        compiled = self.depth > 1 and rule.gradient == "chunk" and rule.objective in ("l2", "dot")
+        if compiled and native.fits(key, weights[0]):
             shape = self._shape(rule, self_targets)
-            inputs, recalled, gradients = native.native_inner(shape, key, value, weights)
+            inputs, recalled, gradients = native.native_inner(plain, shape, key, value, weights)
             return Lesson([key, *inputs], recalled, gradients)
+        return self._lesson(rule, weights, key, value, self_targets)
+
+    def _lesson(self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool) -> Lesson:
+        """`lesson` out of torch's operations."""
         at_key = self.forward(weights, key)
         if self_targets:
             at_value = self.forward(weights, value)

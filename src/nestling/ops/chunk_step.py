@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -60,10 +61,41 @@ def chunk_step(
     Returns:
         The answers (None without q), and weight and surprise after the chunk.
     """
+    rates = (inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid)
+    options = (answers, normalise, read_before)
     if native.fits(x, weight):
-        rates = (inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid)
-        options = (answers, normalise, read_before)
-        return native.native_chunk((x, g, *rates, weight, surprise, recalled, q), options)
+        return native.native_chunk(_plain, (x, g, *rates, weight, surprise, recalled, q), options)
+    return _step(x, g, inner_lr, erase, decay, weight, surprise, recalled, q, *options)
+
+
+def _plain(
+    x: Tensor,
+    g: Tensor,
+    inner_lr: Tensor,
+    erase: Tensor | None,
+    log_retention: Tensor,
+    log_momentum: Tensor | None,
+    valid: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    return _step(x, g, inner_lr, erase, ChunkDecay(log_retention, log_momentum, valid), *rest)
+
+
+def _step(
+    x: Tensor,
+    g: Tensor,
+    inner_lr: Tensor,
+    erase: Tensor | None,
+    decay: ChunkDecay,
+    weight: Tensor,
+    surprise: Tensor | None,
+    recalled: Tensor | None,
+    q: Tensor | None,
+    answers: int,
+    normalise: bool,
+    read_before: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`chunk_step` out of torch's operations."""
     several = x.dim() > inner_lr.dim() + 1
     lr, e, shared = inner_lr, erase, decay.products
     if several:

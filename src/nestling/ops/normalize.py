@@ -19,6 +19,10 @@ def safe_normalize(x: Float[Tensor, "*batch D"], eps: float = 1e-6) -> Float[Ten
     count as 1e17, so that |x|^2 cannot overflow in float32.
     """
     if native.fits(x):
-        return native.native_normalize(x, eps, _BOUND)
-    x = x.clamp(-_BOUND, _BOUND)
+        return native.native_normalize(_plain, x, eps, _BOUND)
+    return _plain(x, eps, _BOUND)
+
+
+def _plain(x: Tensor, eps: float, bound: float) -> Tensor:
+    x = x.clamp(-bound, bound)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps * eps)

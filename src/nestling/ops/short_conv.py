@@ -32,13 +32,20 @@ def short_conv(
     seen = torch.cat([tail.to(x.dtype), x], dim=1)
     time = x.shape[1]
     if native.fits(seen) and weight.dtype == seen.dtype:
-        y = native.native_short_conv(seen, weight)
+        y = native.native_short_conv(_plain, seen, weight)
     else:
-        y = seen[:, width - 1 :] * weight[:, width - 1]
-        for w in range(width - 1):
-            y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
+        y = _plain(seen, weight)
     if lengths is None:
         return y, seen[:, time:].to(tail.dtype)
     slots = lengths[:, None] + torch.arange(width - 1, device="cpu")
     index = slots.to(x.device)[..., None].expand(-1, -1, x.shape[2])
     return y, seen.gather(1, index).to(tail.dtype)
+
+
+def _plain(seen: Tensor, weight: Tensor) -> Tensor:
+    taps = weight.shape[1]
+    time = seen.shape[1] - taps + 1
+    y = seen[:, taps - 1 :] * weight[:, taps - 1]
+    for w in range(taps - 1):
+        y = torch.addcmul(y, seen[:, w : w + time], weight[:, w])
+    return y

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.second_order import through_torch
+
+Result = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def native_chunk(
-    tensors: Sequence[Tensor | None], options: tuple[int, bool, bool]
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    plain: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[int, bool, bool]
+) -> Result:
     """`ops.chunk_step.chunk_step`.
 
     Args:
+        plain: the same out of torch's operations, with the tensors and then the options as arguments.
         tensors: x, g, l, e, log a, log b, valid, weight, surprise, X W_0^T, q.
         options: answers, normalise, read_before.
     """
-    found: tuple[Tensor | None, Tensor, Tensor | None] = _Chunk.apply(*tensors, options)  # type: ignore[no-untyped-call]
+    found: Result = _Chunk.apply(plain, *tensors, options)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Chunk(torch.autograd.Function):
-    """Gradients of every floating-point argument; not twice differentiable."""
-
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def forward(ctx: Any, *arguments: Any) -> Result:
         options: tuple[int, bool, bool]
-        *tensors, options = arguments
+        plain, *tensors, options = arguments
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
@@ -49,16 +50,19 @@ class _Chunk(torch.autograd.Function):
             torch.empty_like(read) if momentum and read is not None else None,
         ]
         _call(numbers, [*inputs, *results, *kept], weight.dtype, backward=False)
-        ctx.save_for_backward(*inputs, *kept)
-        ctx.numbers = numbers
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.numbers, ctx.plain, ctx.options = numbers, plain, options
         ctx.set_materialize_grads(False)
         return results[0], results[1], results[2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        inputs, kept = saved[:11], saved[11:]
+        tensors, kept = saved[:11], saved[11:]
+        if torch.is_grad_enabled():
+            return None, *through_torch(ctx.plain, (*tensors, *ctx.options), upstream)[:11], None
+        batch = tensors[2].shape[:-1]
+        inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, lr, erase, log_a, log_b, _, weight, surprise, recalled, q = inputs
         memories = ctx.numbers[1]
         per_memory = (*lr.shape[:-1], memories, lr.shape[-1]) if memories > 1 else lr.shape
@@ -75,7 +79,7 @@ class _Chunk(torch.autograd.Function):
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found
         if memories > 1:
             rates = [None if r is None else r.sum(-2) for r in rates]
-        return dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq, None
+        return None, dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq, None
 
 
 def _whole(t: Tensor, batch: torch.Size) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.second_order import through_torch
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 
@@ -51,31 +51,39 @@ class BankShape:
         return [self.hidden] * (layers - 1) + [width]
 
 
-def native_read(shape: BankShape, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Outputs `[..., M - first, C, K]` and gates `[..., C, G]` (None without gates) at x `[..., C, K]`."""
-    values, gates = _Read.apply(shape, x, *weights)  # type: ignore[no-untyped-call]
+Plain = Callable[..., Sequence[Tensor | None]]
+
+
+def native_read(plain: Plain, shape: BankShape, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Outputs `[..., M - first, C, K]` and gates `[..., C, G]` (None without gates) at x `[..., C, K]`.
+
+    `plain` is the same out of torch's operations, with x and the weights as arguments.
+    """
+    values, gates = _Read.apply(plain, shape, x, *weights)  # type: ignore[no-untyped-call]
     return values, gates
 
 
 def native_inner(
-    shape: BankShape, key: Tensor, value: Tensor, weights: Sequence[Tensor]
+    plain: Plain, shape: BankShape, key: Tensor, value: Tensor, weights: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Inputs of the layers after the first, and every layer's products W x and gradients, as `Trace` lays them out.
 
     Args:
+        plain: the same out of torch's operations, with key, value and the weights as arguments.
         shape: of the bank.
         key: `[..., C, K]`.
         value: `[..., C, K]`.
         weights: `[..., M * hidden + G, K]`, then `[..., M, out, hidden]`.
     """
     layers = len(weights)
-    found = _Inner.apply(shape, key, value, *weights)  # type: ignore[no-untyped-call]
+    found = _Inner.apply(plain, shape, key, value, *weights)  # type: ignore[no-untyped-call]
     return list(found[: layers - 1]), list(found[layers - 1 : 2 * layers - 1]), list(found[2 * layers - 1 :])
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, plain: Plain, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        given = (x, *weights)
         x, *weights = (t.contiguous() for t in (x, *weights))  # type: ignore[assignment]
         *batch, chunk, width = x.shape
         count, layers = shape.memories - shape.first, len(weights)
@@ -84,27 +92,33 @@ class _Read(torch.autograd.Function):
         gates = x.new_empty(*batch, chunk, shape.gates) if shape.gates else None
         ctx.numbers = shape.numbers(x, layers)
         _call(ctx.numbers, shape.clip, [*weights, x, values, gates, *z], x.dtype, inner=False, backward=False)
-        ctx.save_for_backward(x, *weights, *z)
+        ctx.save_for_backward(*given, *z)
+        ctx.plain = plain
         ctx.set_materialize_grads(False)
         return values, gates
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_values: Tensor | None, d_gates: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         layers = len(rest) // 2
         weights, z = rest[:layers], rest[layers:]
+        if torch.is_grad_enabled():
+            return None, None, *through_torch(ctx.plain, (x, *weights), (d_values, d_gates))
+        x, *weights = (t.contiguous() for t in (x, *weights))
         d_weights = [torch.zeros_like(w) for w in weights]
         dx = torch.empty_like(x)
         coming = [None if t is None else t.contiguous() for t in (d_values, d_gates)]
         tensors = [*weights, *d_weights, x, None, None, *z, *coming, dx]
         _call(ctx.numbers, 1.0, tensors, x.dtype, inner=False, backward=True)
-        return None, dx, *d_weights
+        return None, None, dx, *d_weights
 
 
 class _Inner(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: BankShape, key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plain: Plain, shape: BankShape, key: Tensor, value: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        given = (*weights, key, value)
         key, value, *weights = (t.contiguous() for t in (key, value, *weights))  # type: ignore[assignment]
         *batch, chunk, width = key.shape
         layers = len(weights)
@@ -116,22 +130,25 @@ class _Inner(torch.autograd.Function):
         ctx.numbers, ctx.clip, ctx.layers = shape.numbers(key, layers), shape.clip, layers
         outputs = [*hidden, *recalled, *gradients]
         _call(ctx.numbers, shape.clip, [*weights, key, value, *outputs, *each], key.dtype, inner=True, backward=False)
-        ctx.save_for_backward(*weights, key, value, *recalled, *gradients, *each[:-1])
+        ctx.plain = plain
+        ctx.save_for_backward(*given, *recalled, *gradients, *each[:-1])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, layers = ctx.saved_tensors, ctx.layers
         weights, inputs, kept = saved[:layers], saved[layers : layers + 2], saved[layers + 2 :]
+        if torch.is_grad_enabled():
+            return None, None, *through_torch(ctx.plain, (*inputs, *weights), upstream)
+        weights, inputs = ([t.contiguous() for t in part] for part in (weights, inputs))
         d_weights = [torch.zeros_like(w) for w in weights]
         d_inputs = [torch.empty_like(t) for t in inputs]
         coming = [None if t is None else t.contiguous() for t in upstream]
         # What is not read again: the hidden activations, and the values' outputs.
         tensors = [*weights, *d_weights, *inputs, *[None] * (layers - 1), *kept, None, *coming, *d_inputs]
         _call(ctx.numbers, ctx.clip, tensors, weights[0].dtype, inner=True, backward=True)
-        return None, *d_inputs, *d_weights
+        return None, None, *d_inputs, *d_weights
 
 
 def _call(

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.second_order import through_torch
 
 
-def native_normalize(x: Tensor, eps: float, bound: float) -> Tensor:
-    """x / sqrt(|x|^2 + eps^2) over the last dimension, entries cut at +-bound."""
-    y: Tensor = _Normalize.apply(x, eps, bound)  # type: ignore[no-untyped-call]
+def native_normalize(plain: Callable[[Tensor, float, float], Tensor], x: Tensor, eps: float, bound: float) -> Tensor:
+    """x / sqrt(|x|^2 + eps^2) over the last dimension, entries cut at +-bound.
+
+    `plain` is the same out of torch's operations.
+    """
+    y: Tensor = _Normalize.apply(plain, x, eps, bound)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, bound: float) -> Tensor:
-        x = x.contiguous()
+    def forward(ctx: Any, plain: Any, x: Tensor, eps: float, bound: float) -> Tensor:
+        given, x = x, x.contiguous()
         y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
         _call((x, y, scale), eps, bound, back=False)
-        ctx.save_for_backward(x, y, scale)
-        ctx.bound = bound
+        ctx.save_for_backward(given, y, scale)
+        ctx.plain, ctx.eps, ctx.bound = plain, eps, bound
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = through_torch(lambda *t: (ctx.plain(*t),), (x, ctx.eps, ctx.bound), (dy,))
+            return None, *found
+        x = x.contiguous()
         dx = torch.empty_like(x)
         _call((x, y, scale, dy.contiguous(), dx), 0.0, ctx.bound, back=True)
-        return dx, None, None
+        return None, dx, None, None
 
 
 def _call(tensors: tuple[Tensor, ...], eps: float, bound: float, back: bool) -> None:

@@ -1,0 +1,256 @@
+// The backward pass of a chunk.
+#pragma once
+
+#include "chunk.h"
+
+// Gradients of one problem, in the order in which the forward pass is undone: advance, read, solve, decay, rates.
+template <class T>
+struct Backward {
+    Chunk<T> c;
+    const Args<T>& s;
+    const int64_t C, K, V, Q;
+    const T *E, *R, *Tm;
+    T *dx, *dP, *dE, *dW, *dS, *dA, *dB, *dD, *dA0, *dB0, *dd0, *de, *work, *work2, *rows, *rows2, *wide;
+
+    Backward(const Args<T>& args, int64_t index, Scratch<T>& mem)
+        : c(args, index, mem), s(args), C(args.C), K(args.K), V(args.V), Q(args.Q) {
+        E = s.E + c.bm * C * V;
+        R = s.recalled ? s.recalled + c.bm * C * V : (s.R ? s.R + c.bm * C * V : nullptr);
+        Tm = s.Tm ? s.Tm + c.bm * C * V : nullptr;
+        dx = s.dx + c.bm * C * K, dW = s.dW + c.bm * V * K, dS = c.momentum ? s.dS + c.bm * V * K : nullptr;
+        dP = s.dg + c.bm * C * V;  // becomes dg at the end
+        dE = mem.take(C * V), rows = mem.take(C * V), rows2 = mem.take(C * V);
+        wide = mem.take((C > V ? C : V) * (K > V ? K : V));
+        work = mem.take(C * C), work2 = mem.take(C * C);
+        dA = zeros(mem, C * C), dB = zeros(mem, C * C), dD = zeros(mem, C * C);
+        dA0 = zeros(mem, C), dB0 = zeros(mem, C), dd0 = zeros(mem, C), de = zeros(mem, C);
+        zero(dx, C * K);
+        zero(dP, C * V);
+        zero(dE, C * V);
+    }
+
+    static T* zeros(Scratch<T>& mem, int64_t n) {
+        T* p = mem.take(n);
+        zero(p, n);
+        return p;
+    }
+
+    void advance() {
+        const int64_t l = C - 1, n = V * K;
+        zero(dW, n);
+        if (c.momentum) zero(dS, n);
+        if (s.dW2) {
+            const T* d = s.dW2 + c.bm * n;
+            add_scaled(dW, c.A0[l], d, n);
+            dA0[l] += dot(c.W, d, n);
+            transpose(d, K, V, K, wide);
+            matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
+            for (int64_t t = 0; t < C; t++) {
+                const T keep = c.A[l * C + t], keep_m = c.momentum ? c.D[l * C + t] : T(0);
+                const T *z = rows + t * V, *erased = E + t * V, *step = c.P + t * V;
+                T *o = rows2 + t * V, *de_t = dE + t * V, *dp = dP + t * V, to_a = 0, to_d = 0;
+#pragma omp simd reduction(+ : to_a, to_d)
+                for (int64_t v = 0; v < V; v++) {
+                    o[v] = keep * erased[v] + keep_m * step[v];
+                    de_t[v] = -keep * z[v];
+                    dp[v] = -keep_m * z[v];
+                    to_a += erased[v] * z[v];
+                    to_d += step[v] * z[v];
+                }
+                dA[l * C + t] -= to_a;
+                if (c.momentum) dD[l * C + t] -= to_d;
+            }
+            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
+            if (c.momentum) {
+                add_scaled(dS, c.d0[l], d, n);
+                dd0[l] += dot(c.S, d, n);
+            }
+        }
+        if (c.momentum && s.dS2) {
+            const T* d = s.dS2 + c.bm * n;
+            add_scaled(dS, c.B0[l], d, n);
+            dB0[l] += dot(c.S, d, n);
+            transpose(d, K, V, K, wide);
+            matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
+            for (int64_t t = 0; t < C; t++) {
+                const T keep = c.B[l * C + t], *z = rows + t * V, *step = c.P + t * V;
+                T *o = rows2 + t * V, *dp = dP + t * V, sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t v = 0; v < V; v++) {
+                    o[v] = keep * step[v];
+                    dp[v] -= keep * z[v];
+                    sum += step[v] * z[v];
+                }
+                dB[l * C + t] -= sum;
+            }
+            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
+        }
+    }
+
+    // One of the two sums of a read, y -= (F * Mq) Z with F = A or D: dF, dZ and the part of d(Mq), left in `match`.
+    void read_sum(const T* dy, const T* Z, const T* factor, T* dfactor, T* dZ, T* match, bool add) {
+        const int64_t lag = s.before ? 1 : 0;
+        transpose(Z, V, C, Q, wide);
+        matmul<T>({dy, Q, 1}, {wide, C}, work, C, C, C, Q, {.out_lower = true, .negate = true});
+        for (int64_t t = 0; t < C; t++) {
+            const int64_t n = t + 1 - lag;
+            const T *f = factor + (t - lag) * C, *d = work + t * C, *mq = c.Mq + t * C;
+            T *df = dfactor + (t - lag) * C, *o = match + t * C;
+            if (!add) zero(o, C);
+#pragma omp simd
+            for (int64_t r = 0; r < n; r++) {
+                df[r] += d[r] * mq[r];
+                o[r] += d[r] * f[r];
+            }
+        }
+        c.masked(work, factor, c.Mq, lag);
+        matmul<T>({work, 1, C}, {dy, Q}, dZ, V, C, Q, C, {.upper = true, .negate = true, .add = true});
+    }
+
+    void read() {
+        T* dq = s.dq + c.b * C * K;
+        zero(dq, C * K);
+        const int64_t lag = s.before ? 1 : 0;
+        const T* dy = s.dy + c.b * C * Q;
+        start_term(dy, s.QW + c.b * C * Q, c.A0, dA0, T(1), lag, c.W, dW, dq);
+        if (c.momentum) start_term(dy, s.QS + c.b * C * Q, c.d0, dd0, T(0), lag, c.S, dS, dq);
+        bool both = c.momentum && c.erases;
+        if (c.momentum) read_sum(dy, c.P, c.D, dD, dP, work2, false);
+        if (c.erases || !c.momentum) read_sum(dy, E, c.A, dA, dE, work2, both);
+        matmul<T>({work2, C, 1}, {c.x, K}, dq, K, C, K, C, {.lower = true, .add = true});
+        matmul<T>({work2, 1, C}, {c.q, K}, dx, K, C, K, C, {.upper = true, .add = true});
+    }
+
+    // y += start * (q weight^T), over the read outputs.
+    void start_term(
+        const T* dy, const T* product, const T* start, T* dstart, T first, int64_t lag, const T* weight, T* dweight, T* dq
+    ) {
+        for (int64_t t = 0; t < C; t++) {
+            if (t >= lag) dstart[t - lag] += dot(dy + t * Q, product + t * Q, Q);
+            scaled(rows + t * Q, c.before_chunk(start, t, lag, first), dy + t * Q, Q);
+        }
+        matmul<T>({rows, Q, 1}, {weight, K}, dq, K, C, K, Q, {.add = true});
+        matmul<T>({rows, 1, Q}, {c.q, K}, dweight, K, Q, K, C, {.add = true});
+    }
+
+    // The triangular solve and its right-hand side; leaves d(l g) of the direct path in dP.
+    void erase() {
+        c.masked(work, c.A, c.G, 1);
+        for (int64_t t = 0; t < C; t++) scaled(work + t * C, c.e[t], work + t * C, t);
+        solve_unit_lower_transposed(work, dE, C, V);
+        if (!c.momentum) add_scaled(dP, T(1), dE, C * V);
+        // dL = -dE E^T; L = e * sh(A) * G.
+        transpose(E, V, C, V, wide);
+        matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
+        T* dG = work;
+        zero(dG, C);
+        for (int64_t t = 1; t < C; t++) {
+            const T e = c.e[t], *d = work2 + t * C, *before = c.A + (t - 1) * C, *gram = c.G + t * C;
+            T sum = 0, *da = dA + (t - 1) * C, *o = dG + t * C;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t r = 0; r < t; r++) {
+                sum += d[r] * before[r] * gram[r];
+                da[r] += d[r] * e * gram[r];
+                o[r] = d[r] * e * before[r];
+            }
+            de[t] += sum;
+            zero(o + t, C - t);
+        }
+        right_side(dG);
+        matmul<T>({dG, C, 1}, {c.x, K}, dx, K, C, K, C, {.lower = true, .add = true});
+        matmul<T>({dG, 1, C}, {c.x, K}, dx, K, C, K, C, {.upper = true, .add = true});
+    }
+
+    // right = e * inner, inner = sh(A0) R + sh(d0) T - (sh(D) * G) P. On entry dE is the gradient of `right`.
+    void right_side(T* dG) {
+        T* inner = rows;
+        if (c.momentum) {
+            c.masked(work2, c.D, c.G, 1);
+            matmul<T>({work2, C, 1}, {c.P, V}, inner, V, C, V, C, {.lower = true, .negate = true});
+        }
+        for (int64_t t = 0; t < C; t++) {
+            T start = c.before_chunk(c.A0, t, 1, T(1)), start_m = c.momentum ? c.before_chunk(c.d0, t, 1, T(0)) : T(0);
+            de[t] += start * dot(R + t * V, dE + t * V, V);
+            if (c.momentum) de[t] += dot(inner + t * V, dE + t * V, V) + start_m * dot(Tm + t * V, dE + t * V, V);
+            scaled(dE + t * V, c.e[t], dE + t * V, V);  // from here the gradient of `inner`
+            if (t) dA0[t - 1] += dot(dE + t * V, R + t * V, V);
+            if (t && c.momentum) dd0[t - 1] += dot(dE + t * V, Tm + t * V, V);
+            scaled(rows2 + t * V, start, dE + t * V, V);
+        }
+        if (s.drecalled) {
+            std::copy(rows2, rows2 + C * V, s.drecalled + c.bm * C * V);
+        } else {
+            matmul<T>({rows2, V, 1}, {c.W, K}, dx, K, C, K, V, {.add = true});
+            matmul<T>({rows2, 1, V}, {c.x, K}, dW, K, V, K, C, {.add = true});
+        }
+        if (!c.momentum) return;
+        matmul<T>({work2, 1, C}, {dE, V}, dP, V, C, V, C, {.upper = true, .negate = true, .add = true});
+        for (int64_t t = 0; t < C; t++) scaled(rows2 + t * V, c.before_chunk(c.d0, t, 1, T(0)), dE + t * V, V);
+        matmul<T>({rows2, V, 1}, {c.S, K}, dx, K, C, K, V, {.add = true});
+        matmul<T>({rows2, 1, V}, {c.x, K}, dS, K, V, K, C, {.add = true});
+        transpose(c.P, V, C, V, wide);
+        matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
+        for (int64_t t = 1; t < C; t++) {
+            const T *d = work2 + t * C, *before = c.D + (t - 1) * C, *gram = c.G + t * C;
+            T *o = dG + t * C, *dd = dD + (t - 1) * C;
+#pragma omp simd
+            for (int64_t r = 0; r < t; r++) {
+                o[r] += d[r] * before[r];
+                dd[r] += d[r] * gram[r];
+            }
+        }
+    }
+
+    void decay() {
+        for (int64_t t = C - 1; t >= 0; t--) {
+            T keep = c.present(t) ? T(1) : T(0), da = 0, db = 0;
+            if (c.momentum) {
+                if (t) {
+                    da += dot(dD + t * C, c.D + (t - 1) * C, t) + dd0[t] * c.d0[t - 1];
+                    add_scaled(dD + (t - 1) * C, c.a[t], dD + t * C, t);
+                    dd0[t - 1] += c.a[t] * dd0[t];
+                }
+                add_scaled(dB + t * C, keep, dD + t * C, t + 1);
+                dB0[t] += keep * dd0[t];
+                db = dB0[t] * (t ? c.B0[t - 1] : T(1));
+                if (t) {
+                    db += dot(dB + t * C, c.B + (t - 1) * C, t);
+                    add_scaled(dB + (t - 1) * C, c.bt[t], dB + t * C, t);
+                    dB0[t - 1] += c.bt[t] * dB0[t];
+                }
+            }
+            da += dA0[t] * (t ? c.A0[t - 1] : T(1));
+            if (t) {
+                da += dot(dA + t * C, c.A + (t - 1) * C, t);
+                add_scaled(dA + (t - 1) * C, c.a[t], dA + t * C, t);
+                dA0[t - 1] += c.a[t] * dA0[t];
+            }
+            s.dlog_a[c.bm * C + t] = keep * da * c.a[t];
+            if (c.momentum) s.dlog_b[c.bm * C + t] = keep * db * c.bt[t];
+        }
+    }
+
+    void rates() {
+        for (int64_t t = 0; t < C; t++) {
+            T dlr = dot(dP + t * V, c.g + t * V, V);
+            s.dlr[c.bm * C + t] = dlr * c.power[t];
+            if (c.erases) s.derase[c.bm * C + t] = de[t] * c.power[t];
+            scaled(dP + t * V, c.lr[t], dP + t * V, V);
+            if (c.power[t] >= 1) continue;
+            T dpower = dlr * s.lr[c.b * C + t] + (c.erases ? de[t] * s.erase[c.b * C + t] : T(0));
+            add_scaled(dx + t * K, -2 * dpower * c.power[t] * c.power[t], c.x + t * K, K);
+        }
+    }
+
+    void run() {
+        advance();
+        if (c.reads && s.dy) read();
+        if (c.erases) {
+            erase();
+        } else if (!c.momentum) {
+            add_scaled(dP, T(1), dE, C * V);
+        }
+        decay();
+        rates();
+    }
+};
