@@ -225,11 +225,14 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("broken", ["compiler", "library"])
+@pytest.mark.parametrize("broken", ["compiler", "library", "home"])
 def test_what_cannot_be_built_is_done_without(monkeypatch, tmp_path: Path, caplog, broken) -> None:
-    """A compiler that fails, or a damaged file in the cache, leaves torch and one warning."""
+    """A compiler that fails, a damaged file in the cache, or no place for a cache leaves torch and one warning."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if broken == "compiler":
+    if broken == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    elif broken == "compiler":
         compiler = tmp_path / "c++"
         compiler.write_text("#!/bin/sh\necho 'error: no such target' >&2\nexit 1\n")
         compiler.chmod(0o755)

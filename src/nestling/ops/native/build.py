@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _load(_built(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         logger.warning("the CPU kernel cannot be used, so memories run through torch, more slowly: %s", _reason(error))
         return None
 
