@@ -15,7 +15,7 @@ from benchmarks.subjects import (
     titans_subject,
 )
 from benchmarks.timing import Subject, interleave, matmul_gflops, speed_ratio
-from nestling.ops import native
+from nestling.ops.native.build import library
 
 MATRIX, MLP = "matrix memories, chunk 64", "MLP memories, momentum, chunk 64"
 # Sequence length -> goals for (matrix memories, MLP memories), as multiples of attention's tokens per second.
@@ -39,11 +39,7 @@ def against_attention(rounds: int, quick: bool) -> Report:
         _compare(report, subjects, dict(zip((MATRIX, MLP), goals, strict=True)), rounds, peak)
     report.notes.append(f"peak: a 1,024 x 1,024 float32 matrix product runs at {peak:.0f} GFLOP/s here")
     report.notes.append("ratio: tokens/s over the first row of the same T, median (lowest to highest) of the rounds")
-    how = (
-        "in C++ (nestling.ops.native)"
-        if native.fits(torch.empty(1, 1))
-        else "through torch, for want of a C++ compiler"
-    )
+    how = "in C++ (nestling.ops.native)" if library() else "through torch, since there is no compiled kernel"
     report.notes.append(f"chunks run {how}; torch.compile: compile_chunks=True instead, compilation not counted")
     report.notes.append("GFLOP: necessary operations only, see benchmarks/flops.py")
     return report

@@ -143,16 +143,14 @@ class SelfModifyingTitans(SequenceLayer):
             o, main, own = self._memories(streams, b, state, lengths)
         after = state.position + (x.shape[1] if lengths is None else lengths)
         gate = None if self.gate_proj is None else F.silu(self.gate_proj(x))
-        y = self._output(o.to(x.dtype), gate)
+        y = self._output(o, x.dtype, gate)
         return y, SelfModifyingState(main, own, conv, after)
 
-    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+    def _output(self, o: Tensor, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
         # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
         size = math.sqrt(self.head_dim)
-        o = safe_normalize(o.transpose(1, 2), size * math.sqrt(self.config.norm_eps)) * (self.out_norm * size).to(
-            o.dtype
-        )
-        o = o.flatten(-2)
+        o = safe_normalize(o.transpose(1, 2), size * math.sqrt(self.config.norm_eps)).to(dtype)
+        o = (o * (self.out_norm * size).to(dtype)).flatten(-2)
         return self.out_proj(o if gate is None else o * gate)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class SelfModifyingConfig(Rule):
         output_gate: multiply the normalised output by silu(x W_g).
         checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
         compile_chunks: run the chunk step through `torch.compile` (some tens of seconds of compilation for
-            every chunk length). Off by default, since a short run never earns it back.
+            every chunk length). Off by default, since a short run never earns it back, and on a CPU the C++ of
+            `nestling.ops.native` is faster.
         norm_eps: of the output norm.
 
     Raises:

@@ -139,7 +139,7 @@ class MemoryBank(nn.Module):
             trace = self.forward([first[..., skip * self.hidden :, :], *(w[:, :, skip:] for w in deeper)], x)
             return trace.output, trace.gates
 
-        if self.depth > 1 and native.fits(x, weights[0]):
+        if 1 < self.depth <= native.MAX_LAYERS and native.fits(x, weights[0]):
             output, gates = native.native_read(plain, self._shape(first=skip), x, weights)
         else:
             output, gates = plain(x, *weights)
@@ -171,7 +171,7 @@ class MemoryBank(nn.Module):
             made = self._lesson(rule, list(weights), key, value, self_targets)
             return (*made.inputs[1:], *made.recalled, *made.gradients)
 
-        compiled = self.depth > 1 and rule.gradient == "chunk" and rule.objective in ("l2", "dot")
+        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.gradient == "chunk" and rule.objective in ("l2", "dot")
         if compiled and native.fits(key, weights[0]):
             shape = self._shape(rule, self_targets)
             inputs, recalled, gradients = native.native_inner(plain, shape, key, value, weights)

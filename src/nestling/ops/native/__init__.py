@@ -12,11 +12,20 @@ from torch import Tensor
 
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
-from nestling.ops.native.memories import BankShape, native_inner, native_read
+from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
 from nestling.ops.native.short_conv import native_short_conv
 
-__all__ = ["BankShape", "fits", "native_chunk", "native_inner", "native_normalize", "native_read", "native_short_conv"]
+__all__ = [
+    "MAX_LAYERS",
+    "BankShape",
+    "fits",
+    "native_chunk",
+    "native_inner",
+    "native_normalize",
+    "native_read",
+    "native_short_conv",
+]
 
 # Above these a problem outgrows a core's cache, and torch's own products are the faster ones.
 _MAX_CHUNK = 128

@@ -99,6 +99,24 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
+def kernel() -> ctypes.CDLL:
+    """The compiled kernel, where `native.fits` has said that there is one."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def expect(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> None:
+    """Compiled code reads raw memory, so what does not fit is refused here.
+
+    Raises:
+        ValueError: `tensor` has another shape than `shape`, or another dtype than `like`.
+    """
+    if tensor is not None and (tensor.shape != shape or tensor.dtype != like.dtype):
+        found = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        raise ValueError(f"{name} is {found}, but must be {shape} of {like.dtype}; is the state another layer's?")
+
+
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     """Addresses of contiguous tensors, null for None."""
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))

@@ -8,14 +8,6 @@
 
 namespace {
 
-// E = (I + L)^{-1} E in place, L[t, s] = e_t A[t-1, s] G[t, s]. `system` receives L.
-template <class T>
-void solve(const Chunk<T>& c, T* E, T* system) {
-    c.masked(system, c.A, c.G, 1);
-    for (int64_t t = 0; t < c.C; t++) scaled(system + t * c.C, c.e[t], system + t * c.C, t);
-    solve_unit_lower(system, E, c.C, c.V);
-}
-
 template <class T>
 void forward_one(const Args<T>& s, int64_t index, Scratch<T>& mem) {
     Chunk<T> c(s, index, mem);
@@ -35,7 +27,7 @@ void forward_one(const Args<T>& s, int64_t index, Scratch<T>& mem) {
             matmul<T>({work, C, 1}, {c.P, V}, E, V, C, V, C, {.lower = true, .negate = true});
         }
         for (int64_t t = 0; t < C; t++) {
-            T start = c.before_chunk(c.A0, t, 1, T(1)), start_m = c.momentum ? c.before_chunk(c.d0, t, 1, T(0)) : T(0);
+            T start = c.shifted(c.A0, t, 1, T(1)), start_m = c.momentum ? c.shifted(c.d0, t, 1, T(0)) : T(0);
             const T e = c.e[t], *recall = recalled + t * V;
             T* o = E + t * V;
             if (c.momentum) {
@@ -48,9 +40,12 @@ void forward_one(const Args<T>& s, int64_t index, Scratch<T>& mem) {
                 for (int64_t v = 0; v < V; v++) o[v] = e * start * recall[v] + step[v];
             }
         }
-        solve(c, E, work);
+        c.system(work);
+        solve_unit_lower(work, E, C, V);
+    } else if (c.momentum) {
+        zero(E, C * V);
     } else {
-        for (int64_t i = 0; i < C * V; i++) E[i] = c.momentum ? T(0) : c.P[i];
+        std::copy(c.P, c.P + C * V, E);
     }
 
     if (c.reads) {
@@ -58,8 +53,8 @@ void forward_one(const Args<T>& s, int64_t index, Scratch<T>& mem) {
         matmul<T>({c.q, K, 1}, {Wt, V}, QW, Q, C, Q, K, {});
         if (c.momentum) matmul<T>({c.q, K, 1}, {St, V}, QS, Q, C, Q, K, {});
         for (int64_t t = 0; t < C; t++) {
-            scaled(y + t * Q, c.before_chunk(c.A0, t, lag, T(1)), QW + t * Q, Q);
-            if (c.momentum) add_scaled(y + t * Q, c.before_chunk(c.d0, t, lag, T(0)), QS + t * Q, Q);
+            scaled(y + t * Q, c.shifted(c.A0, t, lag, T(1)), QW + t * Q, Q);
+            if (c.momentum) add_scaled(y + t * Q, c.shifted(c.d0, t, lag, T(0)), QS + t * Q, Q);
         }
         if (c.momentum) {
             c.masked(work, c.D, c.Mq, lag);

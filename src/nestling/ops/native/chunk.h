@@ -4,10 +4,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "matmul.h"
 #include "scratch.h"
+#include "vectors.h"
 
 // The arguments, shared by both directions; pointers are null where the rule has no such part.
 template <class T>
@@ -22,31 +22,6 @@ struct Args {
     const T *dy, *dW2, *dS2;
     T *dx, *dg, *dlr, *derase, *dlog_a, *dlog_b, *dW, *dS, *drecalled, *dq;
 };
-
-template <class T>
-T dot(const T* a, const T* b, int64_t n) {
-    T s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int64_t i = 0; i < n; i++) s += a[i] * b[i];
-    return s;
-}
-
-template <class T>
-void scaled(T* out, T c, const T* a, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) out[i] = c * a[i];
-}
-
-template <class T>
-void zero(T* out, int64_t n) {
-    std::memset(out, 0, n * sizeof(T));
-}
-
-template <class T>
-void add_scaled(T* out, T c, const T* a, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) out[i] += c * a[i];
-}
 
 // What both directions compute first: rates, decay products, steps P = l g, the Gram matrix and its shifted products.
 template <class T>
@@ -119,5 +94,12 @@ struct Chunk {
         }
     }
 
-    T before_chunk(const T* rows, int64_t t, int64_t lag, T first) const { return t >= lag ? rows[t - lag] : first; }
+    // L of the triangular system, L[t, r] = e_t A[t-1, r] G[t, r].
+    void system(T* out) const {
+        masked(out, A, G, 1);
+        for (int64_t t = 0; t < C; t++) scaled(out + t * C, e[t], out + t * C, t);
+    }
+
+    // rows[t - lag], or `first` where there is no such row.
+    static T shifted(const T* rows, int64_t t, int64_t lag, T first) { return t >= lag ? rows[t - lag] : first; }
 };

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.build import expect, kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
 Result = tuple[Tensor | None, Tensor, Tensor | None]
@@ -36,7 +36,9 @@ class _Chunk(torch.autograd.Function):
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
-        memories = x.shape[-3] if x.dim() > len(batch) + 2 else 1
+        stack = x.shape[len(batch) : -2]
+        memories = stack.numel()
+        _check(inputs, batch, stack, options[0])
         numbers = [batch.numel(), memories, *x.shape[-2:], g.shape[-1], *map(int, options), torch.get_num_threads()]
 
         read: Any = None if q is None else x.new_empty(*batch, x.shape[-2], options[0])
@@ -65,7 +67,7 @@ class _Chunk(torch.autograd.Function):
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, lr, erase, log_a, log_b, _, weight, surprise, recalled, q = inputs
         memories = ctx.numbers[1]
-        per_memory = (*lr.shape[:-1], memories, lr.shape[-1]) if memories > 1 else lr.shape
+        per_memory = (*lr.shape[:-1], memories, lr.shape[-1]) if memories != 1 else lr.shape
         found = [
             torch.empty_like(x),
             torch.empty_like(g),
@@ -77,9 +79,25 @@ class _Chunk(torch.autograd.Function):
         coming = [None if t is None else t.contiguous() for t in upstream]
         _call(ctx.numbers, [*inputs, None, None, None, *kept, *coming, *found], weight.dtype, backward=True)
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found
-        if memories > 1:
+        if memories != 1:
             rates = [None if r is None else r.sum(-2) for r in rates]
         return None, dx, dg, *rates, None, d_weight, d_surprise, d_recalled, dq, None
+
+
+def _check(inputs: list[Any], batch: torch.Size, stack: torch.Size, answers: int) -> None:
+    x, g, *rates, valid, weight, surprise, recalled, q = inputs
+    tokens, width, out = x.shape[-2], x.shape[-1], g.shape[-1]
+    for name, tensor in (("g", g), ("recalled", recalled)):
+        expect(name, tensor, x, *batch, *stack, tokens, out)
+    for name, tensor in (("weight", weight), ("surprise", surprise)):
+        expect(name, tensor, x, *batch, *stack, out, width)
+    for rate in rates:
+        expect("a rate", rate, x, *batch, tokens)
+    expect("q", q, x, *batch, tokens, width)
+    if valid is not None and valid.shape != (*batch, tokens):
+        raise ValueError(f"valid is {tuple(valid.shape)}, but must be {(*batch, tokens)}")
+    if q is not None and not 0 <= answers <= out:
+        raise ValueError(f"answers is {answers}, but the memory has {out} outputs")
 
 
 def _whole(t: Tensor, batch: torch.Size) -> Tensor:
@@ -90,6 +108,4 @@ def _whole(t: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _call(numbers: list[int], tensors: list[Tensor | None], dtype: torch.dtype, backward: bool) -> None:
-    kernel = library()
-    assert kernel is not None
-    kernel.nestling_chunk(sizes(*numbers), pointers(tensors), int(dtype == torch.float64), int(backward))
+    kernel().nestling_chunk(sizes(*numbers), pointers(tensors), int(dtype == torch.float64), int(backward))

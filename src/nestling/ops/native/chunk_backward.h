@@ -35,6 +35,12 @@ struct Backward {
         return p;
     }
 
+    // rows = X d^T
+    void at_inputs(const T* d) {
+        transpose(d, K, V, K, wide);
+        matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
+    }
+
     void advance() {
         const int64_t l = C - 1, n = V * K;
         zero(dW, n);
@@ -43,8 +49,7 @@ struct Backward {
             const T* d = s.dW2 + c.bm * n;
             add_scaled(dW, c.A0[l], d, n);
             dA0[l] += dot(c.W, d, n);
-            transpose(d, K, V, K, wide);
-            matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
+            at_inputs(d);
             for (int64_t t = 0; t < C; t++) {
                 const T keep = c.A[l * C + t], keep_m = c.momentum ? c.D[l * C + t] : T(0);
                 const T *z = rows + t * V, *erased = E + t * V, *step = c.P + t * V;
@@ -70,8 +75,7 @@ struct Backward {
             const T* d = s.dS2 + c.bm * n;
             add_scaled(dS, c.B0[l], d, n);
             dB0[l] += dot(c.S, d, n);
-            transpose(d, K, V, K, wide);
-            matmul<T>({c.x, K, 1}, {wide, V}, rows, V, C, V, K, {});
+            at_inputs(d);
             for (int64_t t = 0; t < C; t++) {
                 const T keep = c.B[l * C + t], *z = rows + t * V, *step = c.P + t * V;
                 T *o = rows2 + t * V, *dp = dP + t * V, sum = 0;
@@ -127,7 +131,7 @@ struct Backward {
     ) {
         for (int64_t t = 0; t < C; t++) {
             if (t >= lag) dstart[t - lag] += dot(dy + t * Q, product + t * Q, Q);
-            scaled(rows + t * Q, c.before_chunk(start, t, lag, first), dy + t * Q, Q);
+            scaled(rows + t * Q, c.shifted(start, t, lag, first), dy + t * Q, Q);
         }
         matmul<T>({rows, Q, 1}, {weight, K}, dq, K, C, K, Q, {.add = true});
         matmul<T>({rows, 1, Q}, {c.q, K}, dweight, K, Q, K, C, {.add = true});
@@ -135,8 +139,7 @@ struct Backward {
 
     // The triangular solve and its right-hand side; leaves d(l g) of the direct path in dP.
     void erase() {
-        c.masked(work, c.A, c.G, 1);
-        for (int64_t t = 0; t < C; t++) scaled(work + t * C, c.e[t], work + t * C, t);
+        c.system(work);
         solve_unit_lower_transposed(work, dE, C, V);
         if (!c.momentum) add_scaled(dP, T(1), dE, C * V);
         // dL = -dE E^T; L = e * sh(A) * G.
@@ -169,7 +172,7 @@ struct Backward {
             matmul<T>({work2, C, 1}, {c.P, V}, inner, V, C, V, C, {.lower = true, .negate = true});
         }
         for (int64_t t = 0; t < C; t++) {
-            T start = c.before_chunk(c.A0, t, 1, T(1)), start_m = c.momentum ? c.before_chunk(c.d0, t, 1, T(0)) : T(0);
+            T start = c.shifted(c.A0, t, 1, T(1)), start_m = c.momentum ? c.shifted(c.d0, t, 1, T(0)) : T(0);
             de[t] += start * dot(R + t * V, dE + t * V, V);
             if (c.momentum) de[t] += dot(inner + t * V, dE + t * V, V) + start_m * dot(Tm + t * V, dE + t * V, V);
             scaled(dE + t * V, c.e[t], dE + t * V, V);  // from here the gradient of `inner`
@@ -185,7 +188,7 @@ struct Backward {
         }
         if (!c.momentum) return;
         matmul<T>({work2, 1, C}, {dE, V}, dP, V, C, V, C, {.upper = true, .negate = true, .add = true});
-        for (int64_t t = 0; t < C; t++) scaled(rows2 + t * V, c.before_chunk(c.d0, t, 1, T(0)), dE + t * V, V);
+        for (int64_t t = 0; t < C; t++) scaled(rows2 + t * V, c.shifted(c.d0, t, 1, T(0)), dE + t * V, V);
         matmul<T>({rows2, V, 1}, {c.S, K}, dx, K, C, K, V, {.add = true});
         matmul<T>({rows2, 1, V}, {c.x, K}, dS, K, V, K, C, {.add = true});
         transpose(c.P, V, C, V, wide);

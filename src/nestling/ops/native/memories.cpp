@@ -5,16 +5,16 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "exponential.h"
 #include "matmul.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int most_layers = 8;
+constexpr int most_layers = 8;  // MAX_LAYERS of memories.py
 
 template <class T>
 struct Bank {
@@ -29,6 +29,7 @@ struct Bank {
     int64_t offset(int64_t b, int64_t m, int64_t l) const {           // of a memory's weight
         return l ? (b * memories + m) * outputs(l) * hidden : (b * rows() + m * hidden) * K;
     }
+    int64_t wide() const { return std::max({K, hidden, gates}); }  // of any row of working memory
     int64_t gate_offset(int64_t b) const { return (b * rows() + memories * hidden) * K; }
 };
 
@@ -60,21 +61,14 @@ struct Rows {
     T* operator[](int64_t t) const { return data + t * row; }
 };
 
-template <class T>
-void add(T* out, const T* a, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) out[i] += a[i];
-}
-
 template <class T, int KIND>
 struct Work {
     const Bank<T>& s;
     const int64_t C, K, L;
-    Scratch<T>& mem;
     T *Wt, *h, *y, *dh;
 
-    Work(const Bank<T>& bank, Scratch<T>& scratch) : s(bank), C(bank.C), K(bank.K), L(bank.layers), mem(scratch) {
-        const int64_t wide = std::max(K, s.hidden);
+    Work(const Bank<T>& bank, Scratch<T>& mem) : s(bank), C(bank.C), K(bank.K), L(bank.layers) {
+        const int64_t wide = s.wide();
         Wt = mem.take(wide * wide), h = mem.take(C * wide), y = mem.take(C * wide), dh = mem.take(C * wide);
     }
 
@@ -107,8 +101,8 @@ struct Work {
             activations(z[l - 1], h);
             matmul<T>({dz[l], out, 1}, {s.W[l] + at, hidden}, dh, hidden, C, hidden, out, {});
             matmul<T>({dz[l], 1, out}, {h, hidden}, s.dW[l] + at, hidden, out, hidden, C, {.add = true});
-            if (more) add(dh, more, C * hidden);
-            if (!key) std::memset(dz[l - 1], 0, C * hidden * sizeof(T));
+            if (more) add_scaled(dh, T(1), more, C * hidden);
+            if (!key) zero(dz[l - 1], C * hidden);
             for (int64_t t = 0; t < C; t++) {
                 const T *in = z[l - 1][t], *d = dh + t * hidden;
                 T* o = dz[l - 1] + t * hidden;
@@ -148,7 +142,7 @@ void read_one(const Bank<T>& s, const Read<T>& r, int64_t b, Scratch<T>& mem, bo
     T* dz[most_layers];
     for (int64_t l = 0; l < L; l++) dz[l] = mem.take(C * s.outputs(l));
     T* dx = backward ? r.dx + b * C * K : nullptr;
-    if (backward) std::fill(dx, dx + C * K, T(0));
+    if (backward) zero(dx, C * K);
     for (int64_t i = 0; i < count; i++) {
         Rows<T> z[most_layers];
         for (int64_t l = 0; l < L; l++) z[l] = {r.z[l] + (b * count + i) * C * s.outputs(l), s.outputs(l)};
@@ -156,10 +150,10 @@ void read_one(const Bank<T>& s, const Read<T>& r, int64_t b, Scratch<T>& mem, bo
         if (!backward) {
             work.pass(b, s.first + i, x, z);
             std::copy(x, x + C * K, r.values + at);
-            add(r.values + at, z[L - 1].data, C * K);
+            add_scaled(r.values + at, T(1), z[L - 1].data, C * K);
         } else if (r.dvalues) {
             std::copy(r.dvalues + at, r.dvalues + at + C * K, dz[L - 1]);
-            add(dx, dz[L - 1], C * K);
+            add_scaled(dx, T(1), dz[L - 1], C * K);
             work.chain(b, s.first + i, x, z, dz, nullptr, false, dx);
         }
     }
@@ -221,7 +215,7 @@ struct InnerOne {
         work.pass(b, m, key, zk, H);
         if (s.self_targets) work.pass(b, m, value, zv);
         std::copy(value, value + C * K, work.y);
-        if (s.self_targets) add(work.y, zv[L - 1].data, C * K);
+        if (s.self_targets) add_scaled(work.y, T(1), zv[L - 1].data, C * K);
         const T *output = zk[L - 1].data, *target = work.y, *x = key;
         T* top = g[L - 1].data;
 #pragma omp simd
@@ -288,7 +282,7 @@ struct InnerOne {
 
     void gather(const T* const* tensors, int64_t m, int64_t l, T* out) const {
         const int64_t n = s.outputs(l);
-        if (!tensors[l]) return std::fill(out, out + C * n, T(0));
+        if (!tensors[l]) return zero(out, C * n);
         Rows<const T> rows = part(tensors, m, l);
         for (int64_t t = 0; t < C; t++) std::copy(rows[t], rows[t] + n, out + t * n);
     }
@@ -327,8 +321,8 @@ struct InnerOne {
 
     void run(bool back) {
         if (back) {
-            std::fill(dkey, dkey + C * K, T(0));
-            std::fill(dvalue, dvalue + C * K, T(0));
+            zero(dkey, C * K);
+            zero(dvalue, C * K);
         }
         for (int64_t m = 0; m < s.memories; m++) back ? backward(m) : forward(m);
         if (s.gates) back ? backward_gates() : forward_gates();
@@ -359,7 +353,7 @@ void run(Bank<T> s, void* const* t, bool inner, bool backward) {
     } else if (backward) {
         r.dvalues = static_cast<const T*>(*t++), r.dgates = static_cast<const T*>(*t++), r.dx = static_cast<T*>(*t++);
     }
-    const int64_t wide = std::max(s.K, s.hidden);
+    const int64_t wide = s.wide();
     const size_t room = wide * wide + (3 + 2 * L) * s.C * wide + 64 * (4 + 2 * L);
 #pragma omp parallel num_threads(s.threads) if (s.problems > 1)
     {

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.build import expect, kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
+MAX_LAYERS = 8  # most_layers of memories.cpp
 ACTIVATIONS = ("silu", "gelu", "relu")
 
 
@@ -45,6 +46,20 @@ class BankShape:
         kind = ACTIVATIONS.index(self.activation)
         return [problems, self.first, self.memories, chunk, width, self.hidden, layers, self.gates, kind,
                 self.self_targets, self.dot, torch.get_num_threads()]  # fmt: skip
+
+    def check(self, weights: Sequence[Tensor], *inputs: Tensor) -> None:
+        """Refuse weights and inputs that do not belong to this bank.
+
+        Raises:
+            ValueError: what, its shape, and the shape it must have.
+        """
+        x = inputs[0]
+        *batch, _, width = x.shape
+        for other in inputs[1:]:
+            expect("value", other, x, *x.shape)
+        expect("a first weight", weights[0], x, *batch, self.memories * self.hidden + self.gates, width)
+        for weight, out in zip(weights[1:], self.widths(width, len(weights))[1:], strict=True):
+            expect("a weight", weight, x, *batch, self.memories, out, self.hidden)
 
     def widths(self, width: int, layers: int) -> list[int]:
         """Outputs of each layer."""
@@ -84,6 +99,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plain: Plain, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
         given = (x, *weights)
+        shape.check(weights, x)
         x, *weights = (t.contiguous() for t in (x, *weights))  # type: ignore[assignment]
         *batch, chunk, width = x.shape
         count, layers = shape.memories - shape.first, len(weights)
@@ -119,6 +135,7 @@ class _Inner(torch.autograd.Function):
         ctx: Any, plain: Plain, shape: BankShape, key: Tensor, value: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         given = (*weights, key, value)
+        shape.check(weights, key, value)
         key, value, *weights = (t.contiguous() for t in (key, value, *weights))  # type: ignore[assignment]
         *batch, chunk, width = key.shape
         layers = len(weights)
@@ -154,7 +171,5 @@ class _Inner(torch.autograd.Function):
 def _call(
     numbers: list[int], clip: float, tensors: Sequence[Tensor | None], dtype: torch.dtype, inner: bool, backward: bool
 ) -> None:
-    kernel = library()
-    assert kernel is not None
     double = int(dtype == torch.float64)
-    kernel.nestling_memories(sizes(*numbers), clip, pointers(tensors), double, int(inner), int(backward))
+    kernel().nestling_memories(sizes(*numbers), clip, pointers(tensors), double, int(inner), int(backward))

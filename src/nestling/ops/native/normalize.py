@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.build import kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
 
@@ -44,8 +44,6 @@ class _Normalize(torch.autograd.Function):
 
 
 def _call(tensors: tuple[Tensor, ...], eps: float, bound: float, back: bool) -> None:
-    kernel = library()
-    assert kernel is not None
     x, _, scale, *_ = tensors
     numbers = sizes(scale.numel(), x.shape[-1], torch.get_num_threads())
-    kernel.nestling_normalize(numbers, eps, bound, pointers(tensors), int(x.dtype == torch.float64), int(back))
+    kernel().nestling_normalize(numbers, eps, bound, pointers(tensors), int(x.dtype == torch.float64), int(back))

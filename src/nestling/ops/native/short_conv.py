@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import library, pointers, sizes
+from nestling.ops.native.build import kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
 
@@ -44,9 +44,9 @@ class _ShortConv(torch.autograd.Function):
 
 
 def _call(seen: Tensor, weight: Tensor, others: tuple[Tensor, ...], back: bool) -> None:
-    kernel = library()
-    assert kernel is not None
     rows, time, channels = seen.shape
     taps = weight.shape[1]
     numbers = sizes(rows, time - taps + 1, channels, taps, torch.get_num_threads())
-    kernel.nestling_short_conv(numbers, pointers((seen, weight, *others)), int(seen.dtype == torch.float64), int(back))
+    kernel().nestling_short_conv(
+        numbers, pointers((seen, weight, *others)), int(seen.dtype == torch.float64), int(back)
+    )
