@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.breakdown import breakdown
 from benchmarks.decoding import decoding
 from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, processor_name, show, write_json
@@ -25,6 +26,7 @@ class Suite(StrEnum):
     """What can be run alone."""
 
     ATTENTION = "attention"
+    BREAKDOWN = "breakdown"
     TITANS = "titans"
     MEMORY = "memory"
     DECODING = "decoding"
@@ -46,6 +48,7 @@ def main(
     )
     suites: dict[Suite, Callable[[], Report]] = {
         Suite.ATTENTION: lambda: against_attention(rounds, quick),
+        Suite.BREAKDOWN: lambda: breakdown(rounds, quick),
         Suite.TITANS: lambda: against_public(rounds, quick),
         Suite.MEMORY: lambda: peak_memory(quick, threads),
         Suite.DECODING: lambda: decoding(rounds, quick, full),

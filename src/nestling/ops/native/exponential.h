@@ -8,7 +8,8 @@
 
 inline double exponential(double x) { return std::exp(x); }
 
-// 2^n p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, and p the Taylor polynomial: relative error below 2e-7. NaN stays NaN.
+// 2^n p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, and p the Taylor polynomial, whose remainder is
+// below float32 rounding. NaN stays NaN.
 inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     constexpr float round = 12582912.0f;  // 1.5 * 2^23: what is added below it is rounded to an integer
