@@ -12,8 +12,7 @@ from benchmarks.report import Report
 from benchmarks.subjects import mlp_config, titans_subject
 from benchmarks.timing import Subject
 
-# Part -> the operations that belong to it, by the names the profiler gives them. Compiled ones include the Python around
-# the call.
+# Part -> the operations that belong to it, by the profiler's names. Compiled ones include the Python around the call.
 PARTS = {
     "chunks, compiled": ("_Chunk", "_ChunkBackward"),
     "reads and inner gradients, compiled": ("_Read", "_ReadBackward", "_Inner", "_InnerBackward"),

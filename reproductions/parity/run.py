@@ -27,8 +27,8 @@ TEST_ROWS = 256
 SEEDS = (0, 1, 2)
 RATE, WARMUP = 3e-3, 50
 PRESETS = {"hope_linear": presets.hope_linear, "hope": presets.hope}
-# No retention, since a state that fades cannot count. Deep memories start with hidden layers that hardly learn: with
-# the defaults `hope` loses the parity at the first chunk that lies beyond its training.
+# No retention, since a state that fades cannot count. Deep memories start with hidden layers that hardly learn: in
+# trials with the defaults `hope` lost the parity at the first chunk beyond its training.
 SETTINGS: dict[str, dict[str, Any]] = {
     "hope_linear": {"use_retention": False},
     "hope": {"use_retention": False, "inner_lr_scale": 0.01, "hidden_erase_scale": 0.001},
