@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
-from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.bank import BankState, MemoryBank
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
-from nestling.ops.chunk_step import ChunkDecay
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
@@ -137,6 +137,20 @@ class SelfModifyingTitans(SequenceLayer):
             )
         if x.shape[1] == 0:
             return x, state
+        stride = self.config.checkpoint_chunks
+        if stride is None or not torch.is_grad_enabled():
+            return self._segment(x, state, lengths)
+        outputs, after = [], state
+        for at in range(0, x.shape[1], stride * self.config.outer_chunk):
+            part = x[:, at : at + stride * self.config.outer_chunk]
+            held = None if lengths is None else (lengths - at).clamp(0, part.shape[1])
+            y, after = checkpoint(self._segment, part, after, held, use_reentrant=False, preserve_rng_state=False)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), after
+
+    def _segment(
+        self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None
+    ) -> tuple[Tensor, SelfModifyingState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         b = None if self.momentum_proj is None else self.momentum_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -170,7 +184,7 @@ class SelfModifyingTitans(SequenceLayer):
         if self.fixed is not None:
             names = self.fixed.deep + self.fixed.gates
             weights = self.fixed.init_state(streams.shape[0], False, dtype).start
-            tokens |= self.fixed.read(weights, parts[0], names)
+            tokens |= self.fixed.read(weights, parts[0], names, unit=True)
 
         grid = Grid.of(state.position, lengths, streams.shape[1], self.config.outer_chunk)
         if grid.offsets is not None:
@@ -182,45 +196,48 @@ class SelfModifyingTitans(SequenceLayer):
             dict(zip(tokens, part, strict=True))
             for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)
         ]
-        stride = self.config.checkpoint_chunks
-        for at in range(0, len(spans), stride or 1):
-            group = slice(at, at + (stride or 1))
-            args = (spans[group], pieces[group], main, own, grid)
-            if stride and torch.is_grad_enabled():
-                y, main, own = checkpoint(self._chunks, *args, use_reentrant=False, preserve_rng_state=False)
-            else:
-                y, main, own = self._chunks(*args)
+        scales = self._scales(dtype)
+        for span, piece in zip(spans, pieces, strict=True):
+            y, main, own = self._chunk(span, piece, scales, main, own, grid)
             outputs.append(y)
         o = torch.cat(outputs, dim=2)
         return (o if grid.offsets is None else unshift_rows(o, grid, streams.shape[1])), main, own
 
-    def _chunks(
+    def _scales(self, dtype: torch.dtype) -> Scales:
+        """What the rates learn across sequences, the same in all chunks."""
+        alpha = None if self.alpha_bias is None else self.alpha_bias.to(dtype)
+        hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
+        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden)
+
+    def _chunk(
         self,
-        spans: list[tuple[int, int]],
-        pieces: list[dict[str, Tensor]],
+        span: tuple[int, int],
+        tokens: dict[str, Tensor],
+        scales: Scales,
         main: BankState,
         own: BankState | None,
         grid: Grid,
     ) -> tuple[Tensor, BankState, BankState | None]:
-        outputs = []
+        """One outer chunk: what the memories generate at its start, then its inner chunks."""
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
         if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
-        for (start, end), tokens in zip(spans, pieces, strict=True):
-            generated = generate(self, tokens, main, own)
-            if own is not None and self.own is not None:
-                _, own = step(self, self.own, own, generated, start, end, grid)
-                own = grid.cross(own, end, self.config.outer_chunk)
-            sub = chunk_spans(start, end, self.config.chunk_size)
-            # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
-            cut = [e - s for s, e in sub]
-            split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
-            for i, (s, e) in enumerate(sub):
-                y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
-                main = grid.cross(main, e, self.config.chunk_size)
-                assert y is not None
-                outputs.append(y)
-        return torch.cat(outputs, dim=2), main, own
+        start, end = span
+        generated = generate(self, tokens, main, own)
+        if own is not None and self.own is not None:
+            _, own = step(self, self.own, own, generated, scales, start, end, grid)
+            own = grid.cross(own, end, self.config.outer_chunk)
+        outputs = []
+        sub = chunk_spans(start, end, self.config.chunk_size)
+        # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
+        cut = [e - s for s, e in sub]
+        split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
+        for i, (s, e) in enumerate(sub):
+            y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, scales, s, e, grid)
+            main = grid.cross(main, e, self.config.chunk_size)
+            assert y is not None
+            outputs.append(y)
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], main, own
 
     def _generate(self, tokens: dict[str, Tensor], main: BankState, own: BankState | None) -> dict[str, Tensor]:
         """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
@@ -228,23 +245,25 @@ class SelfModifyingTitans(SequenceLayer):
         for bank, state in ((self.main, main), (self.own, own)):
             names = () if bank is None else tuple(n for n in bank.deep + bank.gates if n != "memory")
             if names and bank is not None and state is not None:
-                made |= bank.read(state.start, tokens["u"], names)
-        for name in ("k", "v", "q"):
-            if name in self.config.adapt or name != "q":
-                made[name] = safe_normalize(made[name])
+                made |= bank.read(state.start, tokens["u"], names, unit=True)
         del made["u"]
-        made["eta"] = torch.sigmoid(made["eta"] + self.eta_bias[:, None])
-        if self.alpha_bias is not None:
-            made["log_a"] = F.logsigmoid(made.pop("alpha") + self.alpha_bias[:, None]) / 16
         return made
 
     def _step(
-        self, bank: MemoryBank, state: BankState, tokens: dict[str, Tensor], start: int, end: int, grid: Grid
+        self,
+        bank: MemoryBank,
+        state: BankState,
+        tokens: dict[str, Tensor],
+        scales: Scales,
+        start: int,
+        end: int,
+        grid: Grid,
     ) -> tuple[Tensor | None, BankState]:
         """One chunk of one bank: targets, gradients, write; the main bank also answers the queries."""
         c = self.config
         valid = grid.valid_slots(start, end, tokens["k"].device)
-        rates = self._rates(tokens, valid)
+        gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
+        rates = chunk_rates(c.rates, gates, scales)
         lesson = bank.lesson(c, state.start, tokens["k"], tokens["v"], c.self_targets)
         fresh = state.start[0] is state.running[0]
         queried = bank is self.main and c.read == "token"
@@ -252,38 +271,6 @@ class SelfModifyingTitans(SequenceLayer):
         if bank is self.main and c.read == "chunk":
             y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
         return y, after
-
-    def _rates(self, tokens: dict[str, Tensor], valid: Tensor | None) -> Rates:
-        """Rates in their stable range (see the class); tokens that are not there have e = l = 0 and a = b = 1."""
-        c, eta = self.config, tokens["eta"]
-        log_a, log_b = tokens.get("log_a"), tokens.get("log_b")
-        if valid is not None:
-            eta = eta * valid
-        share = torch.sigmoid(self.share.to(eta.dtype))[:, :, None]
-        keep = 1.0 if log_a is None else log_a.exp()
-        if c.gradient == "online" and c.objective == "l2":
-            total = c.max_erase * eta * keep
-            erase = total / (1 + share[-1]) if c.erase else None
-            rate = total if erase is None else erase
-            shares = list(share) if c.erase else [*share[:-1], torch.ones_like(share[-1])]
-        elif c.erase:
-            full = c.max_erase * eta
-            erase, rate = keep * full, keep * torch.minimum(full, 2 - full)
-            shares = list(share)
-        else:
-            erase, shares = None, list(share)
-            rate = eta
-            if c.objective != "dot":
-                floor = 1.0 / c.outer_chunk
-                rate = eta * (floor if log_a is None else (-torch.expm1(log_a)).clamp_min(floor))
-        if log_b is not None:
-            rate = rate * -torch.expm1(log_b)
-        log_a = torch.zeros_like(eta) if log_a is None else log_a
-        erases = None
-        if erase is not None:
-            hidden = () if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(eta.dtype))[:, :, None]
-            erases = [*(erase * s for s in hidden), erase]
-        return Rates(erases, [rate * s for s in shares], ChunkDecay(log_a, log_b, valid))
 
 
 def _logit(share: float) -> float:

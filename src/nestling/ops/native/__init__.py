@@ -14,15 +14,18 @@ from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
+from nestling.ops.native.rates import RateRule, native_rates
 from nestling.ops.native.short_conv import native_short_conv
 
 __all__ = [
     "MAX_LAYERS",
     "BankShape",
+    "RateRule",
     "fits",
     "native_chunk",
     "native_inner",
     "native_normalize",
+    "native_rates",
     "native_read",
     "native_short_conv",
 ]
