@@ -6,6 +6,7 @@ parameters are taken from the layers, none of their functions. For inputs within
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +44,50 @@ ROWS: dict[str, dict[str, Any]] = {
 """The four rows, at the width of the tests."""
 
 
+@dataclass
+class Tokens:
+    """What the memory of every head sees: `[N, T, H, D]`, rates `[N, T, H]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    strength: Tensor
+    gate: Tensor
+
+
 def reference_linear(layer: LinearMemory, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output for rows `[N, T, hidden]` that start fresh, and the fast weights `[N, H, V, K]` at the end."""
+    c, tokens = layer.config, tokens_of(layer, x)
+    eye = torch.eye(c.key_width, dtype=x.dtype)
+    state = x.new_zeros(len(x), c.num_heads, c.value_width, c.key_width)
+    total = x.new_zeros(len(x), c.num_heads, c.key_width)
+    outputs = []
+    for t in range(x.shape[1]):
+        q, k, v = tokens.q[:, t], tokens.k[:, t], tokens.v[:, t]
+        a, strength = tokens.a[:, t, :, None, None], tokens.strength[:, t, :, None, None]
+        write = v[..., :, None] * k[..., None, :]
+        if c.erase:
+            state = a * state @ (eye - strength * k[..., :, None] * k[..., None, :]) + strength * write
+        else:
+            state = a * state + write
+        total = a[..., 0] * total + k
+        o = (state @ q[..., None])[..., 0]
+        if c.denominator:
+            o = o / ((total * q).sum(-1, keepdim=True) + c.norm_eps)
+        outputs.append(o)
+    y = finish(layer, torch.stack(outputs, 1), tokens.gate)
+    return y, torch.cat([state, total[..., None, :]], -2) if c.denominator else state
+
+
+def tokens_of(layer: LinearMemory, x: Tensor) -> Tokens:
+    """Projections, convolution, feature map, length and position."""
     c = layer.config
     heads, keys, values = c.num_heads, c.key_width, c.value_width
-    projected = x @ layer.in_proj.weight.mT
     sizes = [heads * keys, heads * keys, heads * values]
     sizes += [heads * values if c.output_gate != "none" else 0]
     sizes += [heads if c.erase else 0, heads if c.retention == "data" else 0]
-    q, k, v, gate, beta, step = projected.split(sizes, -1)
+    q, k, v, gate, beta, step = (x @ layer.in_proj.weight.mT).split(sizes, -1)
     if layer.conv is not None:
         q, k, v = convolve(torch.cat([q, k, v], -1), layer.conv).split(sizes[:3], -1)
     if c.feature_map == "silu":
@@ -61,52 +97,37 @@ def reference_linear(layer: LinearMemory, x: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
     if c.normalise_qk:
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-12).sqrt() for t in (q, k))
-    eye = torch.eye(keys, dtype=x.dtype)
-    state, total = x.new_zeros(len(x), heads, values, keys), x.new_zeros(len(x), heads, keys)
-    outputs = []
-    for t in range(x.shape[1]):
-        q_t, k_t, v_t = q[:, t], k[:, t], v[:, t]
-        if c.positions == "rope":
-            q_t, k_t = turn(q_t, t, c.rope_theta), turn(k_t, t, c.rope_theta)
-        a = retention(layer, step[:, t])[..., None, None]
-        write = v_t[..., :, None] * k_t[..., None, :]
-        if c.erase:
-            strength = torch.sigmoid(beta[:, t])[..., None, None] * (2 if c.allow_neg_eigval else 1)
-            state = a * state @ (eye - strength * k_t[..., :, None] * k_t[..., None, :]) + strength * write
-        else:
-            state = a * state + write
-        total = a[..., 0] * total + k_t
-        o = (state @ q_t[..., None])[..., 0]
-        if c.denominator:
-            o = o / ((total * q_t).sum(-1, keepdim=True) + c.norm_eps)
-        outputs.append(normalised(layer, o))
-    y = torch.stack(outputs, 1).flatten(-2)
+    if c.positions == "rope":
+        q, k = (torch.stack([turn(s[:, t], t, c.rope_theta) for t in range(x.shape[1])], 1) for s in (q, k))
+    strength = torch.sigmoid(beta) * (2 if c.allow_neg_eigval else 1)
+    return Tokens(q, k, v, retention(layer, step), strength, gate)
+
+
+def finish(layer: LinearMemory, o: Tensor, gate: Tensor) -> Tensor:
+    """The output norm of every head of o `[N, T, H, V]`, the gate and the last projection."""
+    c = layer.config
+    if layer.norm_weight is not None:
+        if c.output_norm == "group":
+            o = o - o.mean(-1, keepdim=True)
+        o = layer.norm_weight * o / (o.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+        o = o if layer.norm_bias is None else o + layer.norm_bias
+    y = o.flatten(-2)
     if c.output_gate == "silu":
         y = y * gate * torch.sigmoid(gate)
     if c.output_gate == "sigmoid":
         y = y * torch.sigmoid(gate)
-    return layer.out_proj(y), torch.cat([state, total[..., None, :]], -2) if c.denominator else state
+    return layer.out_proj(y)
 
 
 def retention(layer: LinearMemory, step: Tensor) -> Tensor:
-    """a_t `[N, H]`."""
+    """a_t `[N, T, H]`."""
     heads = layer.config.num_heads
     if layer.config.retention == "fixed":
-        return torch.tensor([1 - 2.0 ** (-5 - h) for h in range(heads)], dtype=step.dtype).expand(len(step), -1)
+        return torch.tensor([1 - 2.0 ** (-5 - h) for h in range(heads)], dtype=step.dtype).expand(*step.shape[:2], -1)
     if layer.config.retention == "none":
-        return step.new_ones(len(step), heads)
+        return step.new_ones(*step.shape[:2], heads)
     assert layer.A_log is not None and layer.dt_bias is not None
     return torch.exp(-layer.A_log.exp() * F.softplus(step + layer.dt_bias))
-
-
-def normalised(layer: LinearMemory, o: Tensor) -> Tensor:
-    """The output norm of one token's heads `[N, H, V]`."""
-    if layer.norm_weight is None:
-        return o
-    if layer.config.output_norm == "group":
-        o = o - o.mean(-1, keepdim=True)
-    o = layer.norm_weight * o / (o.square().mean(-1, keepdim=True) + layer.config.norm_eps).sqrt()
-    return o if layer.norm_bias is None else o + layer.norm_bias
 
 
 def turn(x: Tensor, position: int, theta: float) -> Tensor:

@@ -135,13 +135,13 @@ class LinearMemoryState(State):
 
     Attributes:
         weight: the fast weights; with a denominator, the last row is the sum of the keys.
-        conv: the last `conv_size - 1` inputs of the convolution.
-        position: tokens read so far, int64 on the CPU.
+        conv: the last `conv_size - 1` inputs of the convolution; None without one.
+        position: tokens read so far, int64 on the CPU; None without rotary positions.
     """
 
     weight: Float[Tensor, "N H V K"]
-    conv: Float[Tensor, "N W-1 D"]
-    position: Int[Tensor, " N"]
+    conv: Float[Tensor, "N W-1 D"] | None
+    position: Int[Tensor, " N"] | None
 
 
 class LinearMemory(SequenceLayer):
@@ -190,10 +190,11 @@ class LinearMemory(SequenceLayer):
         c, like = self.config, self.in_proj.weight
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         rows = c.value_width + c.denominator
+        tail = torch.zeros(batch_size, c.conv_size - 1, self.streams, dtype=dtype, device=like.device)
         return LinearMemoryState(
             weight=torch.zeros(batch_size, c.num_heads, rows, c.key_width, dtype=dtype, device=like.device),
-            conv=torch.zeros(batch_size, c.conv_size - 1, self.streams, dtype=dtype, device=like.device),
-            position=torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
+            conv=None if self.conv is None else tail,
+            position=torch.zeros(batch_size, dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
         )
 
     def run(
@@ -209,8 +210,8 @@ class LinearMemory(SequenceLayer):
             return x, state
         streams, gate, beta, step = self.in_proj(bounded(x)).split(self.sizes, -1)
         tail = state.conv
-        if self.conv is not None:
-            streams, tail = short_conv(streams, self.conv, state.conv, lengths)
+        if self.conv is not None and tail is not None:
+            streams, tail = short_conv(streams, self.conv, tail, lengths)
         with torch.autocast(x.device.type, enabled=False):
             dtype = state.weight.dtype
             q, k, v = self._tokens(streams.to(dtype), state)
@@ -226,7 +227,7 @@ class LinearMemory(SequenceLayer):
                 inner_lr=rate,
             )
             o = self._normalised(o)
-        after = state.position + (time if lengths is None else lengths)
+        after = None if state.position is None else state.position + (time if lengths is None else lengths)
         return self._output(o.to(gate.dtype), gate), LinearMemoryState(weight, tail, after)
 
     def _tokens(self, streams: Tensor, state: LinearMemoryState) -> tuple[Tensor, Tensor, Tensor]:

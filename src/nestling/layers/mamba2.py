@@ -55,10 +55,12 @@ class Mamba2Config:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_heads", "state_size", "num_groups", "expand", "conv_size", "chunk_size")
+        sizes = ("hidden_size", "num_heads", "state_size", "num_groups", "expand", "chunk_size")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.conv_size < 2:
+            raise ValueError(f"conv_size must be at least 2, not {self.conv_size}: the block has a convolution")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
         if self.inner_size % self.num_heads:
