@@ -59,7 +59,8 @@ class LinearMemoryConfig:
         retention: "none" is a_t = 1; "fixed" is 1 - 2^(-5 - h) in head h (RetNet); "data" is
             exp(-exp(A_log) softplus(W_a x + dt_bias)) (Gated DeltaNet, after Mamba-2).
         erase: the delta rule: what the memory recalls at a key is taken away before the value is written.
-        allow_neg_eigval: beta in (0, 2) in place of (0, 1), which state tracking needs (Grazzi et al., arXiv:2411.12537).
+        allow_neg_eigval: beta in (0, 2) in place of (0, 1), which state tracking needs (Grazzi et al. 2024,
+            arXiv:2411.12537).
         conv_size: width of the causal convolution over q, k and v; 1 is none.
         output_gate: multiply the normalised output by silu or sigmoid of a projection of x.
         output_norm: of every head: "rms", "group" (centred, with a bias: RetNet's GroupNorm), or "none".

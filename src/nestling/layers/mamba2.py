@@ -65,7 +65,8 @@ class Mamba2Config:
             raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
         if self.inner_size % self.num_heads:
             raise ValueError(
-                f"the inner width {self.inner_size} (expand * hidden_size) is not a multiple of num_heads {self.num_heads}"
+                f"the inner width {self.inner_size} (expand * hidden_size) is not a multiple of num_heads "
+                f"{self.num_heads}"
             )
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_groups {self.num_groups} must divide num_heads {self.num_heads}")

@@ -240,7 +240,7 @@ def samba(
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     heads = 2 * heads_of(shape, num_heads)
     window = (64 if size == "tiny" else 2048) if window is None else window
-    mixers = [
+    mixers: list[dict[str, Any]] = [
         {"kind": "mamba2", "num_heads": heads, "state_size": state_size, "chunk_size": chunk_size},
         {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window},
     ]
