@@ -10,13 +10,18 @@ import torch
 
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
+from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
 from tests.layers.battery import CHECKS
+from tests.layers.reference_linear import ROWS
 
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
+linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+mamba2 = partial(Mamba2Config, hidden_size=HIDDEN, num_heads=2, state_size=6, chunk_size=4)
 
 LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "titans matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix")),
@@ -40,6 +45,12 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "continuum headwise": lambda: ContinuumMemory(
         continuum(periods=(2, 5, None), variant="headwise", target="reconstruction")
     ),
+    "linear attention": lambda: LinearMemory(linear(**ROWS["linear attention"])),
+    "retnet": lambda: LinearMemory(linear(**ROWS["retnet"])),
+    "deltanet": lambda: LinearMemory(linear(**ROWS["deltanet"])),
+    "gated deltanet": lambda: LinearMemory(linear(**ROWS["gated deltanet"])),
+    "mamba2": lambda: Mamba2(mamba2()),
+    "mamba2 groups": lambda: Mamba2(mamba2(num_heads=4, num_groups=2)),
 }
 
 

@@ -15,6 +15,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "hope_linear": {"chunk_size": 4, "periods": (4, 8, None), "momentum": True},
     "hope_attention": {"periods": (4, 8, None), "num_kv_heads": 1, "window": 9},
     "transformer": {},
+    "linear_attention": {"chunk_size": 4},
+    "retnet": {"chunk_size": 4},
+    "deltanet": {"chunk_size": 4, "allow_neg_eigval": True},
+    "gated_deltanet": {"chunk_size": 4},
+    "mamba2": {"chunk_size": 4, "state_size": 6, "num_groups": 2},
+    "samba": {"chunk_size": 4, "state_size": 6, "window": 9, "num_kv_heads": 1},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

@@ -11,12 +11,19 @@ from transformers import GenerationConfig, PretrainedConfig
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig
+from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig
 
-MixerConfig = SelfModifyingConfig | AttentionConfig
+MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
-MIXERS: dict[str, type[MixerConfig]] = {"self_modifying": SelfModifyingConfig, "attention": AttentionConfig}
+MIXERS: dict[str, type[MixerConfig]] = {
+    "self_modifying": SelfModifyingConfig,
+    "attention": AttentionConfig,
+    "linear_memory": LinearMemoryConfig,
+    "mamba2": Mamba2Config,
+}
 CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
 
 HOUSEKEEPING = frozenset(
@@ -45,9 +52,9 @@ class NestlingConfig(PretrainedConfig):
 
     Args:
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            `self_modifying` and `attention`, channels `feed_forward`, `continuum` or None; the other keys are the
-            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
-            a saved file does not depend on the defaults of a later release.
+            `self_modifying`, `attention`, `linear_memory` and `mamba2`, channels `feed_forward`, `continuum` or None;
+            the other keys are the fields of that layer's config class. `hidden_size` comes from the model, and defaults
+            are filled in, so that a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.

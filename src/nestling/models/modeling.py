@@ -20,6 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
+from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
 from nestling.memory.state import State
@@ -40,6 +42,10 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return SelfModifyingTitans(config)
         case AttentionConfig():
             return SoftmaxAttention(config)
+        case LinearMemoryConfig():
+            return LinearMemory(config)
+        case Mamba2Config():
+            return Mamba2(config)
         case _:
             assert_never(config)
 

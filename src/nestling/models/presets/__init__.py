@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
+from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.sizes import SIZES
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {
@@ -13,6 +14,25 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "hope_linear": hope_linear,
     "hope_attention": hope_attention,
     "transformer": transformer,
+    "linear_attention": linear_attention,
+    "retnet": retnet,
+    "deltanet": deltanet,
+    "gated_deltanet": gated_deltanet,
+    "mamba2": mamba2,
+    "samba": samba,
 }
 
-__all__ = ["PRESETS", "SIZES", "hope", "hope_attention", "hope_linear", "transformer"]
+__all__ = [
+    "PRESETS",
+    "SIZES",
+    "deltanet",
+    "gated_deltanet",
+    "hope",
+    "hope_attention",
+    "hope_linear",
+    "linear_attention",
+    "mamba2",
+    "retnet",
+    "samba",
+    "transformer",
+]
