@@ -15,6 +15,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "hope_linear": {"chunk_size": 4, "periods": (4, 8, None), "momentum": True},
     "hope_attention": {"periods": (4, 8, None), "num_kv_heads": 1, "window": 9},
     "transformer": {},
+    "ttt_linear": {"chunk_size": 4},
+    "ttt_mlp": {"chunk_size": 4, "step": "mean"},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

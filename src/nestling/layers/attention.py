@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
+from nestling.ops.rotary import rotate
 
 SMALLEST_BLOCK = 128
 """Queries per call of a windowed attention at least: smaller calls cost more in overhead than the mask they save."""
@@ -100,8 +101,8 @@ class SoftmaxAttention(SequenceLayer):
             return x, state or self.init_state(x.shape[0])
         heads = (-1, self.config.head_dim)
         cos, sin = _rotation(self.config, state, time, x.device)
-        q = _rotate(self.query(x).unflatten(-1, heads), cos, sin)
-        k = _rotate(self.key(x).unflatten(-1, heads), cos, sin)
+        q = rotate(self.query(x).unflatten(-1, heads), cos, sin)
+        k = rotate(self.key(x).unflatten(-1, heads), cos, sin)
         v = self.value(x).unflatten(-1, heads)
         unseen = None
         if state is not None and state.k.shape[1]:
@@ -215,11 +216,3 @@ def _rotation(
     channel = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
     angle = position[:, :, None, None] * config.rope_theta ** (-channel / config.head_dim)
     return angle.cos(), angle.sin()
-
-
-def _rotate(x: Float[Tensor, "N T H D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "N T H D"]:
-    """Turn every pair (i, i + D / 2) of channels by its angle, in float32 or better."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    a, b = x.to(dtype).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)

@@ -12,11 +12,16 @@ from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig
 from nestling.layers.self_modifying import SelfModifyingConfig
+from nestling.layers.ttt_config import TTTConfig
 
-MixerConfig = SelfModifyingConfig | AttentionConfig
+MixerConfig = SelfModifyingConfig | AttentionConfig | TTTConfig
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
-MIXERS: dict[str, type[MixerConfig]] = {"self_modifying": SelfModifyingConfig, "attention": AttentionConfig}
+MIXERS: dict[str, type[MixerConfig]] = {
+    "self_modifying": SelfModifyingConfig,
+    "attention": AttentionConfig,
+    "ttt": TTTConfig,
+}
 CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
 
 HOUSEKEEPING = frozenset(
@@ -45,7 +50,7 @@ class NestlingConfig(PretrainedConfig):
 
     Args:
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            `self_modifying` and `attention`, channels `feed_forward`, `continuum` or None; the other keys are the
+            `self_modifying`, `attention` and `ttt`, channels `feed_forward`, `continuum` or None; the other keys are the
             fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
             a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).

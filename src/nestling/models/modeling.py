@@ -22,6 +22,7 @@ from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
+from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
@@ -40,6 +41,8 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return SelfModifyingTitans(config)
         case AttentionConfig():
             return SoftmaxAttention(config)
+        case TTTConfig():
+            return TTTLayer(config)
         case _:
             assert_never(config)
 
