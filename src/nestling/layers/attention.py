@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
-from nestling.ops.rotary import rotate
+from nestling.ops.rotary import rotate, rotation
 
 SMALLEST_BLOCK = 128
 """Queries per call of a windowed attention at least: smaller calls cost more in overhead than the mask they save."""
@@ -100,7 +100,8 @@ class SoftmaxAttention(SequenceLayer):
         if time == 0:
             return x, state or self.init_state(x.shape[0])
         heads = (-1, self.config.head_dim)
-        cos, sin = _rotation(self.config, state, time, x.device)
+        start = None if state is None else state.position
+        cos, sin = rotation(self.config.head_dim, self.config.rope_theta, start, time, x.device)
         q = rotate(self.query(x).unflatten(-1, heads), cos, sin)
         k = rotate(self.key(x).unflatten(-1, heads), cos, sin)
         v = self.value(x).unflatten(-1, heads)
@@ -202,17 +203,3 @@ def _keep_last(
 def _own(part: Tensor, whole: Tensor) -> Tensor:
     """`part`, not as a view that keeps a longer `whole` alive."""
     return part if part.shape == whole.shape else part.clone()
-
-
-def _rotation(
-    config: AttentionConfig, state: AttentionState | None, time: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[1 or N, time, 1, D / 2]`. Angles are taken in float64: float32 has no digits left for the
-    fast channels at position 10^6."""
-    start = torch.zeros(1, dtype=torch.int64, device="cpu") if state is None else state.position
-    if len(start) > 1 and bool((start == start[0]).all()):
-        start = start[:1]
-    position = start.to(device)[:, None] + torch.arange(time, device=device)
-    channel = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
-    angle = position[:, :, None, None] * config.rope_theta ** (-channel / config.head_dim)
-    return angle.cos(), angle.sin()

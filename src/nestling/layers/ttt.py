@@ -16,13 +16,13 @@ from nestling.memory.bank import BankState
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
-from nestling.ops.rotary import rotate
+from nestling.ops.rotary import rotate, rotation
 from nestling.ops.short_conv import short_conv
 
 __all__ = ["TTTConfig", "TTTLayer", "TTTState"]
 
-BOUND = 1e4
-"""Entries of q, k and v beyond this count as this: fourth powers of them stay finite in float32."""
+BOUND = 1e3
+"""Entries of q, k and v beyond this count as this: a step grows with their square and is read with them once more."""
 
 
 @dataclass
@@ -47,13 +47,13 @@ class TTTLayer(SequenceLayer):
 
         q_t, k_t, v_t: views of token t; q and k carry rotary positions within the mini-batch
         G_t = gradient of 1/2 |f(k_t; W) - v_t|^2 at W = W_0                                    (Eq. 4, section 2.4)
-        eta_t = eta_base sigmoid(theta . x_t + bias) / max(D, |x~|^2) per head                  (section 2.7)
+        eta_t = eta_base sigmoid(theta . x_t + bias) / D, a number per head                     (section 2.7)
         W_t = W_0 - sum_{s <= t} eta_s G_s,   o_t = f(q_t; W_t)                                 (section 2.4, Eq. 5)
 
     The dual form (section 2.5) is the engine's closed form with retention 1 and no erase, for every layer of the inner
     model; a read of an MLP is a cascade of two. D in the rate makes the inner loss a mean over channels, as in the
-    authors' code; x~ is the input of the fast weight, whose length only matters beyond sqrt(D), where the step would
-    overshoot at the token itself. The paper has no such bound.
+    authors' code. Nothing is forgotten, yet the fast weights settle: LN(z) does not change when z grows, so gradients
+    are orthogonal to z, every step makes z longer, and gradients shrink with its length.
     """
 
     def __init__(self, config: TTTConfig) -> None:
@@ -132,7 +132,7 @@ class TTTLayer(SequenceLayer):
         """All mini-batches: outputs `[N, H, L, D]` and the new fast weights."""
         c, dtype, time = self.config, state.conv.dtype, rate.shape[1]
         heads = [v.to(dtype).clamp(-BOUND, BOUND).unflatten(-1, (c.num_heads, -1)).transpose(1, 2) for v in views]
-        tokens = [*heads, c.base_lr * torch.sigmoid(rate.to(dtype)).transpose(1, 2)]
+        tokens = [*heads, c.base_lr / c.head_dim * torch.sigmoid(rate.to(dtype)).transpose(1, 2)]
         grid = Grid.of(state.position, lengths, time, c.chunk_size)
         if grid.offsets is not None:
             # Slots without a token then have a learning rate of 0.
@@ -148,7 +148,9 @@ class TTTLayer(SequenceLayer):
         for (start, end), piece in zip(spans, pieces, strict=True):
             within = start % c.chunk_size
             scale = self._token_scale(dtype)
-            z, memory = self._mini_batch(memory, *piece, None if scale is None else scale[within : within + end - start])
+            z, memory = self._mini_batch(
+                memory, *piece, None if scale is None else scale[within : within + end - start]
+            )
             memory = self._cross(memory, grid, end, scale)
             answers.append(z)
         o = self.inner.answer(q, torch.cat(answers, dim=2))
@@ -157,11 +159,9 @@ class TTTLayer(SequenceLayer):
     def _rotation(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[slots, D / 2]` of the positions within the mini-batch."""
         c = self.config
-        channel = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64)
-        position = torch.arange(c.chunk_size, device=device, dtype=torch.float64)[:, None]
-        angle = (position * c.rope_theta ** (-channel / c.head_dim)).to(torch.float64)
         slots = torch.arange(grid.phase, grid.slots, device=device) % c.chunk_size
-        return angle.cos()[slots], angle.sin()[slots]
+        cos, sin = rotation(c.head_dim, c.rope_theta, None, c.chunk_size, device)
+        return cos[0, slots, 0], sin[0, slots, 0]
 
     def _token_scale(self, dtype: torch.dtype) -> Tensor | None:
         """c_i of step="mean", `[C, 1]`."""
@@ -187,10 +187,7 @@ class TTTLayer(SequenceLayer):
         for layer, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
             if layer > 0:
                 z = with_one(F.gelu(z))
-            inner_lr = eta / x.square().sum(-1).clamp_min(self.config.head_dim)
-            y, after, _ = chunk_step(
-                x, g, inner_lr, None, decay, memory.running[layer], q=z, answers=g.shape[-1]
-            )
+            y, after, _ = chunk_step(x, g, eta, None, decay, memory.running[layer], q=z, answers=g.shape[-1])
             assert y is not None
             z = y if scale is None else torch.lerp(z @ memory.start[layer].mT, y, scale)
             running.append(after)
