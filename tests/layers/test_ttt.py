@@ -80,7 +80,7 @@ def test_the_inner_gradient_is_that_of_the_loss(inner: str) -> None:
     weights = [w.expand(1, *w.shape) for w in layer.inner.initial]
     k, v = noise(1, 2, 4), noise(1, 2, 4, seed=1)
     key = torch.cat([k, torch.ones_like(k[..., :1])], -1)[:, :, None]
-    inputs, found = layer.inner.lesson(weights, key, (v - k)[:, :, None])
+    inputs, found = layer.inner.lesson(weights, key, layer.inner.aim((v - k)[:, :, None]))
     wanted = inner_gradient(layer, unpack(weights), k, v)
     outer = [g.mT @ x for x, g in zip(inputs, found, strict=True)]
     close([t for w in outer for t in (w[..., :-1], w[..., -1])], wanted)
@@ -131,7 +131,7 @@ def test_mean_and_sum_agree_when_every_token_weighs_one(inner: str) -> None:
 
 
 def test_positions_count_within_a_mini_batch() -> None:
-    """The second mini-batch sees the same angles as the first: with the same tokens and no learning, the same output."""
+    """The second mini-batch sees the same angles: with the same tokens and no learning, the same output."""
     layer = make_layer(chunk_size=4, conv_size=1, inner_lr=0.0)
     x = noise(1, 4, 8)
     y = layer(torch.cat([x, x], 1))[0]

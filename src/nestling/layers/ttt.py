@@ -143,14 +143,13 @@ class TTTLayer(SequenceLayer):
 
         spans = chunk_spans(grid.phase, grid.slots, c.chunk_size)
         sizes = [end - start for start, end in spans]
-        pieces = zip(*(t.split(sizes, 2) for t in (with_one(q), with_one(k), v - k, eta)), strict=True)
+        pieces = zip(*(t.split(sizes, 2) for t in (with_one(q), with_one(k), self.inner.aim(v - k), eta)), strict=True)
+        scale = None if self.token_scale is None else self.token_scale.to(dtype).clamp_min(0)[:, None]
         answers, memory = [], state.memory
-        for (start, end), piece in zip(spans, pieces, strict=True):
-            within = start % c.chunk_size
-            scale = self._token_scale(dtype)
-            z, memory = self._mini_batch(
-                memory, *piece, None if scale is None else scale[within : within + end - start]
-            )
+        for (start, end), (query, key, aim, lr) in zip(spans, pieces, strict=True):
+            first = start % c.chunk_size
+            own = None if scale is None else scale[first : first + end - start]
+            z, memory = self._mini_batch(memory, query, key, aim, lr, own)
             memory = self._cross(memory, grid, end, scale)
             answers.append(z)
         o = self.inner.answer(q, torch.cat(answers, dim=2))
@@ -163,16 +162,12 @@ class TTTLayer(SequenceLayer):
         cos, sin = rotation(c.head_dim, c.rope_theta, None, c.chunk_size, device)
         return cos[0, slots, 0], sin[0, slots, 0]
 
-    def _token_scale(self, dtype: torch.dtype) -> Tensor | None:
-        """c_i of step="mean", `[C, 1]`."""
-        return None if self.token_scale is None else self.token_scale.to(dtype).clamp_min(0)[:, None]
-
     def _mini_batch(
         self,
         memory: BankState,
         query: Float[Tensor, "N H C K"],
         key: Float[Tensor, "N H C K"],
-        target: Float[Tensor, "N H C D"],
+        aim: Float[Tensor, "N H C D"],
         eta: Float[Tensor, "N H C"],
         scale: Float[Tensor, "C 1"] | None,
     ) -> tuple[Float[Tensor, "N H C D"], BankState]:
@@ -181,7 +176,7 @@ class TTTLayer(SequenceLayer):
         With a scale c_i the weights of a token lie on the way from W_0 to the running sum R_t = W_0 - sum eta_s G_s, so
         its read does too: W_t q = (1 - c_i) W_0 q + c_i R_t q.
         """
-        inputs, gradients = self.inner.lesson(memory.start, key, target)
+        inputs, gradients = self.inner.lesson(memory.start, key, aim)
         decay = ChunkDecay(torch.zeros_like(eta))
         running, z = [], query
         for layer, (x, g) in enumerate(zip(inputs, gradients, strict=True)):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.ttt_config import TTTConfig
-from nestling.memory.bank import BankState, activate
+from nestling.memory.bank import BankState
 
 FIRST_DEVIATION = 0.02
 """Standard deviation of the first fast weights and of the rates' projection, as in the authors' code."""
@@ -27,7 +29,7 @@ class InnerModel(nn.Module):
         widths = [c.head_dim, c.head_dim]
         if c.inner == "mlp":
             widths.insert(1, c.expansion * c.head_dim)
-        shapes = [(c.num_heads, out, width + 1) for width, out in zip(widths, widths[1:], strict=False)]
+        shapes = [(c.num_heads, out, width + 1) for width, out in pairwise(widths)]
         self.initial = nn.ParameterList([nn.Parameter(torch.empty(shape)) for shape in shapes])
         self.norm_weight = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
         self.norm_bias = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
@@ -49,8 +51,13 @@ class InnerModel(nn.Module):
         rows = [w.to(dtype).expand(batch_size, *w.shape) for w in self.initial]
         return BankState(start=rows, running=list(rows), surprise=None)
 
+    def aim(self, target: Float[Tensor, "N H L D"]) -> Float[Tensor, "N H L D"]:
+        """w (b - target), the part of the loss's gradient before LN that no fast weight changes (w, b of LN)."""
+        weight, bias = self._norm(target.dtype)
+        return weight * (bias - target)
+
     def lesson(
-        self, weights: list[Tensor], key: Float[Tensor, "N H C K"], target: Float[Tensor, "N H C D"]
+        self, weights: list[Tensor], key: Float[Tensor, "N H C K"], aim: Float[Tensor, "N H C D"]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs x~ of every layer and gradients of the inner loss at its output, both at `weights`.
 
@@ -60,31 +67,33 @@ class InnerModel(nn.Module):
         Args:
             weights: fast weights at the mini-batch's start.
             key: k~, with K = D + 1.
-            target: v - k.
+            aim: `aim` of v - k.
         """
-        inputs, slopes = [key], []
+        inputs, hidden = [key], []
         z = key @ weights[0].mT
         for weight in weights[1:]:
-            h, slope = activate("gelu", z)
-            inputs.append(with_one(h))
-            slopes.append(slope)
+            hidden.append(z)
+            inputs.append(with_one(F.gelu(z)))
             z = inputs[-1] @ weight.mT
-        gradients = [self._output_gradient(z, target)]
-        for weight, slope in zip(reversed(weights[1:]), reversed(slopes), strict=True):
-            gradients.insert(0, (gradients[0] @ weight[..., :-1]) * slope)
+        g = self._output_gradient(z, aim)
+        gradients = [g]
+        for weight, z in zip(reversed(weights[1:]), reversed(hidden), strict=True):
+            g = torch.ops.aten.gelu_backward(g @ weight[..., :-1], z)
+            gradients.insert(0, g)
         return inputs, gradients
 
-    def _output_gradient(self, z: Tensor, target: Tensor) -> Tensor:
-        """Gradient of 1/2 |LN(z) - target|^2 at z, with n = (z - mean) / std and w, b of the LayerNorm:
+    def _output_gradient(self, z: Tensor, aim: Tensor) -> Tensor:
+        """Gradient of 1/2 |LN(z) - target|^2 at z: with n = (z - mean) / std and e = w (w n + b - target),
 
-        (e - mean(e) - n mean(e n)) / std with e = w (w n + b - target).
+        (e - mean(e) - n mean(e n)) / std.
         """
-        weight, bias = self._norm(z.dtype)
-        centred = z - z.mean(-1, keepdim=True)
-        rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.config.norm_eps)
-        n = centred * rstd
-        e = weight * (torch.addcmul(bias - target, weight, n))
-        return (e - e.mean(-1, keepdim=True) - n * (e * n).mean(-1, keepdim=True)) * rstd
+        weight, _ = self._norm(z.dtype)
+        width = [z.shape[-1]]
+        n, mean, rstd = torch.native_layer_norm(z, width, None, None, self.config.norm_eps)
+        e = torch.addcmul(aim, weight * weight, n)
+        # Differentiable, as the outer gradient needs it, and one operation in place of twelve.
+        wanted = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(e, z, width, mean, rstd, None, None, wanted)[0]
 
     def answer(self, q: Float[Tensor, "N H L D"], z: Float[Tensor, "N H L D"]) -> Float[Tensor, "N H L D"]:
         """f(q) = q + LN(z) for z = f_res(q)."""

@@ -50,9 +50,9 @@ class NestlingConfig(PretrainedConfig):
 
     Args:
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            `self_modifying`, `attention` and `ttt`, channels `feed_forward`, `continuum` or None; the other keys are the
-            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
-            a saved file does not depend on the defaults of a later release.
+            `self_modifying`, `attention` and `ttt`, channels `feed_forward`, `continuum` or None; the other keys are
+            the fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so
+            that a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs of channels turned by an angle that grows with the position."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs of channels turn by an angle that grows with time."""
 
 from __future__ import annotations
 
