@@ -14,11 +14,13 @@ from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
+from nestling.layers.ttt import TTTConfig, TTTLayer
 from tests.layers.battery import CHECKS
 from tests.layers.reference_linear import ROWS
 
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
 linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 mamba2 = partial(Mamba2Config, hidden_size=HIDDEN, num_heads=2, state_size=6, chunk_size=4)
@@ -39,6 +41,10 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     ),
     "attention": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, num_kv_heads=1)),
     "attention window": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, window=5)),
+    "ttt linear": lambda: TTTLayer(ttt()),
+    "ttt linear mean plain": lambda: TTTLayer(ttt(step="mean", conv_size=1, output_gate=False)),
+    "ttt mlp": lambda: TTTLayer(ttt(inner="mlp", conv_size=1)),
+    "ttt mlp mean": lambda: TTTLayer(ttt(inner="mlp", step="mean", expansion=2)),
     "continuum": lambda: ContinuumMemory(continuum(periods=(3, 8, None))),
     "continuum erase value": lambda: ContinuumMemory(continuum(periods=(4, 8), erase=True, target="value")),
     "continuum nested": lambda: ContinuumMemory(continuum(periods=(2, 8, None), variant="nested")),

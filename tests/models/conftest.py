@@ -21,6 +21,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "gated_deltanet": {"chunk_size": 4},
     "mamba2": {"chunk_size": 4, "state_size": 6, "num_groups": 2},
     "samba": {"chunk_size": 4, "state_size": 6, "window": 9, "num_kv_heads": 1},
+    "ttt_linear": {"chunk_size": 4},
+    "ttt_mlp": {"chunk_size": 4, "step": "mean"},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

@@ -14,8 +14,9 @@ from nestling.layers.feed_forward import FeedForwardConfig
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig
+from nestling.layers.ttt_config import TTTConfig
 
-MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config
+MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
     "linear_memory": LinearMemoryConfig,
     "mamba2": Mamba2Config,
+    "ttt": TTTConfig,
 }
 CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
 
@@ -51,10 +53,10 @@ class NestlingConfig(PretrainedConfig):
     """Configuration of `NestlingForCausalLM`. The functions of `nestling.presets` build the usual ones.
 
     Args:
-        blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            `self_modifying`, `attention`, `linear_memory` and `mamba2`, channels `feed_forward`, `continuum` or None;
-            the other keys are the fields of that layer's config class. `hidden_size` comes from the model, and defaults
-            are filled in, so that a saved file does not depend on the defaults of a later release.
+        blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. The kinds of mixers
+            are the keys of `MIXERS`, those of channels `feed_forward`, `continuum` or None; the other keys are the
+            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so
+            that a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.

@@ -24,6 +24,7 @@ from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
+from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
@@ -46,6 +47,8 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return LinearMemory(config)
         case Mamba2Config():
             return Mamba2(config)
+        case TTTConfig():
+            return TTTLayer(config)
         case _:
             assert_never(config)
 

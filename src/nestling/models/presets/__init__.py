@@ -8,6 +8,7 @@ from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.sizes import SIZES
+from nestling.models.presets.ttt import ttt_linear, ttt_mlp
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "hope": hope,
@@ -20,6 +21,8 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "gated_deltanet": gated_deltanet,
     "mamba2": mamba2,
     "samba": samba,
+    "ttt_linear": ttt_linear,
+    "ttt_mlp": ttt_mlp,
 }
 
 __all__ = [
@@ -35,4 +38,6 @@ __all__ = [
     "retnet",
     "samba",
     "transformer",
+    "ttt_linear",
+    "ttt_mlp",
 ]
