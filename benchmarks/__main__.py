@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.breakdown import breakdown
 from benchmarks.decoding import decoding
+from benchmarks.mixers import against_naive, all_mixers
 from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, processor_name, show, write_json
 from benchmarks.throughput import against_attention, against_public
@@ -30,6 +31,8 @@ class Suite(StrEnum):
     TITANS = "titans"
     MEMORY = "memory"
     DECODING = "decoding"
+    MIXERS = "mixers"
+    NAIVE = "naive"
 
 
 def main(
@@ -46,19 +49,22 @@ def main(
     console.print(
         f"{processor_name()}, {threads} threads, torch {torch.__version__}, {rounds} rounds\n", highlight=False
     )
-    suites: dict[Suite, Callable[[], Report]] = {
-        Suite.ATTENTION: lambda: against_attention(rounds, quick),
-        Suite.BREAKDOWN: lambda: breakdown(rounds, quick),
-        Suite.TITANS: lambda: against_public(rounds, quick),
-        Suite.MEMORY: lambda: peak_memory(quick, threads),
-        Suite.DECODING: lambda: decoding(rounds, quick, full),
+    suites: dict[Suite, Callable[[], list[Report]]] = {
+        Suite.ATTENTION: lambda: [against_attention(rounds, quick)],
+        Suite.BREAKDOWN: lambda: [breakdown(rounds, quick)],
+        Suite.TITANS: lambda: [against_public(rounds, quick)],
+        Suite.MEMORY: lambda: [peak_memory(quick, threads)],
+        Suite.DECODING: lambda: [decoding(rounds, quick, full)],
+        Suite.MIXERS: lambda: all_mixers(rounds, quick, threads),
+        Suite.NAIVE: lambda: [against_naive(rounds, quick)],
     }
-    reports = []
+    reports: list[Report] = []
     for suite in only or list(Suite):
         with console.status(f"measuring: {suite}"):
-            report = suites[suite]()
-        show(report, console)
-        reports.append(report)
+            found = suites[suite]()
+        for report in found:
+            show(report, console)
+        reports += found
     if json is not None:
         write_json(reports, json, threads)
     missed = [verdict for report in reports for verdict in report.verdicts if not verdict.met]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Report, Verdict
-from benchmarks.subjects import attention_subject, matrix_config, mlp_config, titans_subject
+from benchmarks.subjects import MIXERS, attention_subject, matrix_config, mixer_subject, mlp_config, titans_subject
 from benchmarks.timing import Subject
 
 NAMES = ("attention", "matrix", "matrix checkpointed", "mlp", "mlp checkpointed")
@@ -26,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def build(name: str, time: int) -> Subject:
-    """The subject called `name` over `time` tokens."""
+    """The subject called `name` (one of `NAMES`, or a preset of `MIXERS`) over `time` tokens."""
     if name == "attention":
         return attention_subject(time)
+    if name in MIXERS:
+        return mixer_subject(name, time)
     kind, _, mode = name.partition(" ")
     config = matrix_config if kind == "matrix" else mlp_config
     return titans_subject(name, config(checkpoint=bool(mode)), time)

@@ -11,12 +11,34 @@ from torch.nn import functional as F
 
 from benchmarks.flops import attention_flops, titans_flops
 from benchmarks.timing import Subject
+from nestling import presets
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+from nestling.layers.sequence import SequenceLayer
+from nestling.models.modeling import build_mixer
 
 WIDTH = 256
 HEADS = 4
 CHUNK = 64
 CHECKPOINT_CHUNKS = 4  # balances one segment's activations against the 16 states kept between segments at T = 4,096
+# Presets whose mixers differ, with what their mixer needs to have four heads of 64 (or its paper's equivalent) here.
+# A Mamba-2 block has eight heads of 64 and the state size of the large presets.
+MIXERS: dict[str, dict[str, Any]] = {
+    "transformer": {"num_heads": HEADS},
+    "linear_attention": {"num_heads": HEADS},
+    "retnet": {"num_heads": HEADS},
+    "deltanet": {"num_heads": HEADS},
+    "gated_deltanet": {"num_heads": HEADS},
+    "mamba2": {"state_size": 64},
+    "ttt_linear": {"num_heads": HEADS},
+    "ttt_mlp": {"num_heads": HEADS},
+    "titans_lmm": {"num_heads": HEADS},
+    "titans_mac": {"num_heads": HEADS},
+    "titans_mag": {"num_heads": HEADS},
+    "titans_mal": {"num_heads": HEADS},
+    "hope_linear": {"num_heads": HEADS},
+    "hope": {"num_heads": HEADS},
+}
+LINEAR_FAMILY = ("linear_attention", "retnet", "deltanet", "gated_deltanet", "mamba2")
 TITANS_EXPANSION = 4  # the default of titans-pytorch, given to our memory too
 
 
@@ -67,13 +89,25 @@ def _config(**settings: Any) -> SelfModifyingConfig:
 def attention_subject(time: int) -> Subject:
     """Forward and backward of the yardstick over `time` tokens."""
     layer = CausalAttention(WIDTH, HEADS)
-    return Subject("attention", training_step(layer, time), time, attention_flops(WIDTH, time))
+    return Subject("attention", training_step(layer, time), time, attention_flops(WIDTH, time), layer)
 
 
 def titans_subject(name: str, config: SelfModifyingConfig, time: int) -> Subject:
     """Forward and backward of one of our layers over `time` tokens."""
     layer = SelfModifyingTitans(config)
     return Subject(name, training_step(lambda x: layer(x)[0], time, layer), time, titans_flops(config, time))
+
+
+def mixer_layer(preset: str) -> SequenceLayer:
+    """The sequence mixer of a preset at the width of the benchmarks; the first is softmax attention with RoPE."""
+    config = presets.PRESETS[preset](hidden_size=WIDTH, num_layers=1, **MIXERS[preset])
+    return build_mixer(config.mixer_config(0))
+
+
+def mixer_subject(preset: str, time: int) -> Subject:
+    """Forward and backward of a preset's mixer over `time` tokens."""
+    layer = mixer_layer(preset)
+    return Subject(preset, training_step(lambda x: layer(x)[0], time, layer), time)
 
 
 def public_subject(name: str, chunk: int, time: int, gradient_chunk: int | None = None) -> Subject:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 MIN_ROUNDS = 5
 
@@ -21,12 +22,14 @@ class Subject:
         step: one unit of work (a forward and a backward pass, a block of decoded tokens).
         tokens: tokens that one step processes.
         flops: floating-point operations that one step cannot do without, or None where no count is known.
+        module: what the step runs, where somebody wants its forward pass alone.
     """
 
     name: str
     step: Callable[[], object]
     tokens: int
     flops: float | None = None
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks import public
+
 
 def fla_naive(operation: str) -> ModuleType:
-    """The naive PyTorch reference of one operation of flash-linear-attention (distribution fla-core).
-
-    Its file is loaded by itself: importing the package would import its GPU kernels, and these need triton. The test is
-    skipped where the distribution is not installed; `make setup` installs it.
-    """
-    package = importlib.util.find_spec("fla")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("fla-core is not installed (make setup)")
-    found = [Path(folder) / "ops" / operation / "naive.py" for folder in package.submodule_search_locations]
-    path = next((p for p in found if p.is_file()), None)
-    if path is None:
-        pytest.skip(f"this release of fla-core has no naive reference of {operation}")
-    spec = importlib.util.spec_from_file_location(f"fla_naive_{operation}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """`benchmarks.public.fla_naive`; the test is skipped where there is none (`make setup` installs it)."""
+    module = public.fla_naive(operation)
+    if module is None:
+        pytest.skip(f"fla-core is not installed, or has no naive reference of {operation} (make setup)")
     return module
 
 

@@ -244,7 +244,7 @@ class LinearMemory(SequenceLayer):
             qk = safe_normalize(qk)
         if c.positions == "rope":
             qk = rotate(qk, *rotation(c.key_width, c.rope_theta, state.position, qk.shape[1], qk.device))
-        q, k = qk.unflatten(2, (2, c.num_heads)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        q, k = (t.transpose(1, 2).contiguous() for t in qk.split(c.num_heads, 2))
         v = v.unflatten(-1, (c.num_heads, c.value_width)).transpose(1, 2)
         return q, k, F.pad(v, (0, 1), value=1.0) if c.denominator else v.contiguous()
 

@@ -174,10 +174,19 @@ class Mamba2(SequenceLayer):
     def _tokens(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values `[N, H, L, P]`, keys B and queries C `[N, H, L, S]`, contiguous; a group's heads get the same."""
         c = self.config
-        x, bc = xbc.split((c.inner_size, 2 * c.num_groups * c.state_size), -1)
+        shared = c.num_groups * c.state_size
+        x, keys, queries = xbc.split((c.inner_size, shared, shared), -1)
         x = x.unflatten(-1, (c.num_heads, c.head_dim)).transpose(1, 2).contiguous()
-        bc = bc.unflatten(-1, (2, c.num_groups, 1, c.state_size)).permute(2, 0, 3, 4, 1, 5)
-        keys, queries = bc.expand(-1, -1, -1, c.num_heads // c.num_groups, -1, -1).flatten(2, 3).contiguous().unbind(0)
+        repeats = c.num_heads // c.num_groups
+        # Copied one by one: taken out of one copy, their gradients would be stacked and copied again.
+        keys, queries = (
+            t.unflatten(-1, (c.num_groups, 1, c.state_size))
+            .permute(0, 2, 3, 1, 4)
+            .expand(-1, -1, repeats, -1, -1)
+            .flatten(1, 2)
+            .contiguous()
+            for t in (keys, queries)
+        )
         return x, keys, queries
 
     def _gated_norm(self, o: Float[Tensor, "N L inner"], z: Tensor) -> Float[Tensor, "N L inner"]:
