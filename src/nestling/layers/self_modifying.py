@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from nestling.layers.chunks import (
+    Span,
+    learn_chunk,
+    logit,
+    merge_normalised,
+    run_checkpointed,
+    scan_chunks,
+    split_heads,
+)
+from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
-from nestling.memory.bank import BankState, MemoryBank, Rates
-from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.grid import Grid, chunk_spans
 from nestling.memory.state import State
-from nestling.ops.chunk_step import ChunkDecay
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
@@ -48,16 +55,9 @@ class SelfModifyingTitans(SequenceLayer):
         k_t = M_k(u_t), v_t = M_v(u_t), eta_t = M_eta(u_t), alpha_t = M_alpha(u_t); q_t = silu(conv(x W_q)) or M_q(u_t)
         target of every memory m: M_m(v_t);  write (k_t, M_m(v_t)) by the rule;  o_t = M_memory,t(q_t)
 
-    with k, v and q of length 1. The rates stay in their stable range whatever the memories say:
-
-        a_t = sigmoid(alpha_t + bias)^(1/16),  r_t = max_erase * sigmoid(eta_t + bias)
-        e_t = a_t r_t, l_t = share * a_t * min(r_t, 2 - r_t) * (1 - b_t)                   chunk gradients, delta erase
-        e_t = 0, l_t = share * sigmoid(eta_t + bias) * max(1/C, 1 - a_t) * (1 - b_t)       chunk gradients, no erase
-        e_t + l_t = a_t r_t, l_t = share * e_t (or e_t = 0)                                online gradients
-
-    (an MLP's layers before the last use a learnable share of e_t)
-
-    so that on a constant token the error of a chunk shrinks (docs/paper_map.md has the bound).
+    with k, v and q of length 1. From a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias),
+    `rates.chunk_rates` makes e_t and l_t, which stay in their stable range whatever the memories say. An MLP's layers
+    before the last use a learnable share of e_t.
     """
 
     def __init__(self, config: SelfModifyingConfig) -> None:
@@ -104,9 +104,9 @@ class SelfModifyingTitans(SequenceLayer):
         if self.alpha_bias is not None:
             with torch.no_grad():
                 self.alpha_bias.copy_(torch.linspace(0.0, 6.0, c.num_heads))
-        nn.init.constant_(self.share, _logit(c.share))
+        nn.init.constant_(self.share, logit(c.share))
         if self.hidden_erase is not None:
-            nn.init.constant_(self.hidden_erase, _logit(c.hidden_erase_scale))
+            nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
         nn.init.normal_(self.conv, std=0.1)
         with torch.no_grad():
             self.conv[:, -1] += 1.0
@@ -137,6 +137,10 @@ class SelfModifyingTitans(SequenceLayer):
             )
         if x.shape[1] == 0:
             return x, state
+        stride = self.config.checkpoint_chunks
+        return run_checkpointed(self._run, x, state, lengths, stride and stride * self.config.outer_chunk)
+
+    def _run(self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None) -> tuple[Tensor, SelfModifyingState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         b = None if self.momentum_proj is None else self.momentum_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -147,21 +151,16 @@ class SelfModifyingTitans(SequenceLayer):
         return y, SelfModifyingState(main, own, conv, after)
 
     def _output(self, o: Tensor, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
-        # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
-        size = math.sqrt(self.head_dim)
-        o = safe_normalize(o.transpose(1, 2), size * math.sqrt(self.config.norm_eps)).to(dtype)
-        o = (o * (self.out_norm * size).to(dtype)).flatten(-2)
+        o = merge_normalised(o, self.out_norm, self.config.norm_eps, dtype)
         return self.out_proj(o if gate is None else o * gate)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _memories(
         self, streams: Tensor, b: Tensor | None, state: SelfModifyingState, lengths: Tensor | None
     ) -> tuple[Tensor, BankState, BankState | None]:
         """All chunks: outputs `[N, H, L, V]` and the banks' new states."""
         dtype = state.conv.dtype
-        parts = [safe_normalize(self._heads(s)) for s in F.silu(streams.to(dtype)).split(self.config.hidden_size, -1)]
+        streams = F.silu(streams.to(dtype))
+        parts = [safe_normalize(split_heads(s, self.head_dim)) for s in streams.split(self.config.hidden_size, -1)]
         tokens: dict[str, Tensor] = {"u": parts[0]}
         if self.fixed_q:
             tokens["q"] = parts[1]
@@ -172,55 +171,52 @@ class SelfModifyingTitans(SequenceLayer):
             weights = self.fixed.init_state(streams.shape[0], False, dtype).start
             tokens |= self.fixed.read(weights, parts[0], names)
 
-        grid = Grid.of(state.position, lengths, streams.shape[1], self.config.outer_chunk)
-        if grid.offsets is not None:
-            tokens = {n: shift_rows(t, grid) for n, t in tokens.items()}
-        outputs, main, own = [], state.main, state.own
-        spans = chunk_spans(grid.phase, grid.slots, self.config.outer_chunk)
-        sizes = [end - start for start, end in spans]
-        pieces = [
-            dict(zip(tokens, part, strict=True))
-            for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)
-        ]
-        stride = self.config.checkpoint_chunks
-        for at in range(0, len(spans), stride or 1):
-            group = slice(at, at + (stride or 1))
-            args = (spans[group], pieces[group], main, own, grid)
-            if stride and torch.is_grad_enabled():
-                y, main, own = checkpoint(self._chunks, *args, use_reentrant=False, preserve_rng_state=False)
-            else:
-                y, main, own = self._chunks(*args)
-            outputs.append(y)
-        o = torch.cat(outputs, dim=2)
-        return (o if grid.offsets is None else unshift_rows(o, grid, streams.shape[1])), main, own
+        scales = self._scales(dtype)
 
-    def _chunks(
+        def run(
+            span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
+        ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
+            return self._chunk(span, tokens, scales, banks, grid)
+
+        banks = (state.main, state.own)
+        o, (main, own) = scan_chunks(tokens, state.position, lengths, self.config.outer_chunk, banks, run)
+        return o, main, own
+
+    def _scales(self, dtype: torch.dtype) -> Scales:
+        """What the rates learn across sequences, the same in all chunks."""
+        alpha = None if self.alpha_bias is None else self.alpha_bias.to(dtype)
+        hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
+        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden)
+
+    def _chunk(
         self,
-        spans: list[tuple[int, int]],
-        pieces: list[dict[str, Tensor]],
-        main: BankState,
-        own: BankState | None,
+        span: Span,
+        tokens: dict[str, Tensor],
+        scales: Scales,
+        banks: tuple[BankState, BankState | None],
         grid: Grid,
-    ) -> tuple[Tensor, BankState, BankState | None]:
-        outputs = []
+    ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
+        """One outer chunk: what the memories generate at its start, then its inner chunks."""
+        main, own = banks
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
         if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
-        for (start, end), tokens in zip(spans, pieces, strict=True):
-            generated = generate(self, tokens, main, own)
-            if own is not None and self.own is not None:
-                _, own = step(self, self.own, own, generated, start, end, grid)
-                own = grid.cross(own, end, self.config.outer_chunk)
-            sub = chunk_spans(start, end, self.config.chunk_size)
-            # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
-            cut = [e - s for s, e in sub]
-            split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
-            for i, (s, e) in enumerate(sub):
-                y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, s, e, grid)
-                main = grid.cross(main, e, self.config.chunk_size)
-                assert y is not None
-                outputs.append(y)
-        return torch.cat(outputs, dim=2), main, own
+        start, end = span
+        generated = generate(self, tokens, main, own)
+        if own is not None and self.own is not None:
+            _, own = step(self, self.own, own, generated, scales, start, end, grid)
+            own = grid.cross(own, end, self.config.outer_chunk)
+        outputs = []
+        sub = chunk_spans(start, end, self.config.chunk_size)
+        # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
+        cut = [e - s for s, e in sub]
+        split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
+        for i, (s, e) in enumerate(sub):
+            y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, scales, s, e, grid)
+            main = grid.cross(main, e, self.config.chunk_size)
+            assert y is not None
+            outputs.append(y)
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], (main, own)
 
     def _generate(self, tokens: dict[str, Tensor], main: BankState, own: BankState | None) -> dict[str, Tensor]:
         """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
@@ -233,61 +229,25 @@ class SelfModifyingTitans(SequenceLayer):
             if name in self.config.adapt or name != "q":
                 made[name] = safe_normalize(made[name])
         del made["u"]
-        made["eta"] = torch.sigmoid(made["eta"] + self.eta_bias[:, None])
-        if self.alpha_bias is not None:
-            made["log_a"] = F.logsigmoid(made.pop("alpha") + self.alpha_bias[:, None]) / 16
         return made
 
     def _step(
-        self, bank: MemoryBank, state: BankState, tokens: dict[str, Tensor], start: int, end: int, grid: Grid
+        self,
+        bank: MemoryBank,
+        state: BankState,
+        tokens: dict[str, Tensor],
+        scales: Scales,
+        start: int,
+        end: int,
+        grid: Grid,
     ) -> tuple[Tensor | None, BankState]:
         """One chunk of one bank: targets, gradients, write; the main bank also answers the queries."""
         c = self.config
         valid = grid.valid_slots(start, end, tokens["k"].device)
-        rates = self._rates(tokens, valid)
-        lesson = bank.lesson(c, state.start, tokens["k"], tokens["v"], c.self_targets)
-        fresh = state.start[0] is state.running[0]
-        queried = bank is self.main and c.read == "token"
-        y, after = bank.update(c, state, lesson, rates, fresh, tokens["q"] if queried else None)
-        if bank is self.main and c.read == "chunk":
-            y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
-        return y, after
-
-    def _rates(self, tokens: dict[str, Tensor], valid: Tensor | None) -> Rates:
-        """Rates in their stable range (see the class); tokens that are not there have e = l = 0 and a = b = 1."""
-        c, eta = self.config, tokens["eta"]
-        log_a, log_b = tokens.get("log_a"), tokens.get("log_b")
-        if valid is not None:
-            eta = eta * valid
-        share = torch.sigmoid(self.share.to(eta.dtype))[:, :, None]
-        keep = 1.0 if log_a is None else log_a.exp()
-        if c.gradient == "online" and c.objective == "l2":
-            total = c.max_erase * eta * keep
-            erase = total / (1 + share[-1]) if c.erase else None
-            rate = total if erase is None else erase
-            shares = list(share) if c.erase else [*share[:-1], torch.ones_like(share[-1])]
-        elif c.erase:
-            full = c.max_erase * eta
-            erase, rate = keep * full, keep * torch.minimum(full, 2 - full)
-            shares = list(share)
-        else:
-            erase, shares = None, list(share)
-            rate = eta
-            if c.objective != "dot":
-                floor = 1.0 / c.outer_chunk
-                rate = eta * (floor if log_a is None else (-torch.expm1(log_a)).clamp_min(floor))
-        if log_b is not None:
-            rate = rate * -torch.expm1(log_b)
-        log_a = torch.zeros_like(eta) if log_a is None else log_a
-        erases = None
-        if erase is not None:
-            hidden = () if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(eta.dtype))[:, :, None]
-            erases = [*(erase * s for s in hidden), erase]
-        return Rates(erases, [rate * s for s in shares], ChunkDecay(log_a, log_b, valid))
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+        gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
+        rates = chunk_rates(rate_rule(c, c.max_erase, c.outer_chunk), gates, scales)
+        q = tokens["q"] if bank is self.main else None
+        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets)
 
 
 # Functions of the class: all layers of a model share one compilation, and nothing is compiled before the first call.

@@ -1,0 +1,154 @@
+"""Rates of memories that learn in context: what a token's gates become, inside the stable range whatever they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.memory.bank import Rates
+from nestling.memory.rule import Rule
+from nestling.ops.chunk_step import ChunkDecay
+
+Kind = Literal["online", "erase", "free", "dot"]
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """Which formula of `chunk_rates` holds, and its constants.
+
+    Attributes:
+        kind: of the formula.
+        max_erase: largest (e_t + folded l_t) / a_t.
+        floor: least share of a gradient step in "free", one over the chunk.
+        online_only: "online" without an erase of its own.
+    """
+
+    kind: Kind
+    max_erase: float
+    floor: float
+    online_only: bool = False
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the rates of a chunk come from.
+
+    Attributes:
+        eta: logit of the inner learning rate.
+        alpha: logit of the retention, or None for none.
+        log_momentum: log b_t, or None.
+        valid: which tokens are there; None when all are.
+    """
+
+    eta: Float[Tensor, "N H L"]
+    alpha: Float[Tensor, "N H L"] | None
+    log_momentum: Float[Tensor, "N H L"] | None
+    valid: Bool[Tensor, "N 1 L"] | None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the rates learn across sequences, one number a head (and layer).
+
+    Attributes:
+        eta_bias: `[H]`, added to the logits.
+        alpha_bias: `[H]`, or None without retention.
+        share: `[layers, H]` share of the erase that becomes the inner learning rate.
+        hidden_erase: `[layers - 1, H]` share of the erase in the layers before the last, or None without erase or
+            hidden layers.
+    """
+
+    eta_bias: Tensor
+    alpha_bias: Tensor | None
+    share: Tensor
+    hidden_erase: Tensor | None
+
+
+def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
+    """Rates of a chunk; tokens that are not there have e = l = 0.
+
+    With k_t = a_t = sigmoid(alpha_t)^(1/16), eta_t = sigmoid(eta_t) and r_t = max_erase eta_t:
+
+        "erase"    e_t = k_t r_t, l_t = share k_t min(r_t, 2 - r_t) (1 - b_t)
+        "free"     e_t = 0, l_t = share eta_t max(floor, 1 - a_t) (1 - b_t)
+        "dot"      e_t = 0, l_t = share eta_t (1 - b_t)
+        "online"   e_t + l_t = k_t r_t, l_t = share e_t; or e_t = 0 with `online_only`
+
+    Args:
+        rule: which of these, and its constants.
+        gates: of the chunk's tokens.
+        scales: of the layer.
+    """
+    tensors = (
+        gates.eta,
+        gates.alpha,
+        gates.log_momentum,
+        gates.valid,
+        scales.eta_bias,
+        scales.alpha_bias,
+        scales.share,
+        scales.hidden_erase,
+    )
+    made = _plain(rule, *tensors)
+    layers = scales.share.shape[0]
+    log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
+    return Rates(erase or None, lr, ChunkDecay(log_a, gates.log_momentum, gates.valid))
+
+
+def _plain(
+    rule: RateRule,
+    eta_logit: Tensor,
+    alpha: Tensor | None,
+    log_b: Tensor | None,
+    valid: Tensor | None,
+    eta_bias: Tensor,
+    alpha_bias: Tensor | None,
+    share: Tensor,
+    hidden_erase: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """log a, l of every layer, and e of every layer when the rule erases, out of torch's operations."""
+    eta = torch.sigmoid(eta_logit + eta_bias[:, None])
+    if valid is not None:
+        eta = eta * valid
+    log_a = None
+    if alpha is not None and alpha_bias is not None:
+        log_a = F.logsigmoid(alpha + alpha_bias[:, None]) / 16
+    keep = 1.0 if log_a is None else log_a.exp()
+    shares = list(share[:, :, None])
+    full = rule.max_erase * eta
+    erase = None
+    if rule.kind == "online":
+        rate = full * keep
+        if rule.online_only:
+            shares[-1] = torch.ones_like(shares[-1])
+        else:
+            erase = rate = rate / (1 + shares[-1])
+    elif rule.kind == "erase":
+        erase, rate = keep * full, keep * torch.minimum(full, 2 - full)
+    elif rule.kind == "free":
+        rate = eta * (rule.floor if log_a is None else (-torch.expm1(log_a)).clamp_min(rule.floor))
+    else:
+        rate = eta
+    if log_b is not None:
+        rate = rate * -torch.expm1(log_b)
+    log_a = torch.zeros_like(eta) if log_a is None else log_a
+    erases = []
+    if erase is not None:
+        hidden = [] if hidden_erase is None else list(hidden_erase[:, :, None])
+        erases = [*(erase * s for s in hidden), erase]
+    return (log_a, *(rate * s for s in shares), *erases)
+
+
+def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
+    """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
+    kind: Kind = "free" if rule.objective != "dot" else "dot"
+    if rule.gradient == "online" and rule.objective == "l2":
+        kind = "online"
+    elif rule.erase:
+        kind = "erase"
+    return RateRule(kind, max_erase, 1.0 / chunk, online_only=not rule.erase)
