@@ -10,13 +10,25 @@ import torch
 
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
+from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from tests.layers.battery import CHECKS
 
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
+lmm = partial(NeuralMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+mac = partial(MemoryAsContextConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, persistent_tokens=2)
+mag = partial(MemoryAsGateConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=3)
+mal = partial(MemoryAsLayerConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=2)
 
 LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "titans matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix")),
@@ -40,6 +52,14 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "continuum headwise": lambda: ContinuumMemory(
         continuum(periods=(2, 5, None), variant="headwise", target="reconstruction")
     ),
+    "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),
+    "lmm depth 2 chunk rates": lambda: NeuralMemory(lmm(rates="chunk")),
+    "lmm depth 3 erase checkpointed": lambda: NeuralMemory(lmm(depth=3, erase=True, checkpoint_chunks=2, conv_size=1)),
+    "lmm huber chunk read": lambda: NeuralMemory(lmm(objective="huber", momentum=False, read="chunk")),
+    "mac": lambda: MemoryAsContext(mac(segment_size=4)),
+    "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),
+    "mag": lambda: MemoryAsGate(mag()),
+    "mal": lambda: MemoryAsLayer(mal(depth=1, rates="chunk")),
 }
 
 

@@ -15,6 +15,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "hope_linear": {"chunk_size": 4, "periods": (4, 8, None), "momentum": True},
     "hope_attention": {"periods": (4, 8, None), "num_kv_heads": 1, "window": 9},
     "transformer": {},
+    "titans_lmm": {"chunk_size": 4},
+    "titans_mac": {"segment_size": 8, "chunk_size": 4, "persistent_tokens": 2},
+    "titans_mag": {"chunk_size": 4, "window": 9, "persistent_tokens": 2},
+    "titans_mal": {"chunk_size": 4, "window": 9, "persistent_tokens": 2},
+    "moneta": {"chunk_size": 4},
+    "yaad": {"chunk_size": 4},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

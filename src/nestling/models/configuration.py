@@ -11,12 +11,26 @@ from transformers import GenerationConfig, PretrainedConfig
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig
 
-MixerConfig = SelfModifyingConfig | AttentionConfig
+TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
+MixerConfig = SelfModifyingConfig | AttentionConfig | TitansConfig
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
-MIXERS: dict[str, type[MixerConfig]] = {"self_modifying": SelfModifyingConfig, "attention": AttentionConfig}
+MIXERS: dict[str, type[MixerConfig]] = {
+    "self_modifying": SelfModifyingConfig,
+    "attention": AttentionConfig,
+    "neural_memory": NeuralMemoryConfig,
+    "memory_as_context": MemoryAsContextConfig,
+    "memory_as_gate": MemoryAsGateConfig,
+    "memory_as_layer": MemoryAsLayerConfig,
+}
 CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
 
 HOUSEKEEPING = frozenset(
@@ -45,7 +59,7 @@ class NestlingConfig(PretrainedConfig):
 
     Args:
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            `self_modifying` and `attention`, channels `feed_forward`, `continuum` or None; the other keys are the
+            the keys of `MIXERS`, channels `feed_forward`, `continuum` or None; the other keys are the
             fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
             a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).

@@ -20,8 +20,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
+from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
@@ -40,6 +48,14 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return SelfModifyingTitans(config)
         case AttentionConfig():
             return SoftmaxAttention(config)
+        case MemoryAsContextConfig():
+            return MemoryAsContext(config)
+        case MemoryAsGateConfig():
+            return MemoryAsGate(config)
+        case MemoryAsLayerConfig():
+            return MemoryAsLayer(config)
+        case NeuralMemoryConfig():
+            return NeuralMemory(config)
         case _:
             assert_never(config)
 
