@@ -71,8 +71,8 @@ def titans_mac(
 ) -> NestlingConfig:
     """Titans (MAC): memory as context (Titans section 4.1).
 
-    `segment_size` and `persistent_tokens` are `MemoryAsContextConfig`'s; None takes the size's. `chunk_size` None is the
-    segment, whose write then takes all gradients at the memory before it, as in the paper. The others as in
+    `segment_size` and `persistent_tokens` are `MemoryAsContextConfig`'s; None takes the size's. `chunk_size` None is
+    the segment, whose write then takes all gradients at the memory before it, as in the paper. The others as in
     `titans_lmm`.
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
