@@ -18,7 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "titans_lmm": {"chunk_size": 4},
     "titans_mac": {"segment_size": 8, "chunk_size": 4, "persistent_tokens": 2},
     "titans_mag": {"chunk_size": 4, "window": 9, "persistent_tokens": 2},
-    "titans_mal": {"chunk_size": 4, "window": 9, "persistent_tokens": 2},
+    "titans_mal": {"chunk_size": 4, "window": 9, "persistent_tokens": 3},
     "moneta": {"chunk_size": 4},
     "yaad": {"chunk_size": 4},
 }

@@ -158,8 +158,9 @@ class MemoryAsContext(SequenceLayer):
         v = torch.stack((heads(attention.value, h), heads(attention.value, x)), 1)
         keys, values = (_put(*pair, first, valid) for pair in ((state.keys, k), (state.values, v)))
 
-        p_k = rotate(heads(attention.key, self.persistent[None]), *turn_p)
-        p_v = heads(attention.value, self.persistent[None])
+        persistent = _aligned(self.persistent)[None]
+        p_k = rotate(heads(attention.key, persistent), *turn_p)
+        p_v = heads(attention.value, persistent)
         k, v = (
             torch.cat((p.to(q.dtype).expand(len(x), -1, -1, -1), t[:, :, :end].flatten(1, 2).to(q.dtype)), 1)
             for p, t in ((p_k, keys), (p_v, values))
@@ -236,7 +237,7 @@ class MemoryAsGate(SequenceLayer):
         return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
 
     def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
-        prefix = self.persistent.expand(len(x), -1, -1)
+        prefix = _aligned(self.persistent).expand(len(x), -1, -1)
         y, attention = self.attention.mix(x, state.attention, lengths, prefix)
         m, memory = self.memory.write(x, state.memory, lengths)
         return self.attention.output(self.norm(y) * F.silu(m)), WindowedState(memory, attention, None)
@@ -307,11 +308,16 @@ def _read_persistent(
     write: Write, state: LongTermState, tokens: Tensor, batch_size: int
 ) -> tuple[Tensor, LongTermState]:
     """Write the persistent tokens as a chunk of their own: the answers `[1, P, hidden]` and the state of every row."""
-    y, state = write(tokens[None], state, None)
+    y, state = write(_aligned(tokens)[None], state, None)
     state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
     bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
     position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
     return y, LongTermState(bank, state.conv, state.rates, position)
+
+
+def _aligned(tokens: Tensor) -> Tensor:
+    """A copy: parameters read from a file may lie at odd addresses, where matrix products round differently."""
+    return tokens.clone()
 
 
 def _put(buffer: Tensor, new: Tensor, first: int, valid: Tensor | None) -> Tensor:
