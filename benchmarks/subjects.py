@@ -16,7 +16,7 @@ from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTit
 WIDTH = 256
 HEADS = 4
 CHUNK = 64
-CHECKPOINT_CHUNKS = 8  # the square root of the chunks in 4,096 tokens: the fewest activations alive at once
+CHECKPOINT_CHUNKS = 4  # balances one segment's activations against the 16 states kept between segments at T = 4,096
 TITANS_EXPANSION = 4  # the default of titans-pytorch, given to our memory too
 
 

@@ -10,6 +10,8 @@ import torch
 
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
+from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -20,11 +22,16 @@ from nestling.layers.neural_memory_config import (
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from nestling.layers.ttt import TTTConfig, TTTLayer
 from tests.layers.battery import CHECKS
+from tests.layers.reference_linear import ROWS
 
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
+linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+mamba2 = partial(Mamba2Config, hidden_size=HIDDEN, num_heads=2, state_size=6, chunk_size=4)
 lmm = partial(NeuralMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 mac = partial(MemoryAsContextConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, persistent_tokens=2)
 mag = partial(MemoryAsGateConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=3)
@@ -46,12 +53,22 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     ),
     "attention": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, num_kv_heads=1)),
     "attention window": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, window=5)),
+    "ttt linear": lambda: TTTLayer(ttt()),
+    "ttt linear mean plain": lambda: TTTLayer(ttt(step="mean", conv_size=1, output_gate=False)),
+    "ttt mlp": lambda: TTTLayer(ttt(inner="mlp", conv_size=1)),
+    "ttt mlp mean": lambda: TTTLayer(ttt(inner="mlp", step="mean", expansion=2)),
     "continuum": lambda: ContinuumMemory(continuum(periods=(3, 8, None))),
     "continuum erase value": lambda: ContinuumMemory(continuum(periods=(4, 8), erase=True, target="value")),
     "continuum nested": lambda: ContinuumMemory(continuum(periods=(2, 8, None), variant="nested")),
     "continuum headwise": lambda: ContinuumMemory(
         continuum(periods=(2, 5, None), variant="headwise", target="reconstruction")
     ),
+    "linear attention": lambda: LinearMemory(linear(**ROWS["linear attention"])),
+    "retnet": lambda: LinearMemory(linear(**ROWS["retnet"])),
+    "deltanet": lambda: LinearMemory(linear(**ROWS["deltanet"])),
+    "gated deltanet": lambda: LinearMemory(linear(**ROWS["gated deltanet"])),
+    "mamba2": lambda: Mamba2(mamba2()),
+    "mamba2 groups": lambda: Mamba2(mamba2(num_heads=4, num_groups=2)),
     "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),
     "lmm depth 2 chunk rates": lambda: NeuralMemory(lmm(rates="chunk")),
     "lmm depth 3 erase checkpointed": lambda: NeuralMemory(lmm(depth=3, erase=True, checkpoint_chunks=2, conv_size=1)),

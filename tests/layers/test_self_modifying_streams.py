@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingState, SelfModifyingTitans
+from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.state import State
 
 HIDDEN = 16
 CALL = 4096
@@ -69,15 +71,14 @@ def hostile(start: int, end: int) -> dict[str, Tensor]:
     }
 
 
-def largest(state: SelfModifyingState) -> Tensor:
+def largest(state: State) -> Tensor:
     """Largest entry of the fast weights and surprises, for every row."""
-    banks = [b for b in (state.main, state.own) if b is not None]
-    tensors = [t for bank in banks for _, t in bank.tensors()]
+    tensors = [t for name, t in state.tensors() if name not in ("conv", "position")]
     return torch.stack([t.flatten(1).abs().amax(1) for t in tensors]).amax(0)
 
 
 @torch.no_grad()
-def stream(layer: SelfModifyingTitans, tokens: int, call: int) -> Tensor:
+def stream(layer: SequenceLayer, tokens: int, call: int) -> Tensor:
     """Peaks `[calls, streams]` of `largest`; fails at the first value that is not finite."""
     state, peaks = None, []
     names = list(hostile(0, 1))

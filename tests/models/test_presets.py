@@ -63,3 +63,29 @@ def test_a_preset_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     presets.hope()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samba_alternates_mamba_and_a_window() -> None:
+    config = presets.samba("340m", num_heads=8)
+    mixers = [b["mixer"] for b in config.blocks]
+    assert [m["kind"] for m in mixers] == ["mamba2", "attention"] * 12
+    assert [mixers[0]["num_heads"], mixers[1]["num_heads"], mixers[1]["window"]] == [16, 8, 2048]
+    assert len({str(b["channel"]) for b in config.blocks}) == 1
+    assert presets.samba(window=16).mixer_config(3).window == 16
+
+
+def test_mamba2_has_two_blocks_without_a_channel_for_one_with() -> None:
+    config = presets.mamba2("340m")
+    assert len(config.blocks) == 48
+    assert all(b["channel"] is None for b in config.blocks)
+    assert config.mixer_config(0).head_dim == 64
+    assert presets.mamba2(state_size=24, num_layers=1).mixer_config(1).state_size == 24
+
+
+def test_the_linear_presets_are_what_their_papers_say() -> None:
+    made = {name: presets.PRESETS[name]("1.3b").mixer_config(0) for name in ("retnet", "gated_deltanet")}
+    assert (made["retnet"].num_heads, made["retnet"].key_width, made["retnet"].value_width) == (8, 256, 512)
+    gated = made["gated_deltanet"]
+    assert gated.num_heads * gated.key_width == 1536
+    assert gated.num_heads * gated.value_width == 3072
+    assert presets.deltanet(allow_neg_eigval=True).mixer_config(0).allow_neg_eigval

@@ -119,7 +119,8 @@ def test_another_models_state_is_refused(saved: tuple[NestlingForCausalLM, Model
         model.norm.weight[3] += 0.5
     with pytest.raises(StateFileError, match="saved by another model"):
         ModelState.load(path, model)
-    with pytest.raises(ValueError, match="2 blocks and the model 1"):
+    blocks = len(model.blocks)
+    with pytest.raises(ValueError, match=f"{blocks} blocks and the model {blocks // 2}"):
         state.save(path, make(num_layers=1))
 
 

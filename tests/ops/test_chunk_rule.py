@@ -116,7 +116,7 @@ def test_token_rule_online_takes_the_gradient_at_the_token_before() -> None:
     assert y[:, 0].tolist() == [0.0, 0.5]
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 @pytest.mark.parametrize("size", [1, 8, 64])
 @pytest.mark.parametrize(("momentum", "erase", "online", "before"), MODES)
 def test_scan_equals_the_reference(
@@ -128,14 +128,14 @@ def test_scan_equals_the_reference(
     assert_equal_with_gradients(found, slow(leaves, **settings), leaves)
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 @pytest.mark.parametrize(("time", "size"), [(1, 8), (7, 8), (8, 8), (9, 8), (16, 8), (17, 16)])
 def test_scan_at_the_edges_of_a_chunk(time: int, size: int, schedule: str) -> None:
     leaves = make_inputs(time, True, True, batch=())
     assert_equal_with_gradients(scan(leaves, chunk_size=size, schedule=schedule), slow(leaves), leaves)
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 @pytest.mark.parametrize("momentum", [False, True])
 def test_scan_defaults_are_the_reference_defaults(momentum: bool, schedule: str) -> None:
     leaves = make_inputs(11, momentum, False)
@@ -149,7 +149,7 @@ def test_scan_defaults_are_the_reference_defaults(momentum: bool, schedule: str)
     assert_equal_with_gradients([t for t in found if t is not None], [t for t in wanted if t is not None], leaves)
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 def test_scan_can_forget_everything(schedule: str) -> None:
     """a = b = 0 (log -inf in the limit) wipes the past and stays finite in value and gradient."""
     leaves = make_inputs(12, True, True)
@@ -169,8 +169,10 @@ def test_scan_refuses() -> None:
     leaves = make_inputs(4, True, False)
     with pytest.raises(ValueError, match="online gradients with momentum have no closed form"):
         scan(leaves, chunk_size=2, online=True)
-    with pytest.raises(ValueError, match="schedule is 'parallel' or 'sequential', not 'both'"):
+    with pytest.raises(ValueError, match="schedule is 'parallel', 'sequential' or None, not 'both'"):
         scan(make_inputs(4, False, False), chunk_size=2, schedule="both")
+    with pytest.raises(ValueError, match="a surprise needs log_momentum"):
+        scan({n: t for n, t in leaves.items() if n != "momentum"}, chunk_size=2)
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -248,7 +250,7 @@ def test_solve_reads_only_below_the_diagonal(size: int) -> None:
     torch.testing.assert_close(solve_unit_lower(full, right), wanted)
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 @pytest.mark.parametrize(
     ("momentum", "erase", "online"), [(True, True, False), (False, True, True), (True, False, False)]
 )
@@ -262,7 +264,7 @@ def test_gradcheck(momentum: bool, erase: bool, online: bool, schedule: str) -> 
     assert torch.autograd.gradcheck(run, tensors)
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 def test_float32_is_close_to_float64(schedule: str) -> None:
     """A contraction does not amplify rounding, also over many chunks."""
     leaves = make_inputs(300, True, True)

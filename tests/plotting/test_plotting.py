@@ -10,6 +10,7 @@ import pytest
 
 from nestling.plotting.curves import Series, line_chart
 from nestling.plotting.page import Chart, Section, html_page
+from nestling.plotting.scatter import Point, scatter_chart
 
 
 def chart(labels: tuple[str, ...] = ("first", "second")) -> str:
@@ -49,3 +50,13 @@ def test_a_page_escapes_text_and_holds_its_charts() -> None:
     assert "a &lt; b" in page and "&lt;i&gt;" in page and "Title &amp; more" in page
     found = re.search(r"base64,([A-Za-z0-9+/=]+)", page)
     assert found is not None and base64.b64decode(found[1]).decode() == svg
+
+
+def test_scatter_has_a_panel_a_group_and_a_mark_a_name() -> None:
+    points = [Point("one", "easy", 1.0, 10.0), Point("two", "easy", 100.0, 20.0), Point("one", "hard", 1.0, 5.0)]
+    chart = scatter_chart(points, x_label="state, KiB", y_label="accuracy, %")
+    for text in ("easy", "hard", "one", "two", "state, KiB", "accuracy, %"):
+        assert f">{text}<" in chart
+    assert chart == scatter_chart(points, x_label="state, KiB", y_label="accuracy, %")
+    with pytest.raises(ValueError, match="at least one point"):
+        scatter_chart([], x_label="x", y_label="y")

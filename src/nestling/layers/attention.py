@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
+from nestling.ops.rotary import rotate, rotation
 
 SMALLEST_BLOCK = 128
 """Queries per call of a windowed attention at least: smaller calls cost more in overhead than the mask they save."""
@@ -118,7 +119,8 @@ class SoftmaxAttention(SequenceLayer):
                 millionth.
         """
         time, heads = x.shape[1], (-1, self.config.head_dim)
-        cos, sin = _rotation(self.config, state, time, x.device)
+        start = None if state is None else state.position
+        cos, sin = rotation(self.config.head_dim, self.config.rope_theta, start, time, x.device)
         plain = self.query(x).unflatten(-1, heads)
         q = rotate(plain, cos, sin)
         k = rotate(self.key(x).unflatten(-1, heads), cos, sin)
@@ -256,29 +258,3 @@ def _keep_last(
 def _own(part: Tensor, whole: Tensor) -> Tensor:
     """`part`, not as a view that keeps a longer `whole` alive."""
     return part if part.shape == whole.shape else part.clone()
-
-
-def _rotation(
-    config: AttentionConfig, state: AttentionState | None, time: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the next `time` tokens, `[1 or N, time, 1, D / 2]`."""
-    start = torch.zeros(1, dtype=torch.int64, device="cpu") if state is None else state.position
-    if len(start) > 1 and bool((start == start[0]).all()):
-        start = start[:1]
-    return rotation(config, start.to(device)[:, None] + torch.arange(time, device=device))
-
-
-def rotation(config: AttentionConfig, position: Int[Tensor, "N T"]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[N, T, 1, D / 2]` of rotary positions. Angles are taken in float64: float32 has no digits
-    left for the fast channels at position 10^6."""
-    channel = torch.arange(0, config.head_dim, 2, device=position.device, dtype=torch.float64)
-    angle = position[:, :, None, None] * config.rope_theta ** (-channel / config.head_dim)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Float[Tensor, "N T H D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "N T H D"]:
-    """Turn every pair (i, i + D / 2) of channels by its angle, in float32 or better."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    a, b = x.to(dtype).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)

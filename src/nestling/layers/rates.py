@@ -1,4 +1,4 @@
-"""Rates of memories that learn in context: what a token's gates become, inside the stable range whatever they say."""
+"""Rates of self-modifying memories: what a token's gates become, inside the stable range whatever the gates say."""
 
 from __future__ import annotations
 
@@ -12,26 +12,11 @@ from torch.nn import functional as F
 
 from nestling.memory.bank import Rates
 from nestling.memory.rule import Rule
+from nestling.ops import native
 from nestling.ops.chunk_step import ChunkDecay
+from nestling.ops.native import RateRule
 
 Kind = Literal["online", "erase", "free", "dot"]
-
-
-@dataclass(frozen=True)
-class RateRule:
-    """Which formula of `chunk_rates` holds, and its constants.
-
-    Attributes:
-        kind: of the formula.
-        max_erase: largest (e_t + folded l_t) / a_t.
-        floor: least share of a gradient step in "free", one over the chunk.
-        online_only: "online" without an erase of its own.
-    """
-
-    kind: Kind
-    max_erase: float
-    floor: float
-    online_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,16 @@ class Scales:
     hidden_erase: Tensor | None
 
 
+def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
+    """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
+    kind: Kind = "free" if rule.objective != "dot" else "dot"
+    if rule.gradient == "online" and rule.objective == "l2":
+        kind = "online"
+    elif rule.erase:
+        kind = "erase"
+    return RateRule(kind, max_erase, 1.0 / chunk, online_only=not rule.erase)
+
+
 def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
     """Rates of a chunk; tokens that are not there have e = l = 0.
 
@@ -94,7 +89,7 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         scales.share,
         scales.hidden_erase,
     )
-    made = _plain(rule, *tensors)
+    made = native.native_rates(_plain, rule, tensors) if native.fits(gates.eta) else _plain(rule, *tensors)
     layers = scales.share.shape[0]
     log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
     return Rates(erase or None, lr, ChunkDecay(log_a, gates.log_momentum, gates.valid))
@@ -142,13 +137,3 @@ def _plain(
         hidden = [] if hidden_erase is None else list(hidden_erase[:, :, None])
         erases = [*(erase * s for s in hidden), erase]
     return (log_a, *(rate * s for s in shares), *erases)
-
-
-def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
-    """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
-    kind: Kind = "free" if rule.objective != "dot" else "dot"
-    if rule.gradient == "online" and rule.objective == "l2":
-        kind = "online"
-    elif rule.erase:
-        kind = "erase"
-    return RateRule(kind, max_erase, 1.0 / chunk, online_only=not rule.erase)

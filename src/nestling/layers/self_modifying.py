@@ -18,7 +18,7 @@ from nestling.layers.chunks import (
     scan_chunks,
     split_heads,
 )
-from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
+from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank
@@ -169,7 +169,7 @@ class SelfModifyingTitans(SequenceLayer):
         if self.fixed is not None:
             names = self.fixed.deep + self.fixed.gates
             weights = self.fixed.init_state(streams.shape[0], False, dtype).start
-            tokens |= self.fixed.read(weights, parts[0], names)
+            tokens |= self.fixed.read(weights, parts[0], names, unit=True)
 
         scales = self._scales(dtype)
 
@@ -224,10 +224,7 @@ class SelfModifyingTitans(SequenceLayer):
         for bank, state in ((self.main, main), (self.own, own)):
             names = () if bank is None else tuple(n for n in bank.deep + bank.gates if n != "memory")
             if names and bank is not None and state is not None:
-                made |= bank.read(state.start, tokens["u"], names)
-        for name in ("k", "v", "q"):
-            if name in self.config.adapt or name != "q":
-                made[name] = safe_normalize(made[name])
+                made |= bank.read(state.start, tokens["u"], names, unit=True)
         del made["u"]
         return made
 
@@ -245,7 +242,7 @@ class SelfModifyingTitans(SequenceLayer):
         c = self.config
         valid = grid.valid_slots(start, end, tokens["k"].device)
         gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
-        rates = chunk_rates(rate_rule(c, c.max_erase, c.outer_chunk), gates, scales)
+        rates = chunk_rates(c.rates, gates, scales)
         q = tokens["q"] if bank is self.main else None
         return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nestling.layers.rates import rate_rule
 from nestling.memory.rule import Rule
+from nestling.ops.native import RateRule
 
 DEEP = ("memory", "k", "v", "q")
 GATES = ("eta", "alpha")
@@ -39,7 +41,8 @@ class SelfModifyingConfig(Rule):
         use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
         conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
         output_gate: multiply the normalised output by silu(x W_g).
-        checkpoint_chunks: recompute this many chunks at a time in the backward pass; None keeps all activations.
+        checkpoint_chunks: recompute the layer over this many chunks (of the larger size) at a time in the backward,
+            projections included; None keeps all activations.
         compile_chunks: run the chunk step through `torch.compile` (some tens of seconds of compilation for
             every chunk length). Off by default, since a short run never earns it back, and on a CPU the C++ of
             `nestling.ops.native` is faster.
@@ -124,3 +127,8 @@ class SelfModifyingConfig(Rule):
     def layers(self) -> int:
         """Weights of a deep memory."""
         return self.depth if self.memory == "mlp" else 1
+
+    @property
+    def rates(self) -> RateRule:
+        """The formula of the rates (see `layers.rates.chunk_rates`)."""
+        return rate_rule(self, self.max_erase, self.outer_chunk)

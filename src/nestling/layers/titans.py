@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestling.layers.attention import AttentionConfig, AttentionState, SoftmaxAttention, attend_block, rotate, rotation
+from nestling.layers.attention import AttentionConfig, AttentionState, SoftmaxAttention, attend_block
 from nestling.layers.chunks import Span, run_checkpointed, scan_chunks
 from nestling.layers.long_term_memory import LongTermMemory, LongTermState
 from nestling.layers.neural_memory import NeuralMemory
@@ -28,6 +28,7 @@ from nestling.memory.bank import BankState
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
 from nestling.ops.packing import find_rows
+from nestling.ops.rotary import rotate, rotation
 
 Write = Callable[[Tensor, LongTermState, Tensor | None], tuple[Tensor, LongTermState]]
 
@@ -143,12 +144,13 @@ class MemoryAsContext(SequenceLayer):
         """
         c, attention = self.config, self.attention
         time, end = x.shape[1], first + x.shape[1]
-        slots = torch.arange(first, end, device=x.device)
-        fixed = torch.arange(c.persistent_tokens, device=x.device)
-        retrieved = c.persistent_tokens + slots
-        turn_p, turn_h, turn_x = (
-            rotation(attention.config, t[None]) for t in (fixed, retrieved, retrieved + c.segment_size)
-        )
+        fixed, retrieved = c.persistent_tokens, c.persistent_tokens + first
+
+        def turn(start: int, count: int) -> tuple[Tensor, Tensor]:
+            position = torch.tensor([start], device="cpu")
+            return rotation(c.head_dim, c.rope_theta, position, count, x.device)
+
+        turn_p, turn_h, turn_x = turn(0, fixed), turn(retrieved, time), turn(retrieved + c.segment_size, time)
 
         def heads(linear: nn.Linear, t: Tensor) -> Tensor:
             return linear(t).unflatten(-1, (c.num_heads, c.head_dim))

@@ -9,16 +9,19 @@ weights are stacked along the output dimension: `[N, H, M * hidden + G, K]`; fur
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
 from nestling.ops import native
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
+from nestling.ops.normalize import safe_normalize
 
 
 @dataclass
@@ -126,10 +129,10 @@ class MemoryBank(nn.Module):
         surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
         return BankState(start=rows, running=list(rows), surprise=surprise)
 
-    def read(self, weights: list[Tensor], x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def read(self, weights: list[Tensor], x: Tensor, names: tuple[str, ...], unit: bool = False) -> dict[str, Tensor]:
         """Outputs of the named memories at given weights: deep `[N, H, L, V]`, gates `[N, H, L]`.
 
-        `names` is all of the bank's, or all but the first deep memory.
+        `names` is all of the bank's, or all but the first deep memory. With `unit`, deep outputs have length 1.
         """
         skip = len(self.deep) - sum(n in names for n in self.deep)
         deep = self.deep[skip:]
@@ -145,7 +148,10 @@ class MemoryBank(nn.Module):
             output, gates = plain(x, *weights)
         if self.depth == 1:
             parts = list(output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1))
+            if unit:
+                parts[: len(deep)] = [safe_normalize(p) for p in parts[: len(deep)]]
         else:
+            output = safe_normalize(output) if unit else output
             parts = [*output.unbind(2), *(() if gates is None else gates.split(1, dim=-1))]
         values = dict(zip(deep + self.gates, parts, strict=True))
         return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
@@ -268,7 +274,7 @@ class MemoryBank(nn.Module):
             if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
                 erase = lr if erase is None else erase + lr
             if z is not None and layer > 0:
-                z = activate(self.activation, z)[0]
+                z = ACTIVATIONS[self.activation](z)
             weight = state.running[layer]
             surprise = None if state.surprise is None else state.surprise[layer]
             recalled = lesson.recalled[layer] if fresh and erase is not None else None
@@ -293,6 +299,9 @@ class MemoryBank(nn.Module):
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
         return z, BankState(state.start, running, surprises or None)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:

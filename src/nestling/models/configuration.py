@@ -11,6 +11,8 @@ from transformers import GenerationConfig, PretrainedConfig
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig
+from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
     MemoryAsGateConfig,
@@ -18,14 +20,18 @@ from nestling.layers.neural_memory_config import (
     NeuralMemoryConfig,
 )
 from nestling.layers.self_modifying import SelfModifyingConfig
+from nestling.layers.ttt_config import TTTConfig
 
 TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
-MixerConfig = SelfModifyingConfig | AttentionConfig | TitansConfig
+MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig | TitansConfig
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "self_modifying": SelfModifyingConfig,
     "attention": AttentionConfig,
+    "linear_memory": LinearMemoryConfig,
+    "mamba2": Mamba2Config,
+    "ttt": TTTConfig,
     "neural_memory": NeuralMemoryConfig,
     "memory_as_context": MemoryAsContextConfig,
     "memory_as_gate": MemoryAsGateConfig,
@@ -58,10 +64,10 @@ class NestlingConfig(PretrainedConfig):
     """Configuration of `NestlingForCausalLM`. The functions of `nestling.presets` build the usual ones.
 
     Args:
-        blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. Mixers are
-            the keys of `MIXERS`, channels `feed_forward`, `continuum` or None; the other keys are the
-            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that
-            a saved file does not depend on the defaults of a later release.
+        blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. The kinds of mixers
+            are the keys of `MIXERS`, those of channels `feed_forward`, `continuum` or None; the other keys are the
+            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so
+            that a saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.

@@ -20,6 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
+from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -30,6 +32,7 @@ from nestling.layers.neural_memory_config import (
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
@@ -48,6 +51,12 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return SelfModifyingTitans(config)
         case AttentionConfig():
             return SoftmaxAttention(config)
+        case LinearMemoryConfig():
+            return LinearMemory(config)
+        case Mamba2Config():
+            return Mamba2(config)
+        case TTTConfig():
+            return TTTLayer(config)
         case MemoryAsContextConfig():
             return MemoryAsContext(config)
         case MemoryAsGateConfig():

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nestling.ops import native
+
 
 @dataclass(frozen=True)
 class Decay:
@@ -195,6 +197,9 @@ def chunk_advance(
     return weight, decay.last_start_momentum[..., None, None] * surprise - pushed
 
 
+_Scanned = tuple[Tensor, Tensor, Tensor | None]
+
+
 def chunk_scan(
     x: Float[Tensor, "*batch T K"],
     g: Float[Tensor, "*batch T V"],
@@ -209,31 +214,45 @@ def chunk_scan(
     log_momentum: Float[Tensor, "*batch T"] | None = None,
     online: bool = False,
     read_before: bool = False,
-    schedule: str = "parallel",
+    schedule: str | None = None,
 ) -> tuple[Float[Tensor, "*batch T V"], Tensor, Tensor | None]:
     """The rule over a whole sequence when x, g and the rates do not depend on the fast weights.
 
     Arguments and results as `ops.reference.token_rule`, with logarithms of a and b. With `online`, g is minus the
     target and l joins the erase, which gives the token-by-token update for every chunk size; momentum then has no
     closed form. `schedule="parallel"` solves all chunks at once and carries only one product per chunk;
-    `"sequential"` runs one chunk after the other and needs less memory.
+    `"sequential"` runs one chunk after the other and needs less memory. None takes compiled code where there is some
+    (on CPUs, without momentum), else "parallel".
 
     Raises:
-        ValueError: `online` with momentum, or an unknown schedule.
+        ValueError: `online` with momentum, surprise without momentum, or an unknown schedule.
     """
     if online and log_momentum is not None:
         raise ValueError("online gradients with momentum have no closed form: the momentum would have to carry W")
-    if schedule not in ("parallel", "sequential"):
-        raise ValueError(f"schedule is 'parallel' or 'sequential', not {schedule!r}")
+    if surprise is not None and log_momentum is None:
+        raise ValueError("a surprise needs log_momentum: without momentum it never reaches the weights")
+    if schedule not in (None, "parallel", "sequential"):
+        raise ValueError(f"schedule is 'parallel', 'sequential' or None, not {schedule!r}")
     rate = torch.ones_like(x[..., 0]) if inner_lr is None else inner_lr
     if online:
         erase = rate if erase is None else erase + rate
     log_a = torch.zeros_like(rate) if log_retention is None else log_retention
     if log_momentum is not None and surprise is None:
         surprise = torch.zeros_like(weight)
-    tokens = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
-    scan = _scan_parallel if schedule == "parallel" else _scan_sequential
-    return scan(tokens, weight, surprise, chunk_size, read_before)
+
+    def plain(
+        x: Tensor, g: Tensor, rate: Tensor, erase: Tensor | None, log_a: Tensor, q: Tensor, weight: Tensor
+    ) -> _Scanned:
+        tokens = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
+        scan = _scan_sequential if schedule == "sequential" else _scan_parallel
+        return scan(tokens, weight, surprise, chunk_size, read_before)
+
+    tensors = (x, g, rate, erase, log_a, q, weight)
+    if schedule is None and log_momentum is None and native.fits(x[..., :1, :], weight):
+        size = min(chunk_size, native.MAX_CHUNK)
+        y, last = native.native_scan(lambda *t: plain(*t)[:2], tensors, size, read_before)
+        return y, last, None
+    return plain(*tensors)
 
 
 @dataclass(frozen=True)
@@ -261,9 +280,6 @@ class _Tokens:
         erase, log_b = (None if r is None else rows(r[..., None])[..., 0] for r in (self.erase, self.log_b))
         log_a = rows(self.log_a[..., None])[..., 0]
         return _Tokens(rows(self.x), rows(self.step), rows(self.q), erase, log_a, log_b)
-
-
-_Scanned = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _scan_sequential(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, size: int, before: bool) -> _Scanned:

@@ -6,14 +6,24 @@ from collections.abc import Callable
 
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
+from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.sizes import SIZES
 from nestling.models.presets.titans import moneta, titans_lmm, titans_mac, titans_mag, titans_mal, yaad
+from nestling.models.presets.ttt import ttt_linear, ttt_mlp
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "hope": hope,
     "hope_linear": hope_linear,
     "hope_attention": hope_attention,
     "transformer": transformer,
+    "linear_attention": linear_attention,
+    "retnet": retnet,
+    "deltanet": deltanet,
+    "gated_deltanet": gated_deltanet,
+    "mamba2": mamba2,
+    "samba": samba,
+    "ttt_linear": ttt_linear,
+    "ttt_mlp": ttt_mlp,
     "titans_lmm": titans_lmm,
     "titans_mac": titans_mac,
     "titans_mag": titans_mag,
@@ -25,14 +35,22 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
 __all__ = [
     "PRESETS",
     "SIZES",
+    "deltanet",
+    "gated_deltanet",
     "hope",
     "hope_attention",
     "hope_linear",
+    "linear_attention",
+    "mamba2",
     "moneta",
+    "retnet",
+    "samba",
     "titans_lmm",
     "titans_mac",
     "titans_mag",
     "titans_mal",
     "transformer",
+    "ttt_linear",
+    "ttt_mlp",
     "yaad",
 ]

@@ -81,19 +81,22 @@ def assemble(
 
     Args:
         shape: of the model.
-        mixers: specs without `num_heads`.
+        mixers: specs; those with a `num_heads` keep it.
         channel: spec without `intermediate_size`.
-        num_heads: of every mixer; heads keep the size's width if None.
+        num_heads: of the other mixers; heads keep the size's width if None.
         intermediate_size: of every channel; if None the one whose parameters equal Transformer++'s.
         tie_word_embeddings: use the embedding as the output projection.
     """
     heads = heads_of(shape, num_heads)
 
     def blocks(width: int) -> list[BlockSpec]:
-        return [{"mixer": m | {"num_heads": heads}, "channel": channel | {"intermediate_size": width}} for m in mixers]
+        return [{"mixer": {"num_heads": heads} | m, "channel": channel | {"intermediate_size": width}} for m in turns]
 
+    # A pattern that is not complete has to be fitted as it stands.
+    whole = shape.num_layers % len(mixers) == 0
+    turns = mixers if whole else [mixers[i % len(mixers)] for i in range(shape.num_layers)]
     if intermediate_size is None:
-        target = len(mixers) * transformer_block_parameters(shape)
+        target = len(turns) * transformer_block_parameters(shape)
         intermediate_size = fit_width(shape.hidden_size, blocks, target, shape.multiple)
     pattern = blocks(intermediate_size)
     return NestlingConfig(

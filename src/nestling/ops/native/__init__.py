@@ -14,21 +14,27 @@ from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
+from nestling.ops.native.rates import RateRule, native_rates
+from nestling.ops.native.scan import native_scan
 from nestling.ops.native.short_conv import native_short_conv
 
 __all__ = [
+    "MAX_CHUNK",
     "MAX_LAYERS",
     "BankShape",
+    "RateRule",
     "fits",
     "native_chunk",
     "native_inner",
     "native_normalize",
+    "native_rates",
     "native_read",
+    "native_scan",
     "native_short_conv",
 ]
 
 # Above these a problem outgrows a core's cache, and torch's own products are the faster ones.
-_MAX_CHUNK = 128
+MAX_CHUNK = 128
 _MAX_WIDTH = 512
 
 
@@ -50,4 +56,4 @@ def _plain(t: Tensor) -> bool:
 
 
 def _small(x: Tensor, weight: Tensor) -> bool:
-    return x.shape[-2] <= _MAX_CHUNK and max(weight.shape[-2:]) <= _MAX_WIDTH
+    return x.shape[-2] <= MAX_CHUNK and max(weight.shape[-2:]) <= _MAX_WIDTH

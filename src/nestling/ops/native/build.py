@@ -77,8 +77,9 @@ def _load(file: Path) -> ctypes.CDLL:
     loaded.nestling_chunk.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 2]
     loaded.nestling_memories.argtypes = [ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p, *[ctypes.c_int] * 3]
     loaded.nestling_normalize.argtypes = [ctypes.c_void_p, *[ctypes.c_double] * 2, ctypes.c_void_p, *[ctypes.c_int] * 2]
-    loaded.nestling_short_conv.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 2]
-    for name in ("chunk", "memories", "normalize", "short_conv"):
+    loaded.nestling_rates.argtypes = loaded.nestling_normalize.argtypes
+    loaded.nestling_scan.argtypes = loaded.nestling_short_conv.argtypes = loaded.nestling_chunk.argtypes
+    for name in ("chunk", "memories", "normalize", "rates", "scan", "short_conv"):
         getattr(loaded, f"nestling_{name}").restype = None
     return loaded
 

@@ -23,6 +23,12 @@ struct Args {
     T *dx, *dg, *dlr, *derase, *dlog_a, *dlog_b, *dW, *dS, *drecalled, *dq;
 };
 
+// Numbers that either direction needs as working memory.
+inline size_t chunk_room(int64_t C, int64_t K, int64_t V) {
+    const int64_t side = C > V ? C : V, other = K > V ? K : V;
+    return 12 * C * C + 7 * C * V + 2 * K * V + C * K + side * other + 16 * C + 16 * 64;
+}
+
 // What both directions compute first: rates, decay products, steps P = l g, the Gram matrix and its shifted products.
 template <class T>
 struct Chunk {

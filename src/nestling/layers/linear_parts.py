@@ -1,0 +1,85 @@
+"""What layers with a scalar retention a token and head share: rates, short convolution, masks, output norm.
+
+N rows, T time, H heads, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nestling.ops.normalize import safe_normalize
+
+BOUND = 1e6
+"""Largest entry of an input. A normalised residual stream stays four orders of magnitude below; it keeps products of a
+key, a value and a query, summed over a million tokens, inside float32."""
+
+MIN_LOG_RETENTION = -30.0
+"""Smallest log a_t. e^-30 of anything is nothing beside it in float32, and a cumulative sum with much larger
+entries would lose the digits of the retentions around it."""
+
+FIRST_STEPS = (1e-3, 0.1)
+"""Range of softplus(dt_bias) at the start (Mamba-2's code)."""
+
+FIRST_RATES = (1.0, 16.0)
+"""Range of exp(A_log) at the start (Mamba-2's code)."""
+
+
+def bounded(x: Tensor) -> Tensor:
+    """`x` with entries cut at +-`BOUND`, or at the largest number of its type."""
+    bound = min(BOUND, torch.finfo(x.dtype).max)
+    return x.clamp(-bound, bound)
+
+
+def valid_tokens(lengths: Tensor | None, time: int, like: Tensor) -> Float[Tensor, "N 1 T"] | None:
+    """1 where a row has a token and 0 in its padding; None when all rows have `time` tokens."""
+    if lengths is None:
+        return None
+    slots = torch.arange(time, device="cpu")
+    return (slots < lengths[:, None])[:, None].to(like.device, like.dtype)
+
+
+def fixed_log_retention(num_heads: int, like: Tensor) -> Float[Tensor, "H 1"]:
+    """log of gamma_h = 1 - 2^(-5 - h) (RetNet, Eq. 8), the same for every token."""
+    head = torch.arange(num_heads, dtype=like.dtype, device=like.device)
+    return torch.log1p(-torch.exp2(-5 - head))[:, None]
+
+
+def data_log_retention(step: Float[Tensor, "N H T"], a_log: Float[Tensor, " H"]) -> Float[Tensor, "N H T"]:
+    """log a_t = -exp(A_log) step_t for steps >= 0 (Mamba-2; Gated DeltaNet section 3.4), not below -30."""
+    rate = a_log.to(step.dtype).clamp_max(20.0).exp()
+    return (-rate[:, None] * step).clamp_min(MIN_LOG_RETENTION)
+
+
+@torch.no_grad()
+def draw_retention(a_log: nn.Parameter, dt_bias: nn.Parameter) -> None:
+    """A between 1 and 16, uniform; softplus(dt_bias) between 0.001 and 0.1, uniform in its logarithm."""
+    a_log.copy_(torch.empty_like(a_log).uniform_(*FIRST_RATES).log())
+    low, high = (math.log(s) for s in FIRST_STEPS)
+    step = torch.empty_like(dt_bias).uniform_(low, high).exp()
+    # The inverse of softplus.
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+@torch.no_grad()
+def draw_filters(conv: nn.Parameter) -> None:
+    """Short filters `[D, width]` near the identity: the last tap is the token itself."""
+    nn.init.normal_(conv, std=0.1)
+    conv[:, -1] += 1.0
+
+
+def free_of_weight_decay(*parameters: nn.Parameter | None) -> None:
+    """Mark rates, biases and filters, which shrinking to zero would change in meaning."""
+    for parameter in parameters:
+        if parameter is not None:
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def rms_norm(x: Float[Tensor, "*batch D"], weight: Tensor, eps: float) -> Float[Tensor, "*batch D"]:
+    """weight * x / sqrt(mean x^2 + eps) over the last dimension."""
+    # As a unit vector, whose length cannot overflow: sqrt(D) x / sqrt(|x|^2 + D eps).
+    size = math.sqrt(x.shape[-1])
+    return safe_normalize(x, size * math.sqrt(eps)) * (weight * size).to(x.dtype)

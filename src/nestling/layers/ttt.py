@@ -1,0 +1,200 @@
+"""TTT-Linear and TTT-MLP (Sun et al., Learning to (Learn at Test Time), arXiv:2407.04620)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.layers.sequence import SequenceLayer
+from nestling.layers.ttt_config import TTTConfig
+from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
+from nestling.memory.bank import BankState
+from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.state import State
+from nestling.ops.chunk_step import ChunkDecay, chunk_step
+from nestling.ops.rotary import rotate, rotation
+from nestling.ops.short_conv import short_conv
+
+__all__ = ["TTTConfig", "TTTLayer", "TTTState"]
+
+BOUND = 1e3
+"""Entries of q, k and v beyond this count as this: a step grows with their square and is read with them once more."""
+
+
+@dataclass
+class TTTState(State):
+    """State of `TTTLayer`.
+
+    Attributes:
+        memory: fast weights at the mini-batch's start, and after the last token (with step="mean" before its c_i).
+        conv: the last `conv_size - 1` inputs of the convolutions.
+        position: tokens read so far, `[N]` int64 on the CPU.
+    """
+
+    memory: BankState
+    conv: Tensor
+    position: Tensor
+
+
+class TTTLayer(SequenceLayer):
+    """A model in every head that learns, while it reads, to reconstruct a view of each token from another view.
+
+    With f(x) = x + LN(f_res(x; W)) and a mini-batch of `chunk_size` tokens that starts with the fast weights W_0:
+
+        q_t, k_t, v_t: views of token t; q and k carry rotary positions within the mini-batch
+        G_t = gradient of 1/2 |f(k_t; W) - v_t|^2 at W = W_0                                    (Eq. 4, section 2.4)
+        eta_t = eta_base sigmoid(theta . x_t + bias) / D, a number per head                     (section 2.7)
+        W_t = W_0 - sum_{s <= t} eta_s G_s,   o_t = f(q_t; W_t)                                 (section 2.4, Eq. 5)
+
+    The dual form (section 2.5) is the engine's closed form with retention 1 and no erase, for every layer of the inner
+    model; a read of an MLP is a cascade of two. D in the rate makes the inner loss a mean over channels, as in the
+    authors' code. Nothing is forgotten, yet the fast weights settle: LN(z) does not change when z grows, so gradients
+    are orthogonal to z, every step makes z longer, and gradients shrink with its length.
+    """
+
+    def __init__(self, config: TTTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.shared = c.conv_size > 1
+        self.in_proj = nn.Linear(c.hidden_size, (2 if self.shared else 3) * c.hidden_size, bias=False)
+        self.conv_q = nn.Parameter(torch.empty(c.hidden_size, c.conv_size)) if self.shared else None
+        self.conv_k = nn.Parameter(torch.empty(c.hidden_size, c.conv_size)) if self.shared else None
+        self.rate_proj = nn.Linear(c.hidden_size, c.num_heads)
+        self.inner = InnerModel(c)
+        self.token_scale = nn.Parameter(torch.empty(c.chunk_size)) if c.step == "mean" else None
+        self.gate_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if c.output_gate else None
+        self.out_norm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        for parameter in (self.conv_q, self.conv_k, self.token_scale):
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates at half of eta_base, c_i = 1 / i, the convolutions near identity."""
+        nn.init.normal_(self.rate_proj.weight, std=FIRST_DEVIATION)
+        nn.init.zeros_(self.rate_proj.bias)
+        with torch.no_grad():
+            for conv in (self.conv_q, self.conv_k):
+                if conv is not None:
+                    conv.normal_(std=0.1)[:, -1] += 1.0
+            if self.token_scale is not None:
+                self.token_scale.copy_(1.0 / torch.arange(1, self.config.chunk_size + 1))
+
+    def init_state(self, batch_size: int) -> TTTState:
+        """The meta-learned fast weights, an empty convolution tail."""
+        c, weight = self.config, self.in_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return TTTState(
+            memory=self.inner.init_state(batch_size, dtype),
+            conv=torch.zeros(batch_size, c.conv_size - 1, c.hidden_size, dtype=dtype, device=weight.device),
+            position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
+        )
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], TTTState]:
+        """See `SequenceLayer.run`."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if not isinstance(state, TTTState):
+            raise TypeError(f"a TTT layer continues from a TTTState, not from the state {type(state).__name__}")
+        if x.shape[1] == 0:
+            return x, state
+        views, conv = self._views(x, state.conv, lengths)
+        rate = self.rate_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            o, memory = self._learn(views, rate, state, lengths)
+            o = o.transpose(1, 2).flatten(-2)
+            norm = self.out_norm
+            o = F.layer_norm(o, o.shape[-1:], norm.weight.to(o.dtype), norm.bias.to(o.dtype), norm.eps).to(x.dtype)
+        if self.gate_proj is not None:
+            o = o * F.gelu(self.gate_proj(x))
+        after = state.position + (x.shape[1] if lengths is None else lengths)
+        return self.out_proj(o), TTTState(memory, conv, after)
+
+    def _views(self, x: Tensor, tail: Tensor, lengths: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """q, k and v `[N, L, hidden]`, and the convolutions' new tail."""
+        streams = self.in_proj(x).split(self.config.hidden_size, -1)
+        if self.conv_q is None or self.conv_k is None:
+            return streams, tail
+        q, after = short_conv(streams[0], self.conv_q, tail, lengths)
+        k, _ = short_conv(streams[0], self.conv_k, tail, lengths)
+        return (q, k, streams[1]), after
+
+    def _learn(
+        self, views: tuple[Tensor, ...], rate: Tensor, state: TTTState, lengths: Tensor | None
+    ) -> tuple[Tensor, BankState]:
+        """All mini-batches: outputs `[N, H, L, D]` and the new fast weights."""
+        c, dtype, time = self.config, state.conv.dtype, rate.shape[1]
+        heads = [v.to(dtype).clamp(-BOUND, BOUND).unflatten(-1, (c.num_heads, -1)).transpose(1, 2) for v in views]
+        tokens = [*heads, c.base_lr / c.head_dim * torch.sigmoid(rate.to(dtype)).transpose(1, 2)]
+        grid = Grid.of(state.position, lengths, time, c.chunk_size)
+        if grid.offsets is not None:
+            # Slots without a token then have a learning rate of 0.
+            tokens = [shift_rows(t, grid) for t in tokens]
+        q, k, v, eta = tokens
+        cos, sin = self._rotation(grid, q.device)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        spans = chunk_spans(grid.phase, grid.slots, c.chunk_size)
+        sizes = [end - start for start, end in spans]
+        pieces = zip(*(t.split(sizes, 2) for t in (with_one(q), with_one(k), self.inner.aim(v - k), eta)), strict=True)
+        scale = None if self.token_scale is None else self.token_scale.to(dtype).clamp_min(0)[:, None]
+        answers, memory = [], state.memory
+        for (start, end), (query, key, aim, lr) in zip(spans, pieces, strict=True):
+            first = start % c.chunk_size
+            own = None if scale is None else scale[first : first + end - start]
+            z, memory = self._mini_batch(memory, query, key, aim, lr, own)
+            memory = self._cross(memory, grid, end, scale)
+            answers.append(z)
+        o = self.inner.answer(q, torch.cat(answers, dim=2))
+        return (o if grid.offsets is None else unshift_rows(o, grid, time)), memory
+
+    def _rotation(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[slots, D / 2]` of the positions within the mini-batch."""
+        c = self.config
+        slots = torch.arange(grid.phase, grid.slots, device=device) % c.chunk_size
+        cos, sin = rotation(c.head_dim, c.rope_theta, None, c.chunk_size, device)
+        return cos[0, slots, 0], sin[0, slots, 0]
+
+    def _mini_batch(
+        self,
+        memory: BankState,
+        query: Float[Tensor, "N H C K"],
+        key: Float[Tensor, "N H C K"],
+        aim: Float[Tensor, "N H C D"],
+        eta: Float[Tensor, "N H C"],
+        scale: Float[Tensor, "C 1"] | None,
+    ) -> tuple[Float[Tensor, "N H C D"], BankState]:
+        """Write the tokens of (a part of) one mini-batch, and read f_res at q, every token at its own fast weights.
+
+        With a scale c_i the weights of a token lie on the way from W_0 to the running sum R_t = W_0 - sum eta_s G_s, so
+        its read does too: W_t q = (1 - c_i) W_0 q + c_i R_t q.
+        """
+        inputs, gradients = self.inner.lesson(memory.start, key, aim)
+        decay = ChunkDecay(torch.zeros_like(eta))
+        running, z = [], query
+        for layer, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
+            if layer > 0:
+                z = with_one(F.gelu(z))
+            y, after, _ = chunk_step(x, g, eta, None, decay, memory.running[layer], q=z, answers=g.shape[-1])
+            assert y is not None
+            z = y if scale is None else torch.lerp(z @ memory.start[layer].mT, y, scale)
+            running.append(after)
+        return z, BankState(memory.start, running, None)
+
+    def _cross(self, memory: BankState, grid: Grid, end: int, scale: Tensor | None) -> BankState:
+        """At the end of a mini-batch its last weights become the next one's W_0, in rows that have reached it."""
+        if end % self.config.chunk_size or scale is None:
+            return grid.cross(memory, end, self.config.chunk_size)
+        start, running = [], []
+        for first, last in zip(memory.start, memory.running, strict=True):
+            new = torch.lerp(first, last, scale[-1])
+            start.append(grid.where_crossed(end, new, first))
+            running.append(grid.where_crossed(end, new, last))
+        return BankState(start, running, None)

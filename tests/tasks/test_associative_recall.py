@@ -1,0 +1,55 @@
+"""Multi-query associative recall: the data are what the task says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nestling.tasks.associative_recall import IGNORE, RecallTask
+
+
+def sample(task: RecallTask, rows: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return task.sample(rows, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("task", [RecallTask(64, 8, 64), RecallTask(33, 8, 20, fill=False), RecallTask(16, 1, 8)])
+def test_every_key_is_asked_once_and_its_value_is_the_answer(task: RecallTask) -> None:
+    tokens, answers = sample(task)
+    assert tokens.shape == answers.shape == (50, task.length)
+    start, half = 2 * task.pairs, task.vocab_size // 2
+    for row, answer in zip(tokens.tolist(), answers.tolist(), strict=True):
+        pairs = dict(zip(row[0:start:2], row[1:start:2], strict=True))
+        assert len(pairs) == task.pairs
+        assert all(0 < key < half <= value < task.vocab_size for key, value in pairs.items())
+        asked = [i for i, a in enumerate(answer) if a != IGNORE]
+        assert min(asked) >= start
+        assert sorted(row[i] for i in asked) == sorted(pairs)
+        assert all(answer[i] == pairs[row[i]] for i in asked)
+        rest = [t for i, t in enumerate(row) if i >= start and i not in asked]
+        assert all(t >= half for t in rest) if task.fill else not any(rest)
+
+
+def test_queries_come_soon() -> None:
+    """With the paper's exponent, most distances are short; with 1 they are even."""
+
+    def mean_place(power: float) -> float:
+        _, answers = sample(RecallTask(256, 4, 64, power=power), rows=400)
+        return float((answers != IGNORE).nonzero()[:, 1].float().mean())
+
+    assert mean_place(0.01) < 80
+    assert mean_place(1.0) == pytest.approx(132, abs=8)
+
+
+def test_the_same_seed_gives_the_same_data() -> None:
+    task = RecallTask(64, 8, 64)
+    assert all(torch.equal(a, b) for a, b in zip(sample(task), sample(task), strict=True))
+    assert not torch.equal(sample(task)[0], sample(task, seed=1)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [((31, 8, 64), "need at least 32 tokens, not 31"), ((64, 8, 16), "need a vocabulary of 18, not 16")],
+)
+def test_what_does_not_fit_is_refused(settings: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecallTask(*settings)
