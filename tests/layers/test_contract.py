@@ -12,8 +12,16 @@ from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
+from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
 from tests.layers.battery import CHECKS
 from tests.layers.reference_linear import ROWS
@@ -24,6 +32,10 @@ ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
 linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 mamba2 = partial(Mamba2Config, hidden_size=HIDDEN, num_heads=2, state_size=6, chunk_size=4)
+lmm = partial(NeuralMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+mac = partial(MemoryAsContextConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, persistent_tokens=2)
+mag = partial(MemoryAsGateConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=3)
+mal = partial(MemoryAsLayerConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=2)
 
 LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "titans matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix")),
@@ -57,6 +69,14 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "gated deltanet": lambda: LinearMemory(linear(**ROWS["gated deltanet"])),
     "mamba2": lambda: Mamba2(mamba2()),
     "mamba2 groups": lambda: Mamba2(mamba2(num_heads=4, num_groups=2)),
+    "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),
+    "lmm depth 2 chunk rates": lambda: NeuralMemory(lmm(rates="chunk")),
+    "lmm depth 3 erase checkpointed": lambda: NeuralMemory(lmm(depth=3, erase=True, checkpoint_chunks=2, conv_size=1)),
+    "lmm huber chunk read": lambda: NeuralMemory(lmm(objective="huber", momentum=False, read="chunk")),
+    "mac": lambda: MemoryAsContext(mac(segment_size=4)),
+    "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),
+    "mag": lambda: MemoryAsGate(mag()),
+    "mal": lambda: MemoryAsLayer(mal(depth=1, rates="chunk")),
 }
 
 

@@ -23,6 +23,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "samba": {"chunk_size": 4, "state_size": 6, "window": 9, "num_kv_heads": 1},
     "ttt_linear": {"chunk_size": 4},
     "ttt_mlp": {"chunk_size": 4, "step": "mean"},
+    "titans_lmm": {"chunk_size": 4},
+    "titans_mac": {"segment_size": 8, "chunk_size": 4, "persistent_tokens": 2},
+    "titans_mag": {"chunk_size": 4, "window": 9, "persistent_tokens": 2},
+    "titans_mal": {"chunk_size": 4, "window": 9, "persistent_tokens": 3},
+    "moneta": {"chunk_size": 4},
+    "yaad": {"chunk_size": 4},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

@@ -96,13 +96,33 @@ class SoftmaxAttention(SequenceLayer):
         """See `SequenceLayer.run`."""
         if state is not None and not isinstance(state, AttentionState):
             raise TypeError(f"softmax attention continues from an AttentionState, not from {type(state).__name__}")
-        time = x.shape[1]
-        if time == 0:
+        if x.shape[1] == 0:
             return x, state or self.init_state(x.shape[0])
-        heads = (-1, self.config.head_dim)
+        y, state = self.mix(x, state, lengths)
+        return self.output(y), state
+
+    def mix(
+        self,
+        x: Float[Tensor, "N L hidden"],
+        state: AttentionState | None,
+        lengths: Tensor | None,
+        prefix: Float[Tensor, "N P hidden"] | None = None,
+    ) -> tuple[Float[Tensor, "N L hidden"], AttentionState]:
+        """The heads' answers without the output projection.
+
+        Args:
+            x: left-aligned rows, at least one slot.
+            state: before the first token.
+            lengths: of the rows; None when all have L tokens.
+            prefix: tokens every token sees, wherever the window stands. They have no position: their scores use
+                queries and keys that are not rotated, so that they mean the same to the first token and to the
+                millionth.
+        """
+        time, heads = x.shape[1], (-1, self.config.head_dim)
         start = None if state is None else state.position
         cos, sin = rotation(self.config.head_dim, self.config.rope_theta, start, time, x.device)
-        q = rotate(self.query(x).unflatten(-1, heads), cos, sin)
+        plain = self.query(x).unflatten(-1, heads)
+        q = rotate(plain, cos, sin)
         k = rotate(self.key(x).unflatten(-1, heads), cos, sin)
         v = self.value(x).unflatten(-1, heads)
         unseen = None
@@ -110,10 +130,14 @@ class SoftmaxAttention(SequenceLayer):
             unseen = _unseen_slots(state)
             k = torch.cat((state.k.to(k.dtype), k), 1)
             v = torch.cat((state.v.to(v.dtype), v), 1)
-        y = attend(q, k, v, self.config.window, unseen)
+        if prefix is None:
+            y = attend(q, k, v, self.config.window, unseen)
+        else:
+            always = tuple(project(prefix).unflatten(-1, heads).to(v.dtype) for project in (self.key, self.value))
+            y = _attend_beside(q, plain, k, v, self.config.window, unseen, *always)
         kept = _keep_last(k, v, time, state, lengths, self.config)
         dtype = self.key.weight.dtype
-        return self.output(y.flatten(-2)), AttentionState(kept.k.to(dtype), kept.v.to(dtype), kept.position)
+        return y.flatten(-2), AttentionState(kept.k.to(dtype), kept.v.to(dtype), kept.position)
 
 
 def attend(
@@ -122,6 +146,8 @@ def attend(
     v: Float[Tensor, "N S G D"],
     window: int | None = None,
     unseen: Int[Tensor, " N"] | None = None,
+    prefix: int = 0,
+    scale: float | None = None,
 ) -> Float[Tensor, "N T H D"]:
     """Causal attention of the last T of S tokens, each to at most `window` tokens that end with itself.
 
@@ -133,7 +159,10 @@ def attend(
         v: values.
         window: tokens in view; None for all.
         unseen: leading slots of each row that hold no token.
+        prefix: leading slots of `k` and `v`, before the S tokens, that every query sees.
+        scale: factor on the scores; None is 1 / sqrt(D).
     """
+    always, (k, v) = (k[:, :prefix], v[:, :prefix]), (k[:, prefix:], v[:, prefix:])
     time, cached = q.shape[1], k.shape[1] - q.shape[1]
     step = time if window is None else max(window, SMALLEST_BLOCK)
     blocks = []
@@ -142,11 +171,36 @@ def attend(
         first = 0 if window is None else max(0, cached + start - window + 1)
         seen = slice(first, cached + stop)
         mask = _visible(stop - start, cached + stop - first, window, None if unseen is None else unseen - first)
-        blocks.append(_attend_block(q[:, start:stop], k[:, seen], v[:, seen], mask))
+        k_seen, v_seen = k[:, seen], v[:, seen]
+        if prefix:
+            k_seen, v_seen = (torch.cat(pair, 1) for pair in zip(always, (k_seen, v_seen), strict=True))
+            if mask is None:
+                mask = torch.ones(stop - start, cached + stop - first, dtype=torch.bool, device="cpu")
+                mask = mask.tril(cached + start - first)
+            mask = F.pad(mask, (prefix, 0), value=True)
+        blocks.append(attend_block(q[:, start:stop], k_seen, v_seen, mask, scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_beside(
+    q: Tensor,
+    plain: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    unseen: Tensor | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+) -> Tensor:
+    """`attend` with a prefix that has no position: a second half of the channels holds what is not rotated."""
+    width = q.shape[-1]
+    keys = torch.cat((F.pad(prefix_k, (width, 0)), F.pad(k, (0, width))), 1)
+    values = torch.cat((prefix_v, v), 1)
+    queries = torch.cat((q, plain.to(q.dtype)), -1)
+    return attend(queries, keys, values, window, unseen, prefix_k.shape[1], width**-0.5)
+
+
+def attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Attention under an explicit mask, or the causal one (nothing to mask for a single query) when it is None."""
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -154,6 +208,7 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
         v.transpose(1, 2),
         attn_mask=None if mask is None else mask.to(q.device),
         is_causal=mask is None and q.shape[1] > 1,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2)

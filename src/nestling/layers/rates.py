@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.memory.bank import Rates
+from nestling.memory.rule import Rule
 from nestling.ops import native
 from nestling.ops.chunk_step import ChunkDecay
 from nestling.ops.native import RateRule
@@ -51,6 +52,16 @@ class Scales:
     alpha_bias: Tensor | None
     share: Tensor
     hidden_erase: Tensor | None
+
+
+def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
+    """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
+    kind: Kind = "free" if rule.objective != "dot" else "dot"
+    if rule.gradient == "online" and rule.objective == "l2":
+        kind = "online"
+    elif rule.erase:
+        kind = "erase"
+    return RateRule(kind, max_erase, 1.0 / chunk, online_only=not rule.erase)
 
 
 def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from nestling.layers.chunks import (
+    Span,
+    learn_chunk,
+    logit,
+    merge_normalised,
+    run_checkpointed,
+    scan_chunks,
+    split_heads,
+)
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank
-from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.grid import Grid, chunk_spans
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
@@ -48,16 +55,9 @@ class SelfModifyingTitans(SequenceLayer):
         k_t = M_k(u_t), v_t = M_v(u_t), eta_t = M_eta(u_t), alpha_t = M_alpha(u_t); q_t = silu(conv(x W_q)) or M_q(u_t)
         target of every memory m: M_m(v_t);  write (k_t, M_m(v_t)) by the rule;  o_t = M_memory,t(q_t)
 
-    with k, v and q of length 1. The rates stay in their stable range whatever the memories say:
-
-        a_t = sigmoid(alpha_t + bias)^(1/16),  r_t = max_erase * sigmoid(eta_t + bias)
-        e_t = a_t r_t, l_t = share * a_t * min(r_t, 2 - r_t) * (1 - b_t)                   chunk gradients, delta erase
-        e_t = 0, l_t = share * sigmoid(eta_t + bias) * max(1/C, 1 - a_t) * (1 - b_t)       chunk gradients, no erase
-        e_t + l_t = a_t r_t, l_t = share * e_t (or e_t = 0)                                online gradients
-
-    (an MLP's layers before the last use a learnable share of e_t)
-
-    so that on a constant token the error of a chunk shrinks (docs/paper_map.md has the bound).
+    with k, v and q of length 1. From a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias),
+    `rates.chunk_rates` makes e_t and l_t, which stay in their stable range whatever the memories say. An MLP's layers
+    before the last use a learnable share of e_t.
     """
 
     def __init__(self, config: SelfModifyingConfig) -> None:
@@ -104,9 +104,9 @@ class SelfModifyingTitans(SequenceLayer):
         if self.alpha_bias is not None:
             with torch.no_grad():
                 self.alpha_bias.copy_(torch.linspace(0.0, 6.0, c.num_heads))
-        nn.init.constant_(self.share, _logit(c.share))
+        nn.init.constant_(self.share, logit(c.share))
         if self.hidden_erase is not None:
-            nn.init.constant_(self.hidden_erase, _logit(c.hidden_erase_scale))
+            nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
         nn.init.normal_(self.conv, std=0.1)
         with torch.no_grad():
             self.conv[:, -1] += 1.0
@@ -138,19 +138,9 @@ class SelfModifyingTitans(SequenceLayer):
         if x.shape[1] == 0:
             return x, state
         stride = self.config.checkpoint_chunks
-        if stride is None or not torch.is_grad_enabled():
-            return self._segment(x, state, lengths)
-        outputs, after = [], state
-        for at in range(0, x.shape[1], stride * self.config.outer_chunk):
-            part = x[:, at : at + stride * self.config.outer_chunk]
-            held = None if lengths is None else (lengths - at).clamp(0, part.shape[1])
-            y, after = checkpoint(self._segment, part, after, held, use_reentrant=False, preserve_rng_state=False)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), after
+        return run_checkpointed(self._run, x, state, lengths, stride and stride * self.config.outer_chunk)
 
-    def _segment(
-        self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None
-    ) -> tuple[Tensor, SelfModifyingState]:
+    def _run(self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None) -> tuple[Tensor, SelfModifyingState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         b = None if self.momentum_proj is None else self.momentum_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -161,21 +151,16 @@ class SelfModifyingTitans(SequenceLayer):
         return y, SelfModifyingState(main, own, conv, after)
 
     def _output(self, o: Tensor, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
-        # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
-        size = math.sqrt(self.head_dim)
-        o = safe_normalize(o.transpose(1, 2), size * math.sqrt(self.config.norm_eps)).to(dtype)
-        o = (o * (self.out_norm * size).to(dtype)).flatten(-2)
+        o = merge_normalised(o, self.out_norm, self.config.norm_eps, dtype)
         return self.out_proj(o if gate is None else o * gate)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _memories(
         self, streams: Tensor, b: Tensor | None, state: SelfModifyingState, lengths: Tensor | None
     ) -> tuple[Tensor, BankState, BankState | None]:
         """All chunks: outputs `[N, H, L, V]` and the banks' new states."""
         dtype = state.conv.dtype
-        parts = [safe_normalize(self._heads(s)) for s in F.silu(streams.to(dtype)).split(self.config.hidden_size, -1)]
+        streams = F.silu(streams.to(dtype))
+        parts = [safe_normalize(split_heads(s, self.head_dim)) for s in streams.split(self.config.hidden_size, -1)]
         tokens: dict[str, Tensor] = {"u": parts[0]}
         if self.fixed_q:
             tokens["q"] = parts[1]
@@ -186,22 +171,16 @@ class SelfModifyingTitans(SequenceLayer):
             weights = self.fixed.init_state(streams.shape[0], False, dtype).start
             tokens |= self.fixed.read(weights, parts[0], names, unit=True)
 
-        grid = Grid.of(state.position, lengths, streams.shape[1], self.config.outer_chunk)
-        if grid.offsets is not None:
-            tokens = {n: shift_rows(t, grid) for n, t in tokens.items()}
-        outputs, main, own = [], state.main, state.own
-        spans = chunk_spans(grid.phase, grid.slots, self.config.outer_chunk)
-        sizes = [end - start for start, end in spans]
-        pieces = [
-            dict(zip(tokens, part, strict=True))
-            for part in zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)
-        ]
         scales = self._scales(dtype)
-        for span, piece in zip(spans, pieces, strict=True):
-            y, main, own = self._chunk(span, piece, scales, main, own, grid)
-            outputs.append(y)
-        o = torch.cat(outputs, dim=2)
-        return (o if grid.offsets is None else unshift_rows(o, grid, streams.shape[1])), main, own
+
+        def run(
+            span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
+        ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
+            return self._chunk(span, tokens, scales, banks, grid)
+
+        banks = (state.main, state.own)
+        o, (main, own) = scan_chunks(tokens, state.position, lengths, self.config.outer_chunk, banks, run)
+        return o, main, own
 
     def _scales(self, dtype: torch.dtype) -> Scales:
         """What the rates learn across sequences, the same in all chunks."""
@@ -211,14 +190,14 @@ class SelfModifyingTitans(SequenceLayer):
 
     def _chunk(
         self,
-        span: tuple[int, int],
+        span: Span,
         tokens: dict[str, Tensor],
         scales: Scales,
-        main: BankState,
-        own: BankState | None,
+        banks: tuple[BankState, BankState | None],
         grid: Grid,
-    ) -> tuple[Tensor, BankState, BankState | None]:
+    ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
         """One outer chunk: what the memories generate at its start, then its inner chunks."""
+        main, own = banks
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
         if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
@@ -237,7 +216,7 @@ class SelfModifyingTitans(SequenceLayer):
             main = grid.cross(main, e, self.config.chunk_size)
             assert y is not None
             outputs.append(y)
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], main, own
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], (main, own)
 
     def _generate(self, tokens: dict[str, Tensor], main: BankState, own: BankState | None) -> dict[str, Tensor]:
         """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
@@ -264,17 +243,8 @@ class SelfModifyingTitans(SequenceLayer):
         valid = grid.valid_slots(start, end, tokens["k"].device)
         gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
         rates = chunk_rates(c.rates, gates, scales)
-        lesson = bank.lesson(c, state.start, tokens["k"], tokens["v"], c.self_targets)
-        fresh = state.start[0] is state.running[0]
-        queried = bank is self.main and c.read == "token"
-        y, after = bank.update(c, state, lesson, rates, fresh, tokens["q"] if queried else None)
-        if bank is self.main and c.read == "chunk":
-            y = bank.read(state.start, tokens["q"], bank.deep + bank.gates)["memory"]
-        return y, after
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+        q = tokens["q"] if bank is self.main else None
+        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets)
 
 
 # Functions of the class: all layers of a model share one compilation, and nothing is compiled before the first call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nestling.layers.rates import rate_rule
 from nestling.memory.rule import Rule
 from nestling.ops.native import RateRule
 
@@ -130,9 +131,4 @@ class SelfModifyingConfig(Rule):
     @property
     def rates(self) -> RateRule:
         """The formula of the rates (see `layers.rates.chunk_rates`)."""
-        kind: Literal["online", "erase", "free", "dot"] = "free" if self.objective != "dot" else "dot"
-        if self.gradient == "online" and self.objective == "l2":
-            kind = "online"
-        elif self.erase:
-            kind = "erase"
-        return RateRule(kind, self.max_erase, 1.0 / self.outer_chunk, online_only=not self.erase)
+        return rate_rule(self, self.max_erase, self.outer_chunk)

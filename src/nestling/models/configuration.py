@@ -13,10 +13,17 @@ from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
 
-MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig
+TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
+MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig | TitansConfig
 ChannelConfig = FeedForwardConfig | ContinuumConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
@@ -25,6 +32,10 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "linear_memory": LinearMemoryConfig,
     "mamba2": Mamba2Config,
     "ttt": TTTConfig,
+    "neural_memory": NeuralMemoryConfig,
+    "memory_as_context": MemoryAsContextConfig,
+    "memory_as_gate": MemoryAsGateConfig,
+    "memory_as_layer": MemoryAsLayerConfig,
 }
 CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
 

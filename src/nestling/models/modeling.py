@@ -22,8 +22,16 @@ from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer, check_state
+from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
@@ -49,6 +57,14 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return Mamba2(config)
         case TTTConfig():
             return TTTLayer(config)
+        case MemoryAsContextConfig():
+            return MemoryAsContext(config)
+        case MemoryAsGateConfig():
+            return MemoryAsGate(config)
+        case MemoryAsLayerConfig():
+            return MemoryAsLayer(config)
+        case NeuralMemoryConfig():
+            return NeuralMemory(config)
         case _:
             assert_never(config)
 

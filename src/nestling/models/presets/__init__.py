@@ -8,6 +8,7 @@ from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.sizes import SIZES
+from nestling.models.presets.titans import moneta, titans_lmm, titans_mac, titans_mag, titans_mal, yaad
 from nestling.models.presets.ttt import ttt_linear, ttt_mlp
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {
@@ -23,6 +24,12 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "samba": samba,
     "ttt_linear": ttt_linear,
     "ttt_mlp": ttt_mlp,
+    "titans_lmm": titans_lmm,
+    "titans_mac": titans_mac,
+    "titans_mag": titans_mag,
+    "titans_mal": titans_mal,
+    "moneta": moneta,
+    "yaad": yaad,
 }
 
 __all__ = [
@@ -35,9 +42,15 @@ __all__ = [
     "hope_linear",
     "linear_attention",
     "mamba2",
+    "moneta",
     "retnet",
     "samba",
+    "titans_lmm",
+    "titans_mac",
+    "titans_mag",
+    "titans_mal",
     "transformer",
     "ttt_linear",
     "ttt_mlp",
+    "yaad",
 ]

@@ -1,0 +1,131 @@
+"""What layers with chunked memories share: the loop over chunks, one chunk's lesson, and the read-out.
+
+N rows, H heads, L tokens of a call (of a chunk, where a function says so), D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.rule import Rule
+from nestling.memory.state import State
+from nestling.ops.normalize import safe_normalize
+
+Span = tuple[int, int]
+Carry = TypeVar("Carry")
+S = TypeVar("S", bound=State)
+
+
+def run_checkpointed(
+    run: Callable[[Tensor, S, Tensor | None], tuple[Tensor, S]],
+    x: Tensor,
+    state: S,
+    lengths: Tensor | None,
+    stride: int | None,
+) -> tuple[Tensor, S]:
+    """`run(x, state, lengths)` in calls of `stride` tokens whose activations the backward pass computes again.
+
+    Without a stride, or without gradients, it is one call.
+    """
+    if stride is None or not torch.is_grad_enabled():
+        return run(x, state, lengths)
+    outputs = []
+    for at in range(0, x.shape[1], stride):
+        part = x[:, at : at + stride]
+        held = None if lengths is None else (lengths - at).clamp(0, part.shape[1])
+        y, state = checkpoint(run, part, state, held, use_reentrant=False, preserve_rng_state=False)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def scan_chunks(
+    tokens: dict[str, Tensor],
+    position: Tensor,
+    lengths: Tensor | None,
+    chunk: int,
+    carry: Carry,
+    run: Callable[[Span, dict[str, Tensor], Carry, Grid], tuple[Tensor, Carry]],
+) -> tuple[Tensor, Carry]:
+    """Run chunk after chunk, every row at its own position of its chunk.
+
+    Args:
+        tokens: what `run` needs of every token, `[N, H, L, ...]`.
+        position: tokens every row has read before, `[N]` on the CPU.
+        lengths: of the rows; None when all have L tokens.
+        chunk: tokens in a chunk.
+        carry: state before the first chunk.
+        run: takes the slots `(start, end)` of the grid, their tokens, the carry and the grid; returns outputs
+            `[N, H, end - start, V]` and the carry after them.
+
+    Returns:
+        Outputs `[N, H, L, V]` and the carry after the last chunk.
+    """
+    time = next(iter(tokens.values())).shape[2]
+    grid = Grid.of(position, lengths, time, chunk)
+    if grid.offsets is not None:
+        tokens = {n: shift_rows(t, grid) for n, t in tokens.items()}
+    outputs = []
+    spans = chunk_spans(grid.phase, grid.slots, chunk)
+    sizes = [end - start for start, end in spans]
+    parts = zip(*(t.split(sizes, 2) for t in tokens.values()), strict=True)
+    for span, part in zip(spans, parts, strict=True):
+        y, carry = run(span, dict(zip(tokens, part, strict=True)), carry, grid)
+        outputs.append(y)
+    o = torch.cat(outputs, dim=2)
+    return (o if grid.offsets is None else unshift_rows(o, grid, time)), carry
+
+
+def learn_chunk(
+    rule: Rule,
+    bank: MemoryBank,
+    state: BankState,
+    key: Tensor,
+    value: Tensor,
+    rates: Rates,
+    q: Tensor | None,
+    self_targets: bool,
+) -> tuple[Tensor | None, BankState]:
+    """Targets, gradients and write of one chunk, and the first deep memory's answers to `q` as `rule.read` says.
+
+    Args:
+        rule: the learning rule.
+        bank: the memories.
+        state: before the chunk.
+        key: `[N, H, L, K]`, L tokens of one chunk, as in `value` and `q`.
+        value: `[N, H, L, K]`.
+        rates: of the chunk.
+        q: queries; None reads nothing.
+        self_targets: every memory's target is its own M(v_t), else v_t.
+    """
+    lesson = bank.lesson(rule, state.start, key, value, self_targets)
+    fresh = state.start[0] is state.running[0]
+    y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None)
+    if q is not None and rule.read == "chunk":
+        y = bank.read(state.start, q, bank.deep + bank.gates)[bank.deep[0]]
+    return y, after
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """`[N, L, H * D]` to `[N, H, L, D]`."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_normalised(o: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of every head of `o` `[N, H, L, D]` with learnable `weight` `[D]`, merged to `[N, L, H * D]`."""
+    # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
+    size = math.sqrt(o.shape[-1])
+    o = safe_normalize(o.transpose(1, 2), size * math.sqrt(eps)).to(dtype)
+    return (o * (weight * size).to(dtype)).flatten(-2)
+
+
+def logit(share: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(share / (1 - share))

@@ -1,0 +1,208 @@
+"""The neural long-term memory (Titans section 3): what reads and writes it, without a block around it.
+
+N rows, L tokens of a call, H heads, K = V = D width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.layers.chunks import Span, learn_chunk, logit, merge_normalised, scan_chunks, split_heads
+from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
+from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.grid import Grid
+from nestling.memory.state import State
+from nestling.ops.normalize import safe_normalize
+from nestling.ops.short_conv import short_conv
+
+_BOUND = 1e17  # the square of such an entry is finite in float32
+
+
+@dataclass
+class LongTermState(State):
+    """State of `LongTermMemory`.
+
+    Attributes:
+        bank: the memories M_t, those at the chunk's start, and the surprises S_t.
+        conv: the last `conv_size - 1` inputs of the convolutions of queries, keys and values.
+        rates: logits of the current chunk's rates; None with rates of every token.
+        position: tokens written so far, int64 on the CPU.
+    """
+
+    bank: BankState
+    conv: Float[Tensor, "N W-1 3*hidden"]
+    rates: Float[Tensor, "N gates*H"] | None
+    position: Int[Tensor, " N"]
+
+
+class LongTermMemory(nn.Module):
+    """One deep memory a head that learns k -> v in context (Titans Eq. 8-15).
+
+        q_t, k_t, v_t = silu(conv(x_t W_Q)), silu(conv(x_t W_K)), silu(conv(x_t W_V));  q, k of length 1
+        S_t = eta_t S_{t-1} - theta_t grad l(M_{t'}; k_t, v_t)         (Eq. 14; t' the start of the chunk, Eq. 16)
+        M_t = (1 - alpha_t) M_{t-1} + S_t                              (Eq. 13)
+        y_t = M_t(q_t)                                                 (Eq. 15; the token's own write is in it)
+
+    In the words of this package 1 - alpha_t is the retention a_t, eta_t the momentum b_t and theta_t the inner learning
+    rate l_t. All three are functions of the token, kept where the memory is stable (`rates.chunk_rates`):
+    a_t = sigmoid(x W_alpha + bias)^(1/16), b_t = sigmoid(x W_eta + bias),
+    l_t = share * sigmoid(x W_theta + bias) * max(1/C, 1 - a_t) * (1 - b_t).
+
+    A value longer than sqrt(D) is scaled to that length, so that hostile input cannot set targets out of reach;
+    normalised input stays below.
+    """
+
+    def __init__(self, config: NeuralMemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.in_proj = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=False)
+        self.conv = nn.Parameter(torch.empty(3 * c.hidden_size, c.conv_size))
+        self.rate_proj = nn.Linear(c.hidden_size, len(c.gates) * c.num_heads, bias=False)
+        self.rate_bias = nn.Parameter(torch.empty(len(c.gates), c.num_heads))
+        self.share = nn.Parameter(torch.empty(c.depth, c.num_heads))
+        hidden = c.depth - 1 if c.erase else 0
+        self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
+        self.bank = MemoryBank(("memory",), (), c.num_heads, c.head_dim, c.depth, c.expansion, c.activation)
+        self.norm = nn.Parameter(torch.ones(c.head_dim))
+        for parameter in (self.conv, self.rate_bias, self.share, self.hidden_erase):
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Retentions from 0.958 to 0.9998 over the heads, other rates at mid-range, the convolution near identity."""
+        c = self.config
+        nn.init.zeros_(self.rate_bias)
+        if c.use_retention:
+            with torch.no_grad():
+                self.rate_bias[c.gates.index("alpha")] = torch.linspace(0.0, 6.0, c.num_heads)
+        nn.init.constant_(self.share, logit(c.share))
+        if self.hidden_erase is not None:
+            nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
+        nn.init.normal_(self.conv, std=0.1)
+        with torch.no_grad():
+            self.conv[:, -1] += 1.0
+        nn.init.ones_(self.norm)
+
+    def init_state(self, batch_size: int) -> LongTermState:
+        """The meta-learned memory, no surprise, an empty convolution tail."""
+        c, weight = self.config, self.in_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv = torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device)
+        rates = conv.new_zeros(batch_size, self.rate_proj.out_features) if c.rates == "chunk" else None
+        bank = self.bank.init_state(batch_size, c.momentum, dtype)
+        return LongTermState(bank, conv, rates, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
+
+    def write(
+        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
+        """Write every token and read the memory at its query: token t's answer is norm(M_t(q_t)), as `rule.read` says.
+
+        Args:
+            x: left-aligned rows, at least one slot.
+            state: before the first token.
+            lengths: of the rows; None when all have L tokens.
+        """
+        streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
+        logits = self.rate_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = logits.to(state.conv.dtype)
+            rates = state.rates
+            if rates is not None:
+                logits, rates = _hold_first(logits, rates, state.position, lengths, self.config.chunk_size)
+            o, bank = self._learn(streams, logits, state, lengths)
+            y = merge_normalised(o, self.norm, self.config.norm_eps, x.dtype)
+        after = state.position + (x.shape[1] if lengths is None else lengths)
+        return y, LongTermState(bank, conv, rates, after)
+
+    def queries(
+        self, x: Float[Tensor, "N L hidden"], tail: Float[Tensor, "N W-1 hidden"], lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N H L D"], Float[Tensor, "N W-1 hidden"]]:
+        """q_t of tokens that are not written, and the tail of their convolution."""
+        width = self.config.hidden_size
+        stream, tail = short_conv(F.linear(x, self.in_proj.weight[:width]), self.conv[:width], tail, lengths)
+        return safe_normalize(split_heads(F.silu(stream.to(tail.dtype)), self.config.head_dim)), tail
+
+    def recall(
+        self, weights: list[Tensor], q: Float[Tensor, "N H L D"], dtype: torch.dtype
+    ) -> Float[Tensor, "N L hidden"]:
+        """norm(M*(q)): the memory's answers at given weights, without a write (Titans Eq. 15, 21)."""
+        with torch.autocast(q.device.type, enabled=False):
+            o = self.bank.read(weights, q, ("memory",))["memory"]
+            return merge_normalised(o, self.norm, self.config.norm_eps, dtype)
+
+    def retrieve(
+        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
+    ) -> Float[Tensor, "N L hidden"]:
+        """norm(M*(q_t)) for tokens that would come next, all from the memory after the last written token.
+
+        Nothing is written, and `state` stays as it is.
+        """
+        q, _ = self.queries(x, state.conv[..., : self.config.hidden_size], lengths)
+        return self.recall(state.bank.running, q, x.dtype)
+
+    def _learn(
+        self, streams: Tensor, logits: Tensor, state: LongTermState, lengths: Tensor | None
+    ) -> tuple[Tensor, BankState]:
+        """Answers `[N, H, L, V]` and the memories after all chunks."""
+        c, dtype = self.config, state.conv.dtype
+        q, k, v = (split_heads(s, c.head_dim) for s in F.silu(streams.to(dtype)).split(c.hidden_size, -1))
+        tokens = {"q": safe_normalize(q), "k": safe_normalize(k), "v": _limit_length(v)}
+        heads = logits.unflatten(-1, (len(c.gates), -1)).permute(2, 0, 3, 1)
+        gates = dict(zip(c.gates, heads, strict=True))
+        bias = dict(zip(c.gates, self.rate_bias.to(dtype), strict=True))
+        if c.momentum:
+            gates["eta"] = F.logsigmoid(gates["eta"] + bias["eta"][:, None])
+        hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
+        scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
+        rule = rate_rule(c, c.max_erase, c.chunk_size)
+
+        def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
+            valid = grid.valid_slots(*span, part["k"].device)
+            rates = chunk_rates(rule, Gates(part["theta"], part.get("alpha"), part.get("eta"), valid), scales)
+            y, bank = learn_chunk(c, self.bank, bank, part["k"], part["v"], rates, part["q"], self_targets=False)
+            assert y is not None
+            return y, grid.cross(bank, span[1], c.chunk_size)
+
+        return scan_chunks(tokens | gates, state.position, lengths, c.chunk_size, state.bank, run)
+
+
+def _limit_length(v: Tensor) -> Tensor:
+    """v, with a root mean square above 1 scaled down to 1."""
+    v = v.clamp(-_BOUND, _BOUND)
+    return v * v.square().mean(-1, keepdim=True).clamp_min(1.0).rsqrt()
+
+
+def _hold_first(
+    logits: Tensor, held: Tensor, position: Tensor, lengths: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Every token's logits replaced by those of its chunk's first token, which an earlier call may have read.
+
+    Args:
+        logits: `[N, L, R]` of the call's tokens.
+        held: `[N, R]` of the chunk that the first token continues.
+        position: tokens read before.
+        lengths: of the rows; None for all of L.
+        chunk: tokens in a chunk.
+
+    Returns:
+        The logits, and those of the chunk of each row's last token.
+    """
+    time = logits.shape[1]
+    slot = torch.arange(time, device="cpu")
+    first = slot - (position[:, None] + slot) % chunk
+    # Slot 0 of `known` is the chunk that began before this call.
+    known = torch.cat([held[:, None], logits], dim=1)
+    index = (first + 1).clamp_min(0).to(logits.device)[..., None].expand(-1, -1, logits.shape[2])
+    logits = known.gather(1, index)
+    if lengths is None:
+        return logits, logits[:, -1]
+    last = lengths.to(logits.device)[:, None, None].expand(-1, 1, logits.shape[2])
+    return logits, torch.cat([held[:, None], logits], dim=1).gather(1, last)[:, 0]

@@ -1,0 +1,68 @@
+"""Titans' neural memory as a sequence layer by itself: Titans (LMM), and Moneta and Yaad of Miras by its objective."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nestling.layers.chunks import run_checkpointed
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState
+from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.state import State
+
+
+class NeuralMemory(SequenceLayer):
+    """`o_t = W_o (norm(M_t(q_t)) * silu(x_t W_g))`: the long-term memory with norm, gate and output projection.
+
+    Titans sections 3.1, 4.3 ("memory without attention") and 4.4. Every token reads the memory after its own write;
+    its gradient was taken at the memory of its chunk's start. `objective="lp"` is Moneta's and "huber" Yaad's (Miras).
+    """
+
+    def __init__(self, config: NeuralMemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory = LongTermMemory(config)
+        width = config.hidden_size
+        self.gate_proj = nn.Linear(width, width, bias=False) if config.output_gate else None
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing of its own: the memory and the projections initialise themselves."""
+
+    def init_state(self, batch_size: int) -> LongTermState:
+        """See `LongTermMemory.init_state`."""
+        return self.memory.init_state(batch_size)
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
+        """See `SequenceLayer.run`."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if not isinstance(state, LongTermState):
+            raise TypeError(
+                f"a neural memory continues from a LongTermState, not from the state {type(state).__name__}"
+            )
+        if x.shape[1] == 0:
+            return x, state
+        c = self.config
+        stride = None if c.checkpoint_chunks is None else c.checkpoint_chunks * c.chunk_size
+        return run_checkpointed(self.write, x, state, lengths, stride)
+
+    def write(
+        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
+    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
+        """Write every token; its output comes from the memory after its own write."""
+        y, state = self.memory.write(x, state, lengths)
+        return self._output(x, y), state
+
+    def retrieve(
+        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
+    ) -> Float[Tensor, "N L hidden"]:
+        """What the layer would say about `x` without learning from it: M*(q_t) of Titans Eq. 15."""
+        return self._output(x, self.memory.retrieve(x, state, lengths))
+
+    def _output(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out_proj(y if self.gate_proj is None else y * F.silu(self.gate_proj(x)))

@@ -1,0 +1,172 @@
+"""Settings of the neural long-term memory of Titans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nestling.memory.rule import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuralMemoryConfig(Rule):
+    """Settings of `NeuralMemory`; those of the learning rule are `Rule`'s, with Titans' defaults.
+
+    Attributes:
+        hidden_size: width of the layer's input and output.
+        num_heads: H; every head has one memory of width `hidden_size / num_heads`.
+        depth: L_M, layers of a memory, 1 to 4 (Titans section 5.5 compares these). 1 is a matrix without residual.
+        expansion: hidden width of a memory over its head width.
+        activation: of a memory's hidden layers.
+        erase: the delta projection (I - e k k^T) beside the gradient step. Titans has none.
+        momentum: the surprise S_t (Titans Eq. 10).
+        use_retention: the forgetting of Titans Eq. 13; without it a_t = 1.
+        rates: "token" makes alpha_t, eta_t and theta_t functions of every token, as the paper's experiments do; "chunk"
+            holds those of a chunk's first token for the whole chunk (section 3.2 makes them functions of the chunk; a
+            function of all of its tokens would let a token see later ones).
+        chunk_size: tokens whose gradients are taken at the same memory; b in Titans Eq. 16.
+        max_erase: upper end of (e_t + folded l_t) / a_t with an erase or online gradients.
+        inner_lr_scale: first value of the learnable share of the largest stable step, in (0, 1); None is 0.5 for depth
+            1 and 0.1 beyond, where hidden layers see an effective step of |W|^2 times the rate.
+        hidden_erase_scale: first value of the learnable share of e_t that layers before the last use, in (0, 1).
+        conv_size: width of the causal convolutions behind the query, key and value projections (section 4.4); 1 is
+            none. The paper gives no width; 4 is the usual one.
+        output_gate: multiply the normalised output by silu(x W_g) (section 4.4). The combinations with attention have
+            gates of their own and ignore it, except memory as a layer.
+        checkpoint_chunks: recompute the layer over this many chunks at a time in the backward pass; None keeps all
+            activations.
+        norm_eps: of the output norm.
+
+    Raises:
+        ValueError: sizes that do not divide, or a rule that has no closed form.
+    """
+
+    hidden_size: int
+    num_heads: int
+    depth: int = 2
+    expansion: int = 1
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    erase: bool = False
+    momentum: bool = True
+    use_retention: bool = True
+    rates: Literal["token", "chunk"] = "token"
+    chunk_size: int = 64
+    max_erase: float = 1.0
+    inner_lr_scale: float | None = None
+    hidden_erase_scale: float = 0.1
+    conv_size: int = 4
+    output_gate: bool = True
+    checkpoint_chunks: int | None = None
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_size", "num_heads", "expansion", "chunk_size", "conv_size", "checkpoint_chunks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if not 1 <= self.depth <= 4:
+            raise ValueError(f"depth is 1, 2, 3 or 4, not {self.depth}")
+        if self.activation not in ("silu", "gelu", "relu"):
+            raise ValueError(f"activation is 'silu', 'gelu' or 'relu', not {self.activation!r}")
+        if self.rates not in ("token", "chunk"):
+            raise ValueError(f"rates is 'token' or 'chunk', not {self.rates!r}")
+        if not 0 < self.max_erase <= 2:
+            raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
+        for name, share in (("inner_lr_scale", self.share), ("hidden_erase_scale", self.hidden_erase_scale)):
+            if not 0 < share < 1:
+                raise ValueError(f"{name} is in (0, 1), not {share}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def share(self) -> float:
+        """First value of the share of the largest stable step."""
+        if self.inner_lr_scale is not None:
+            return self.inner_lr_scale
+        return 0.5 if self.depth == 1 else 0.1
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The rates a token gives, in the order of `LongTermMemory.rate_proj`'s outputs."""
+        return ("theta", *(("alpha",) if self.use_retention else ()), *(("eta",) if self.momentum else ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAsContextConfig(NeuralMemoryConfig):
+    """Settings of `MemoryAsContext`.
+
+    Attributes:
+        segment_size: C, tokens in a segment (Titans section 4.1). `chunk_size` must divide it; the paper's write takes
+            the gradients of a whole segment at once, which is `chunk_size` = `segment_size`.
+        persistent_tokens: N_p, learnable tokens at the start of every segment's attention.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: as `NeuralMemoryConfig`, and a segment that is no multiple of the chunk.
+    """
+
+    chunk_size: int = 64
+    segment_size: int = 64
+    persistent_tokens: int = 4
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_attention(self.hidden_size, self.num_heads, self.persistent_tokens)
+        if self.segment_size < 1 or self.segment_size % self.chunk_size:
+            raise ValueError(
+                f"segment_size {self.segment_size} is not a multiple of chunk_size {self.chunk_size}: a segment's "
+                "attention reads the memory at the segment's start, which must be a chunk's start"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedMemoryConfig(NeuralMemoryConfig):
+    """What `MemoryAsGate` and `MemoryAsLayer` share.
+
+    Attributes:
+        window: tokens in view of the attention, the token itself included; persistent tokens come on top.
+        persistent_tokens: N_p, learnable tokens before the document: the memory reads them first, and the attention
+            always sees them.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: as `NeuralMemoryConfig`, and a window below 1.
+    """
+
+    window: int = 64
+    persistent_tokens: int = 4
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_attention(self.hidden_size, self.num_heads, self.persistent_tokens)
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token; got {self.window}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAsGateConfig(WindowedMemoryConfig):
+    """Settings of `MemoryAsGate`: those of `WindowedMemoryConfig`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAsLayerConfig(WindowedMemoryConfig):
+    """Settings of `MemoryAsLayer`: those of `WindowedMemoryConfig`."""
+
+
+def check_attention(hidden_size: int, num_heads: int, persistent_tokens: int) -> None:
+    """Refuse what the attention beside a memory cannot use."""
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"hidden_size {hidden_size} must be an even multiple of num_heads {num_heads}: rotary positions turn pairs "
+            "of channels of a head"
+        )
+    if persistent_tokens < 1:
+        raise ValueError(f"persistent_tokens must be at least 1 (Titans section 3.3), not {persistent_tokens}")

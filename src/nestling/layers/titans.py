@@ -1,0 +1,331 @@
+"""The neural memory beside attention: memory as context, as gate and as layer (Titans section 4).
+
+N rows, L tokens of a call, H heads, D head width, C segment, P persistent tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nestling.layers.attention import AttentionConfig, AttentionState, SoftmaxAttention, attend_block
+from nestling.layers.chunks import Span, run_checkpointed, scan_chunks
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import (
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
+from nestling.layers.sequence import SequenceLayer
+from nestling.memory.bank import BankState
+from nestling.memory.grid import Grid
+from nestling.memory.state import State
+from nestling.ops.packing import find_rows
+from nestling.ops.rotary import rotate, rotation
+
+Write = Callable[[Tensor, LongTermState, Tensor | None], tuple[Tensor, LongTermState]]
+
+
+@dataclass
+class ContextState(State):
+    """State of `MemoryAsContext`.
+
+    Attributes:
+        memory: the long-term memory after the last token.
+        before: its weights at the segment's start, which the segment retrieves from; None when a segment is one chunk,
+            whose start the memory holds itself.
+        tail: last inputs of the retrieving queries' convolution.
+        keys: of the segment so far, rotated: retrieved memory first, then tokens; slot j belongs to token j of the
+            segment, and slots still to come hold zeros.
+        values: likewise.
+    """
+
+    memory: LongTermState
+    before: list[Tensor] | None
+    tail: Float[Tensor, "N W-1 hidden"]
+    keys: Float[Tensor, "N 2 C H D"]
+    values: Float[Tensor, "N 2 C H D"]
+
+
+class MemoryAsContext(SequenceLayer):
+    """MAC (Titans section 4.1). For token i of a segment that starts after the memory M:
+
+        h_i = norm(M(q_i)), q_i from x_i                                       retrieve (Eq. 21)
+        y_i = norm(Attn(x_i; [p_1 .. p_P | h_1 .. h_i | x_1 .. x_i]))          attend (Eq. 22-23)
+        M_i = M_{i-1} written with (k, v) of y_i                               write (Eq. 24)
+        o_i = W_o (y_i * silu(norm(M_i(q of y_i))))                            read and gate (Eq. 25)
+
+    The order is the paper's: retrieve, attend, write, read. h comes from the memory before the segment for all of its
+    tokens, whatever the segment has written since; a segment's writes reach the attention of the next one only.
+
+    Two readings keep it causal. Token i sees retrieved memory up to h_i, since h_j is a function of x_j. And Eq. 25
+    reads the memory after the whole segment was written, which holds later tokens: here token i reads the memory after
+    its own write, the last of which is the paper's. The attention's answers at the persistent and retrieved tokens are
+    nobody's output and are not written.
+
+    y is normalised once, with a learnable vector, before it is written, queried with and gated. The queries of both
+    reads share W_Q. Rotary positions count the concatenation, so they start again with every segment.
+    """
+
+    def __init__(self, config: MemoryAsContextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory = LongTermMemory(config)
+        self.attention = SoftmaxAttention(_attention(config, None, config.rope_theta))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Persistent tokens as large as the normalised tokens they stand beside."""
+        nn.init.normal_(self.persistent)
+
+    def init_state(self, batch_size: int) -> ContextState:
+        """The meta-learned memory and an empty segment."""
+        c, weight = self.config, self.attention.key.weight
+        memory = self.memory.init_state(batch_size)
+        empty = weight.new_zeros(batch_size, 2, c.segment_size, c.num_heads, c.head_dim)
+        before = None if c.chunk_size == c.segment_size else list(memory.bank.running)
+        return ContextState(memory, before, memory.conv[..., : c.hidden_size], empty, empty.clone())
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], ContextState]:
+        """See `SequenceLayer.run`."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if not isinstance(state, ContextState):
+            raise TypeError(f"memory as context continues from a ContextState, not from {type(state).__name__}")
+        if x.shape[1] == 0:
+            return x, state
+        return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
+
+    def _run(self, x: Tensor, state: ContextState, lengths: Tensor | None) -> tuple[Tensor, ContextState]:
+        q, tail = self.memory.queries(x, state.tail, lengths)
+        tokens = {"x": x.unsqueeze(1), "q": q}
+        carry = ContextState(state.memory, state.before, tail, state.keys, state.values)
+        segment = self.config.segment_size
+        y, state = scan_chunks(tokens, state.memory.position, lengths, segment, carry, self._segment)
+        return self.attention.output(y.squeeze(1)), state
+
+    def _segment(
+        self, span: Span, tokens: dict[str, Tensor], state: ContextState, grid: Grid
+    ) -> tuple[Tensor, ContextState]:
+        """The part of one segment that stands in this call: gated answers `[N, 1, L, hidden]` and the state after."""
+        x = tokens["x"].squeeze(1)
+        valid = grid.valid_slots(*span, x.device)
+        before = state.memory.bank.start if state.before is None else state.before
+        h = self.memory.recall(before, tokens["q"], x.dtype)
+        y, keys, values = self._attend(x, h, state, span[0] % self.config.segment_size, valid)
+        y = self.norm(y)
+        rows = None if valid is None else find_rows((x.shape[0], x.shape[1]), valid[:, 0])
+        if rows is None:
+            m, memory = self.memory.write(y, state.memory, None)
+        else:
+            m, memory = self.memory.write(rows.pack(y), state.memory, rows.lengths)
+            m = rows.unpack(m)
+        after = self._cross(ContextState(memory, state.before, state.tail, keys, values), span[1], grid)
+        return (y * F.silu(m)).unsqueeze(1), after
+
+    def _attend(
+        self, x: Tensor, h: Tensor, state: ContextState, first: int, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of tokens `first`.. of the segment, `[N, L, hidden]`, and the segment's keys and values with them.
+
+        Rows agree in their slots, so one mask serves all: a slot before a row's first token of this call was filled by
+        an earlier one, and a slot after its last is seen by slots without a token only.
+        """
+        c, attention = self.config, self.attention
+        time, end = x.shape[1], first + x.shape[1]
+        fixed, retrieved = c.persistent_tokens, c.persistent_tokens + first
+
+        def turn(start: int, count: int) -> tuple[Tensor, Tensor]:
+            position = torch.tensor([start], device="cpu")
+            return rotation(c.head_dim, c.rope_theta, position, count, x.device)
+
+        turn_p, turn_h, turn_x = turn(0, fixed), turn(retrieved, time), turn(retrieved + c.segment_size, time)
+
+        def heads(linear: nn.Linear, t: Tensor) -> Tensor:
+            return linear(t).unflatten(-1, (c.num_heads, c.head_dim))
+
+        q = rotate(heads(attention.query, x), *turn_x)
+        k = torch.stack((rotate(heads(attention.key, h), *turn_h), rotate(heads(attention.key, x), *turn_x)), 1)
+        v = torch.stack((heads(attention.value, h), heads(attention.value, x)), 1)
+        keys, values = (_put(*pair, first, valid) for pair in ((state.keys, k), (state.values, v)))
+
+        persistent = _aligned(self.persistent)[None]
+        p_k = rotate(heads(attention.key, persistent), *turn_p)
+        p_v = heads(attention.value, persistent)
+        k, v = (
+            torch.cat((p.to(q.dtype).expand(len(x), -1, -1, -1), t[:, :, :end].flatten(1, 2).to(q.dtype)), 1)
+            for p, t in ((p_k, keys), (p_v, values))
+        )
+        causal = torch.ones(time, end, dtype=torch.bool, device=x.device).tril(first)
+        mask = F.pad(torch.cat((causal, causal), 1), (c.persistent_tokens, 0), value=True)
+        return attend_block(q, k, v, mask).flatten(-2), keys, values
+
+    def _cross(self, state: ContextState, end: int, grid: Grid) -> ContextState:
+        """At a segment's end: the next one retrieves from the memory as it is now, and its attention starts empty."""
+        if end % self.config.segment_size:
+            return state
+        before = state.before
+        if before is not None:
+            pairs = zip(state.memory.bank.running, before, strict=True)
+            before = [grid.where_crossed(end, new, old) for new, old in pairs]
+        keys, values = (grid.where_crossed(end, torch.zeros_like(t), t) for t in (state.keys, state.values))
+        return ContextState(state.memory, before, state.tail, keys, values)
+
+
+@dataclass
+class WindowedState(State):
+    """State of `MemoryAsGate` and `MemoryAsLayer`.
+
+    Attributes:
+        memory: the long-term memory after the last token (the persistent ones come before the first).
+        attention: keys and values in the window.
+        prefix: what the attention sees of the persistent tokens; None when those are the parameters themselves.
+    """
+
+    memory: LongTermState
+    attention: AttentionState
+    prefix: Float[Tensor, "N P hidden"] | None
+
+
+class MemoryAsGate(SequenceLayer):
+    """MAG (Titans section 4.2). Memory and sliding-window attention read the same tokens, side by side:
+
+        y_t = Attn(x_t; [p_1 .. p_P | x_{t-window+1} .. x_t])           (Eq. 27)
+        o_t = W_o (norm(y_t) * silu(norm(M_t(q_t))))                    (Eq. 28)
+
+    M reads p_1 .. p_P before the document, then the tokens; token t reads the memory after its own write. The norms
+    have learnable vectors, as the paper says; which non-linearity follows, and on what, it does not say.
+
+    The persistent tokens are a chunk of their own at the memory, so that the document's chunks start with its first
+    token, and have no position in the attention (`SoftmaxAttention.mix`).
+    """
+
+    def __init__(self, config: MemoryAsGateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory = LongTermMemory(config)
+        self.attention = SoftmaxAttention(_attention(config, config.window, config.rope_theta))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Persistent tokens as large as the normalised tokens they stand beside."""
+        nn.init.normal_(self.persistent)
+
+    def init_state(self, batch_size: int) -> WindowedState:
+        """The memory that has read the persistent tokens, and an empty window."""
+        _, memory = _read_persistent(self.memory.write, self.memory.init_state(1), self.persistent, batch_size)
+        return WindowedState(memory, self.attention.init_state(batch_size), None)
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], WindowedState]:
+        """See `SequenceLayer.run`."""
+        state = _windowed(state, self.init_state, len(x), "memory as gate")
+        if x.shape[1] == 0:
+            return x, state
+        return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
+
+    def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
+        prefix = _aligned(self.persistent).expand(len(x), -1, -1)
+        y, attention = self.attention.mix(x, state.attention, lengths, prefix)
+        m, memory = self.memory.write(x, state.memory, lengths)
+        return self.attention.output(self.norm(y) * F.silu(m)), WindowedState(memory, attention, None)
+
+
+class MemoryAsLayer(SequenceLayer):
+    """MAL (Titans section 4.3). The memory first, then sliding-window attention on what it says:
+
+        y_t = norm(LMM(x)_t)                                            (Eq. 30; `NeuralMemory` with norm and gate)
+        o_t = W_o Attn(y_t; [y_{p_1} .. y_{p_P} | y_{t-window+1} .. y_t])   (Eq. 31)
+
+    The memory reads p_1 .. p_P before the document, and what it says to them is what the attention sees of them; token
+    t's y comes from the memory after its own write. The attention sees the tokens only through the memory: there is
+    no residual between the two, as in the equations.
+    """
+
+    def __init__(self, config: MemoryAsLayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory = NeuralMemory(config)
+        self.attention = SoftmaxAttention(_attention(config, config.window, config.rope_theta))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Persistent tokens as large as the normalised tokens they stand beside."""
+        nn.init.normal_(self.persistent)
+
+    def init_state(self, batch_size: int) -> WindowedState:
+        """The memory that has read the persistent tokens, what it said to them, and an empty window."""
+        y, memory = _read_persistent(self.memory.write, self.memory.init_state(1), self.persistent, batch_size)
+        prefix = self.norm(y).to(self.persistent.dtype).expand(batch_size, -1, -1)
+        return WindowedState(memory, self.attention.init_state(batch_size), prefix)
+
+    def run(
+        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "N L hidden"], WindowedState]:
+        """See `SequenceLayer.run`."""
+        state = _windowed(state, self.init_state, len(x), "memory as layer")
+        if x.shape[1] == 0:
+            return x, state
+        return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
+
+    def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
+        y, memory = self.memory.write(x, state.memory, lengths)
+        y, attention = self.attention.mix(self.norm(y), state.attention, lengths, state.prefix)
+        return self.attention.output(y), WindowedState(memory, attention, state.prefix)
+
+
+def _attention(config: NeuralMemoryConfig, window: int | None, rope_theta: float) -> AttentionConfig:
+    return AttentionConfig(config.hidden_size, config.num_heads, window=window, rope_theta=rope_theta)
+
+
+def _stride(config: NeuralMemoryConfig) -> int | None:
+    return None if config.checkpoint_chunks is None else config.checkpoint_chunks * config.chunk_size
+
+
+def _windowed(state: State | None, fresh: Callable[[int], WindowedState], rows: int, name: str) -> WindowedState:
+    if state is None:
+        return fresh(rows)
+    if not isinstance(state, WindowedState):
+        raise TypeError(f"{name} continues from a WindowedState, not from {type(state).__name__}")
+    return state
+
+
+def _read_persistent(
+    write: Write, state: LongTermState, tokens: Tensor, batch_size: int
+) -> tuple[Tensor, LongTermState]:
+    """Write the persistent tokens as a chunk of their own: the answers `[1, P, hidden]` and the state of every row."""
+    y, state = write(_aligned(tokens)[None], state, None)
+    state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
+    bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
+    position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+    return y, LongTermState(bank, state.conv, state.rates, position)
+
+
+def _aligned(tokens: Tensor) -> Tensor:
+    """A copy: parameters read from a file may lie at odd addresses, where matrix products round differently."""
+    return tokens.clone()
+
+
+def _put(buffer: Tensor, new: Tensor, first: int, valid: Tensor | None) -> Tensor:
+    """`buffer` `[N, 2, C, H, D]` with `new` `[N, 2, L, H, D]` at slots `first`.., where `valid` `[N, 1, L]` is True."""
+    end = first + new.shape[2]
+    new = new.to(buffer.dtype)
+    if valid is not None:
+        new = torch.where(valid[..., None, None], new, buffer[:, :, first:end])
+    return torch.cat((buffer[:, :, :first], new, buffer[:, :, end:]), 2)
