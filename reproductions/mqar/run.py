@@ -47,6 +47,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk 256": ("titans_lmm", {"chunk_size": 256}),
     "no momentum": ("titans_lmm", {"momentum": False}),
     "no output gate": ("titans_lmm", {"output_gate": False}),
+    "ascent in place of descent": ("titans_lmm", {"ascend": True}),
+    "chunk 1, 4 inner steps": ("titans_lmm", {"chunk_size": 1, "inner_steps": 4}),
 }
 
 

@@ -86,17 +86,20 @@ class SlowMemory:
         q, k = normalize(q), normalize(k)
         v = v / v.square().mean(-1, keepdim=True).sqrt().clamp_min(1.0)
         keep, erases, thetas, eta = self.rates(x)
-        gradients, inputs = inner_gradients(c, memory, memory.start, k, v)
-        if c.gradient == "online":
-            gradients[-1] = online_gradient(c, memory.running, inputs, k, v)
-        before = list(memory.running)
-        for i, (gradient, u) in enumerate(zip(gradients, inputs, strict=True)):
-            power = 1.0 if i == 0 else u.square().sum(-1).clamp_min(1.0)
-            theta, erase = ((r / power)[..., None, None] for r in (thetas[i], erases[i]))
-            surprise = eta[..., None, None] * memory.surprise[i] - theta * gradient
-            erased = erase * (before[i] @ u[..., None]) @ u[..., None, :]
-            memory.surprise[i] = surprise
-            memory.running[i] = keep[..., None, None] * before[i] - erased + surprise
+        for step in range(c.inner_steps):
+            if step:
+                memory.start, keep = list(memory.running), torch.ones_like(keep)
+            gradients, inputs = inner_gradients(c, memory, memory.start, k, v)
+            if c.gradient == "online":
+                gradients[-1] = online_gradient(c, memory.running, inputs, k, v)
+            before = list(memory.running)
+            for i, (gradient, u) in enumerate(zip(gradients, inputs, strict=True)):
+                power = 1.0 if i == 0 else u.square().sum(-1).clamp_min(1.0)
+                theta, erase = ((r / power)[..., None, None] for r in (thetas[i], erases[i]))
+                surprise = eta[..., None, None] * memory.surprise[i] - (-theta if c.ascend else theta) * gradient
+                erased = erase * (before[i] @ u[..., None]) @ u[..., None, :]
+                memory.surprise[i] = surprise
+                memory.running[i] = keep[..., None, None] * before[i] - erased + surprise
         at = memory.start if c.read == "chunk" else before if c.read_before else memory.running
         answer = self.answer(at, q)
         self.count += 1

@@ -72,6 +72,8 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),
     "lmm depth 2 chunk rates": lambda: NeuralMemory(lmm(rates="chunk")),
     "lmm depth 3 erase checkpointed": lambda: NeuralMemory(lmm(depth=3, erase=True, checkpoint_chunks=2, conv_size=1)),
+    "lmm two steps": lambda: NeuralMemory(lmm(inner_steps=2, chunk_size=1)),
+    "lmm ascending": lambda: NeuralMemory(lmm(ascend=True, momentum=False)),
     "lmm huber chunk read": lambda: NeuralMemory(lmm(objective="huber", momentum=False, read="chunk")),
     "mac": lambda: MemoryAsContext(mac(segment_size=4)),
     "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),

@@ -41,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "depth 3": {"depth": 3, "activation": "relu"},
     "depth 3 chunk rates no retention": {"depth": 3, "rates": "chunk", "use_retention": False},
     "depth 4": {"depth": 4, "expansion": 2},
+    "depth 2 ascending": {"ascend": True},
+    "depth 1 three steps": {"depth": 1, "inner_steps": 3, "chunk_size": 1},
+    "depth 2 two steps": {"inner_steps": 2, "chunk_size": 1, "momentum": False},
 }
 
 
@@ -249,6 +252,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 0}, "chunk_size must be at least 1"),
     ({"max_erase": 2.5}, r"max_erase is in \(0, 2\], not 2.5"),
     ({"inner_lr_scale": 1.0}, r"inner_lr_scale is in \(0, 1\), not 1.0"),
+    ({"inner_steps": 2}, "inner_steps=2 needs chunk_size=1, not 64"),
+    ({"inner_steps": 2, "chunk_size": 1, "read_before": True}, "has no meaning with more"),
+    ({"ascend": True, "erase": True}, "ascend needs chunk gradients, no erase, and retention"),
+    ({"ascend": True, "use_retention": False}, "ascend needs chunk gradients, no erase, and retention"),
     ({"gradient": "online"}, "gradient='online' cannot have momentum"),
     ({"gradient": "online", "momentum": False, "objective": "lp"}, "needs objective 'l2' or 'dot'"),
 ]

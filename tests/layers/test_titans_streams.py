@@ -23,6 +23,7 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm": lambda: NeuralMemory(NeuralMemoryConfig(**BASE)),
     "lmm depth 1 chunk rates": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, depth=1, rates="chunk", chunk_size=16)),
     "lmm depth 4": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, depth=4)),
+    "lmm ascending": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, ascend=True)),
     "moneta": lambda: NeuralMemory(
         NeuralMemoryConfig(**BASE, objective="lp", momentum=False, expansion=4, activation="gelu")
     ),
@@ -51,6 +52,7 @@ EXTREME_CONFIGS: dict[str, dict[str, Any]] = {
     "depth 2": {},
     "depth 2 lp": {"objective": "lp"},
     "depth 4": {"depth": 4},
+    "depth 1 three steps": {"depth": 1, "chunk_size": 1, "inner_steps": 3, "momentum": False},
 }
 
 
@@ -100,7 +102,7 @@ def test_rates_at_their_ends_are_stable(name: str, extreme: str) -> None:
         for key, value in EXTREMES[extreme].items():
             if key == "share":
                 layer.memory.share.fill_(value)
-            else:
+            elif key in layer.config.gates:
                 layer.memory.rate_bias[layer.config.gates.index(key)] = value
     peaks = stream(layer, 400, 200)
     assert float(peaks.max()) < 200, f"fast weights reach {float(peaks.max()):.3g} in 400 tokens"

@@ -5,7 +5,7 @@ N rows, L tokens of a call, H heads, K = V = D width of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -167,6 +167,13 @@ class LongTermMemory(nn.Module):
         def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
             valid = grid.valid_slots(*span, part["k"].device)
             rates = chunk_rates(rule, Gates(part["theta"], part.get("alpha"), part.get("eta"), valid), scales)
+            if c.ascend:
+                rates = replace(rates, inner_lr=[-lr for lr in rates.inner_lr])
+            for _ in range(1, c.inner_steps):
+                _, bank = learn_chunk(c, self.bank, bank, part["k"], part["v"], rates, None, self_targets=False)
+                bank = BankState(bank.running, bank.running, bank.surprise)
+                keep = torch.zeros_like(rates.decay.log_retention)
+                rates = replace(rates, decay=replace(rates.decay, log_retention=keep))
             y, bank = learn_chunk(c, self.bank, bank, part["k"], part["v"], rates, part["q"], self_targets=False)
             assert y is not None
             return y, grid.cross(bank, span[1], c.chunk_size)

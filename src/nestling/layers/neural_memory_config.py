@@ -33,6 +33,9 @@ class NeuralMemoryConfig(Rule):
             none. The paper gives no width; 4 is the usual one.
         output_gate: multiply the normalised output by silu(x W_g) (section 4.4). The combinations with attention have
             gates of their own and ignore it, except memory as a layer.
+        inner_steps: gradient steps a token takes, each at the memory the one before left; retention acts in the first. More
+            than 1 needs `chunk_size` 1: a further step of a whole chunk would show its tokens what comes after them.
+        ascend: step along the gradient in place of against it, to see what of a result is owed to learning at all.
         checkpoint_chunks: recompute the layer over this many chunks at a time in the backward pass; None keeps all
             activations.
         norm_eps: of the output norm.
@@ -56,12 +59,15 @@ class NeuralMemoryConfig(Rule):
     hidden_erase_scale: float = 0.1
     conv_size: int = 4
     output_gate: bool = True
+    inner_steps: int = 1
+    ascend: bool = False
     checkpoint_chunks: int | None = None
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hidden_size", "num_heads", "expansion", "chunk_size", "conv_size", "checkpoint_chunks"):
+        sizes = ("hidden_size", "num_heads", "expansion", "chunk_size", "conv_size", "inner_steps", "checkpoint_chunks")
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -73,6 +79,18 @@ class NeuralMemoryConfig(Rule):
             raise ValueError(f"activation is 'silu', 'gelu' or 'relu', not {self.activation!r}")
         if self.rates not in ("token", "chunk"):
             raise ValueError(f"rates is 'token' or 'chunk', not {self.rates!r}")
+        if self.inner_steps > 1 and self.chunk_size > 1:
+            raise ValueError(
+                f"inner_steps={self.inner_steps} needs chunk_size=1, not {self.chunk_size}: the second step of a chunk "
+                "would show its tokens what comes after them"
+            )
+        if self.inner_steps > 1 and self.read_before:
+            raise ValueError("read_before reads the memory before a token's only step; it has no meaning with more")
+        if self.ascend and (self.erase or self.gradient == "online" or not self.use_retention):
+            raise ValueError(
+                "ascend needs chunk gradients, no erase, and retention: the step is folded into the erase otherwise, and "
+                "a memory that climbs its loss and forgets nothing grows without end"
+            )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
         for name, share in (("inner_lr_scale", self.share), ("hidden_erase_scale", self.hidden_erase_scale)):
