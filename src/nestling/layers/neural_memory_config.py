@@ -33,8 +33,8 @@ class NeuralMemoryConfig(Rule):
             none. The paper gives no width; 4 is the usual one.
         output_gate: multiply the normalised output by silu(x W_g) (section 4.4). The combinations with attention have
             gates of their own and ignore it, except memory as a layer.
-        inner_steps: gradient steps a token takes, each at the memory the one before left; retention acts in the first. More
-            than 1 needs `chunk_size` 1: a further step of a whole chunk would show its tokens what comes after them.
+        inner_steps: gradient steps a token takes, each at the memory the one before left; retention acts in the first.
+            More than 1 needs `chunk_size` 1: a second step of a whole chunk would show its tokens later ones.
         ascend: step along the gradient in place of against it, to see what of a result is owed to learning at all.
         checkpoint_chunks: recompute the layer over this many chunks at a time in the backward pass; None keeps all
             activations.
@@ -88,8 +88,8 @@ class NeuralMemoryConfig(Rule):
             raise ValueError("read_before reads the memory before a token's only step; it has no meaning with more")
         if self.ascend and (self.erase or self.gradient == "online" or not self.use_retention):
             raise ValueError(
-                "ascend needs chunk gradients, no erase, and retention: the step is folded into the erase otherwise, and "
-                "a memory that climbs its loss and forgets nothing grows without end"
+                "ascend needs chunk gradients, no erase, and retention: the step is folded into the erase otherwise, "
+                "and a memory that climbs its loss and forgets nothing grows without end"
             )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
