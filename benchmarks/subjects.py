@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.flops import attention_flops, titans_flops
+from benchmarks.flops import attention_flops, neural_memory_flops, titans_flops
 from benchmarks.timing import Subject
 from nestling import presets
+from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
 from nestling.models.modeling import build_mixer
@@ -69,17 +71,9 @@ def mlp_config(checkpoint: bool = False, compiled: bool = False) -> SelfModifyin
     return _config(memory="mlp", momentum=True, chunk_size=CHUNK, checkpoint_chunks=stride, compile_chunks=compiled)
 
 
-def titans_config(chunk: int) -> SelfModifyingConfig:
-    """One Titans neural memory: only `memory` learns in context, targets are v_t, no delta erase, momentum."""
-    return _config(
-        memory="mlp",
-        expansion=TITANS_EXPANSION,
-        momentum=True,
-        erase=False,
-        adapt=("memory",),
-        self_targets=False,
-        chunk_size=chunk,
-    )
+def neural_memory_config(chunk: int) -> NeuralMemoryConfig:
+    """The neural memory of Titans: an MLP of depth 2 with momentum and retention."""
+    return NeuralMemoryConfig(hidden_size=WIDTH, num_heads=HEADS, expansion=TITANS_EXPANSION, chunk_size=chunk)
 
 
 def _config(**settings: Any) -> SelfModifyingConfig:
@@ -96,6 +90,13 @@ def titans_subject(name: str, config: SelfModifyingConfig, time: int) -> Subject
     """Forward and backward of one of our layers over `time` tokens."""
     layer = SelfModifyingTitans(config)
     return Subject(name, training_step(lambda x: layer(x)[0], time, layer), time, titans_flops(config, time))
+
+
+def neural_memory_subject(name: str, chunk: int, time: int) -> Subject:
+    """Forward and backward of our neural memory over `time` tokens."""
+    config = neural_memory_config(chunk)
+    layer = NeuralMemory(config)
+    return Subject(name, training_step(lambda x: layer(x)[0], time, layer), time, neural_memory_flops(config, time))
 
 
 def mixer_layer(preset: str) -> SequenceLayer:

@@ -10,8 +10,8 @@ from benchmarks.subjects import (
     attention_subject,
     matrix_config,
     mlp_config,
+    neural_memory_subject,
     public_subject,
-    titans_config,
     titans_subject,
 )
 from benchmarks.timing import Subject, interleave, matmul_gflops, speed_ratio
@@ -54,13 +54,13 @@ def against_public(rounds: int, quick: bool) -> Report:
         ours = f"ours, chunk {chunk}"
         subjects = [
             public_subject(f"titans-pytorch, chunk {chunk}", chunk, time),
-            titans_subject(ours, titans_config(chunk), time),
+            neural_memory_subject(ours, chunk, time),
         ]
         _compare(report, subjects, {ours: goal}, rounds, peak)
     time = 128 if quick else 512
     ours = f"ours, chunk {CHUNK}, per token"
     public = public_subject(f"titans-pytorch, chunk {CHUNK}, per token", CHUNK, time, gradient_chunk=1)
-    _compare(report, [public, titans_subject(ours, titans_config(CHUNK), time)], {}, rounds, peak)
+    _compare(report, [public, neural_memory_subject(ours, CHUNK, time)], {}, rounds, peak)
     report.notes.append(
         "titans-pytorch runs with batch_size = chunk, and with chunk_size = chunk (one averaged gradient and one read "
         "weight a chunk, its cheapest setting) unless the row says per token; ours always gives every token its own"

@@ -11,19 +11,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peak_memory
 from benchmarks.report import Report, Verdict, write_json
-from benchmarks.subjects import matrix_config, mlp_config, titans_config, titans_subject
+from benchmarks.subjects import MIXERS, matrix_config, mixer_subject, mlp_config, neural_memory_subject, titans_subject
 from benchmarks.timing import Subject, Timing, interleave, speed_ratio
-from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.ops import native
 
 
-@pytest.mark.parametrize("config", [matrix_config(), mlp_config(), titans_config(64), titans_config(16)])
+@pytest.mark.parametrize(
+    "subject",
+    [
+        titans_subject("matrix", matrix_config(), 128),
+        titans_subject("mlp", mlp_config(), 128),
+        neural_memory_subject("chunk 64", 64, 128),
+        neural_memory_subject("chunk 16", 16, 128),
+    ],
+    ids=lambda s: s.name,
+)
 def test_necessary_operations_are_what_is_executed_less_the_waste(
-    config: SelfModifyingConfig, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch counts full squares where triangles would do, and no triangular solve: the counts differ a little."""
     monkeypatch.setattr(native, "fits", lambda *_: False)  # what runs as C++ is not counted
-    subject = titans_subject("layer", config, 128)
     with FlopCounterMode(display=False) as counter:
         subject.step()
     assert subject.flops is not None
@@ -34,6 +41,12 @@ def test_necessary_operations_grow_linearly() -> None:
     """Twice the tokens, twice the operations."""
     one, two = (titans_subject("layer", matrix_config(), time).flops for time in (128, 256))
     assert one is not None and two == pytest.approx(2 * one)
+
+
+@pytest.mark.parametrize("preset", MIXERS)
+def test_every_mixer_runs(preset: str) -> None:
+    """At the width of the benchmarks, forward and backward."""
+    mixer_subject(preset, 65).step()
 
 
 def test_the_ratio_is_taken_round_by_round() -> None:
