@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak_memory import measure
@@ -31,7 +33,7 @@ from nestling.ops import chunk_rule, native
 LENGTHS = (1024, 4096, 16384)
 JUDGED = 4096
 GOAL = 1.5
-COUNTED = 512  # tokens whose operations are counted; every mixer but full attention grows linearly
+COUNTED = (512, 1024)  # lengths whose operations are counted, beyond every window
 COLUMNS = [
     "width 256, float32",
     "forward",
@@ -79,7 +81,9 @@ def _at_length(time: int, rounds: int, quick: bool, threads: int, peak: float) -
             report.verdicts.append(Verdict(what, ratio.median, GOAL))
     report.notes.append("MiB: by which a step raises the resident set")
     report.notes.append(f"peak: a 1,024 x 1,024 float32 matrix product runs at {peak:.0f} GFLOP/s here")
-    report.notes.append("GFLOP: matrix products of the PyTorch path, chunk by chunk, forward + backward, full squares")
+    report.notes.append(
+        "GFLOP: matrix products without fusion, chunk by chunk, forward + backward, masked squares in full"
+    )
     return report
 
 
@@ -100,21 +104,34 @@ def _forward(name: str, layer: Subject | SequenceLayer, time: int) -> Subject:
 
 
 def _counted(timing: Timing, time: int) -> Timing:
-    """The timing with the operations of its subject, from a shorter sequence where they grow linearly."""
+    """The timing with the operations of its subject.
+
+    Counted at two short lengths: full attention grows as a T + b T^2, every other mixer by the same amount a token once
+    its window is full.
+    """
     name = timing.subject.name
-    if timing.subject.flops is not None:
-        return timing
-    counted = time if name == "transformer" else COUNTED
-    subject = mixer_subject(name, counted)
-    # Compiled code is not counted, and the parallel schedule does more than it has to.
+    short, long = COUNTED
+    one, two = (_count(name, length) for length in COUNTED)
+    if name in ("attention", "transformer"):
+        square = (two / long - one / short) / (long - short)
+        flops = (one / short - square * short) * time + square * time**2
+    else:
+        flops = one + (two - one) / (long - short) * (time - short)
+    return replace(timing, subject=replace(timing.subject, flops=flops))
+
+
+@cache
+def _count(name: str, time: int) -> float:
+    subject = attention_subject(time) if name == "attention" else mixer_subject(name, time)
+    # Neither compiled code nor fused attention is counted, and the parallel schedule does more than it has to.
     with (
         patch.object(native, "fits", lambda *_: False),
         patch.object(chunk_rule, "_scan_parallel", chunk_rule._scan_sequential),
+        sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
         subject.step()
-    flops = counter.get_total_flops() * time / counted
-    return replace(timing, subject=replace(timing.subject, flops=flops))
+    return float(counter.get_total_flops())
 
 
 def _decoding(rounds: int, quick: bool) -> Report:
@@ -206,7 +223,7 @@ def _cores(time: int) -> dict[str, tuple[Callable[[], None], Callable[[], None]]
     return {
         "linear attention": (
             step(lambda: ours(False, False, unit=False)),
-            step(lambda: linear.naive_chunk_linear_attn(*turned(q, k, v))[0]),
+            step(lambda: linear.naive_chunk_linear_attn(*turned(q, k, v))),
         ),
         "scalar retention": (
             step(lambda: ours(False, True, unit=False)),

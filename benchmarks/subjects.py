@@ -30,7 +30,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "retnet": {"num_heads": HEADS},
     "deltanet": {"num_heads": HEADS},
     "gated_deltanet": {"num_heads": HEADS},
-    "mamba2": {"state_size": 64},
+    "mamba2": {"num_heads": 2 * HEADS, "state_size": 64},
     "ttt_linear": {"num_heads": HEADS},
     "ttt_mlp": {"num_heads": HEADS},
     "titans_lmm": {"num_heads": HEADS},

@@ -288,6 +288,33 @@ def check_modes(layer: SequenceLayer, hidden: int) -> None:
     layer.train()
 
 
+def check_higher_order(layer: SequenceLayer, hidden: int) -> None:
+    """Gradients that can be differentiated again are the same gradients."""
+    x = noise(2, TIME, hidden).requires_grad_()
+    total = weigh(whole(layer, x))
+    wanted = [x, *layer.parameters()]
+    again = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
+    found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, again, strict=True)]
+    close(found, gradients(weigh(whole(layer, x)), [x], layer))
+
+
+def check_empty_batch(layer: SequenceLayer, hidden: int) -> None:
+    """No rows in, no rows out, and a state of none."""
+    y, state = layer(noise(0, 5, hidden))
+    assert y.shape == (0, 5, hidden) and state.batch_size == 0
+    assert layer(noise(0, 3, hidden), state)[0].shape == (0, 3, hidden)
+
+
+def check_enormous_tokens(layer: SequenceLayer, hidden: int) -> None:
+    """One token near the end of float32 leaves outputs, state and gradients finite."""
+    x = noise(1, TIME, hidden)
+    x[:, 4] = 3e38
+    x.requires_grad_()
+    y, state = layer(x)
+    assert bool(y.isfinite().all()) and state.first_nonfinite() is None
+    assert all(bool(g.isfinite().all()) for g in gradients(weigh(y), [x], layer))
+
+
 CHECKS: dict[str, Check] = {
     "split": check_split,
     "initial state": check_initial_state,
@@ -302,4 +329,7 @@ CHECKS: dict[str, Check] = {
     "save": check_save,
     "wrong rows": check_wrong_rows,
     "modes": check_modes,
+    "higher order": check_higher_order,
+    "empty batch": check_empty_batch,
+    "enormous tokens": check_enormous_tokens,
 }

@@ -5,7 +5,6 @@ N rows, H heads, L tokens of a call (of a chunk, where a function says so), D he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,7 +16,6 @@ from nestling.memory.bank import BankState, MemoryBank, Rates
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
-from nestling.ops.normalize import safe_normalize
 
 Span = tuple[int, int]
 Carry = TypeVar("Carry")
@@ -111,21 +109,3 @@ def learn_chunk(
     if q is not None and rule.read == "chunk":
         y = bank.read(state.start, q, bank.deep + bank.gates)[bank.deep[0]]
     return y, after
-
-
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """`[N, L, H * D]` to `[N, H, L, D]`."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def merge_normalised(o: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of every head of `o` `[N, H, L, D]` with learnable `weight` `[D]`, merged to `[N, L, H * D]`."""
-    # RMSNorm as a unit vector: x / sqrt(mean x^2 + eps) = sqrt(D) x / sqrt(|x|^2 + D eps).
-    size = math.sqrt(o.shape[-1])
-    o = safe_normalize(o.transpose(1, 2), size * math.sqrt(eps)).to(dtype)
-    return (o * (weight * size).to(dtype)).flatten(-2)
-
-
-def logit(share: float) -> float:
-    """The inverse of the sigmoid."""
-    return math.log(share / (1 - share))

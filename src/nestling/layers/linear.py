@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.linear_parts import (
-    bounded,
     data_log_retention,
-    draw_filters,
     draw_retention,
     fixed_log_retention,
-    free_of_weight_decay,
-    rms_norm,
     valid_tokens,
 )
+from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_scan
@@ -209,7 +206,7 @@ class LinearMemory(SequenceLayer):
         time = x.shape[1]
         if time == 0:
             return x, state
-        streams, gate, beta, step = self.in_proj(bounded(x)).split(self.sizes, -1)
+        streams, gate, beta, step = self.in_proj(x).split(self.sizes, -1)
         tail = state.conv
         if self.conv is not None and tail is not None:
             streams, tail = short_conv(streams, self.conv, tail, lengths)

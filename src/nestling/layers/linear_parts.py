@@ -1,4 +1,4 @@
-"""What layers with a scalar retention a token and head share: rates, short convolution, masks, output norm.
+"""What layers with a scalar retention a token and head share: rates and masks.
 
 N rows, T time, H heads, D width.
 """
@@ -11,12 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestling.ops.normalize import safe_normalize
-
-BOUND = 1e6
-"""Largest entry of an input. A normalised residual stream stays four orders of magnitude below; it keeps products of a
-key, a value and a query, summed over a million tokens, inside float32."""
-
 MIN_LOG_RETENTION = -30.0
 """Smallest log a_t. e^-30 of anything is nothing beside it in float32, and a cumulative sum with much larger
 entries would lose the digits of the retentions around it."""
@@ -26,12 +20,6 @@ FIRST_STEPS = (1e-3, 0.1)
 
 FIRST_RATES = (1.0, 16.0)
 """Range of exp(A_log) at the start (Mamba-2's code)."""
-
-
-def bounded(x: Tensor) -> Tensor:
-    """`x` with entries cut at +-`BOUND`, or at the largest number of its type."""
-    bound = min(BOUND, torch.finfo(x.dtype).max)
-    return x.clamp(-bound, bound)
 
 
 def valid_tokens(lengths: Tensor | None, time: int, like: Tensor) -> Float[Tensor, "N 1 T"] | None:
@@ -62,24 +50,3 @@ def draw_retention(a_log: nn.Parameter, dt_bias: nn.Parameter) -> None:
     step = torch.empty_like(dt_bias).uniform_(low, high).exp()
     # The inverse of softplus.
     dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-
-
-@torch.no_grad()
-def draw_filters(conv: nn.Parameter) -> None:
-    """Short filters `[D, width]` near the identity: the last tap is the token itself."""
-    nn.init.normal_(conv, std=0.1)
-    conv[:, -1] += 1.0
-
-
-def free_of_weight_decay(*parameters: nn.Parameter | None) -> None:
-    """Mark rates, biases and filters, which shrinking to zero would change in meaning."""
-    for parameter in parameters:
-        if parameter is not None:
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
-
-
-def rms_norm(x: Float[Tensor, "*batch D"], weight: Tensor, eps: float) -> Float[Tensor, "*batch D"]:
-    """weight * x / sqrt(mean x^2 + eps) over the last dimension."""
-    # As a unit vector, whose length cannot overflow: sqrt(D) x / sqrt(|x|^2 + D eps).
-    size = math.sqrt(x.shape[-1])
-    return safe_normalize(x, size * math.sqrt(eps)) * (weight * size).to(x.dtype)

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.chunks import Span, learn_chunk, logit, merge_normalised, scan_chunks, split_heads
+from nestling.layers.chunks import Span, learn_chunk, scan_chunks
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.memory.bank import BankState, MemoryBank
 from nestling.memory.grid import Grid
@@ -54,8 +55,7 @@ class LongTermMemory(nn.Module):
     a_t = sigmoid(x W_alpha + bias)^(1/16), b_t = sigmoid(x W_eta + bias),
     l_t = share * sigmoid(x W_theta + bias) * max(1/C, 1 - a_t) * (1 - b_t).
 
-    A value longer than sqrt(D) is scaled to that length, so that hostile input cannot set targets out of reach;
-    normalised input stays below.
+    A value longer than sqrt(D) is scaled to that length, so that hostile input cannot set targets out of reach.
     """
 
     def __init__(self, config: NeuralMemoryConfig) -> None:
@@ -71,9 +71,7 @@ class LongTermMemory(nn.Module):
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
         self.bank = MemoryBank(("memory",), (), c.num_heads, c.head_dim, c.depth, c.expansion, c.activation)
         self.norm = nn.Parameter(torch.ones(c.head_dim))
-        for parameter in (self.conv, self.rate_bias, self.share, self.hidden_erase):
-            if parameter is not None:
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        free_of_weight_decay(self.conv, self.rate_bias, self.share, self.hidden_erase)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,9 +84,7 @@ class LongTermMemory(nn.Module):
         nn.init.constant_(self.share, logit(c.share))
         if self.hidden_erase is not None:
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
-        nn.init.normal_(self.conv, std=0.1)
-        with torch.no_grad():
-            self.conv[:, -1] += 1.0
+        draw_filters(self.conv)
         nn.init.ones_(self.norm)
 
     def init_state(self, batch_size: int) -> LongTermState:

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.linear_parts import (
-    bounded,
     data_log_retention,
-    draw_filters,
     draw_retention,
-    free_of_weight_decay,
-    rms_norm,
     valid_tokens,
 )
+from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_scan
@@ -149,7 +146,7 @@ class Mamba2(SequenceLayer):
         if x.shape[1] == 0:
             return x, state
         c = self.config
-        z, xbc, dt = self.in_proj(bounded(x)).split((c.inner_size, self.channels, c.num_heads), -1)
+        z, xbc, dt = self.in_proj(x).split((c.inner_size, self.channels, c.num_heads), -1)
         xbc, tail = short_conv(xbc, self.conv, state.conv, lengths)
         with torch.autocast(x.device.type, enabled=False):
             dtype = state.weight.dtype

@@ -1,4 +1,4 @@
-"""Rates of self-modifying memories: what a token's gates become, inside the stable range whatever the gates say."""
+"""Rates of memories that learn in context: a token's gates, brought into the stable range."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         "free"     e_t = 0, l_t = share eta_t max(floor, 1 - a_t) (1 - b_t)
         "dot"      e_t = 0, l_t = share eta_t (1 - b_t)
         "online"   e_t + l_t = k_t r_t, l_t = share e_t; or e_t = 0 with `online_only`
+
+    Layers before the last take the share `hidden_erase` of e_t.
 
     Args:
         rule: which of these, and its constants.

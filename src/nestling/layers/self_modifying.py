@@ -12,12 +12,10 @@ from torch.nn import functional as F
 from nestling.layers.chunks import (
     Span,
     learn_chunk,
-    logit,
-    merge_normalised,
     run_checkpointed,
     scan_chunks,
-    split_heads,
 )
+from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
@@ -87,9 +85,7 @@ class SelfModifyingTitans(SequenceLayer):
         self.share = nn.Parameter(torch.empty(c.layers, c.num_heads))
         hidden = c.layers - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
-        for rate in (self.share, self.hidden_erase, self.conv):
-            if rate is not None:
-                rate._no_weight_decay = True  # type: ignore[attr-defined]
+        free_of_weight_decay(self.share, self.hidden_erase, self.conv)
         self.reset_parameters()
 
     def _bank(self, names: list[str]) -> MemoryBank:
@@ -107,9 +103,7 @@ class SelfModifyingTitans(SequenceLayer):
         nn.init.constant_(self.share, logit(c.share))
         if self.hidden_erase is not None:
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
-        nn.init.normal_(self.conv, std=0.1)
-        with torch.no_grad():
-            self.conv[:, -1] += 1.0
+        draw_filters(self.conv)
         if self.momentum_proj is not None:
             # sigmoid(0) = 0.5: a surprise that fades over a few tokens.
             nn.init.zeros_(self.momentum_proj.bias)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from nestling.memory.state import State
 from nestling.ops.packing import find_rows
 
+BOUND = 1e4
+"""Largest entry of a layer's input. A normalised residual stream stays two orders of magnitude below; beyond it sums of
+products of three projections over a million tokens, and the backward pass of attention, leave float32."""
+
 
 class SequenceLayer(nn.Module, ABC):
     """A layer `y, state = layer(x, state=None, mask=None, cu_seqlens=None)`.
@@ -25,7 +29,7 @@ class SequenceLayer(nn.Module, ABC):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T hidden"], State]:
-        """Run the layer over `x`, continuing from `state`.
+        """Run the layer over `x`, continuing from `state`. Entries of `x` count as at most +-`BOUND`.
 
         Args:
             x: input.
@@ -38,6 +42,9 @@ class SequenceLayer(nn.Module, ABC):
         Raises:
             ValueError: a mask, boundary or state that does not fit `x`.
         """
+        if not x.shape[0]:
+            return x, self.init_state(0) if state is None else state
+        x = x.clamp(-BOUND, BOUND)
         rows = find_rows((x.shape[0], x.shape[1]), mask, cu_seqlens)
         if rows is None:
             check_state(state, x.shape[0])

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.parts import draw_filters, free_of_weight_decay
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
 from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
@@ -69,19 +70,17 @@ class TTTLayer(SequenceLayer):
         self.gate_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if c.output_gate else None
         self.out_norm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
         self.out_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-        for parameter in (self.conv_q, self.conv_k, self.token_scale):
-            if parameter is not None:
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        free_of_weight_decay(self.conv_q, self.conv_k, self.token_scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Rates at half of eta_base, c_i = 1 / i, the convolutions near identity."""
         nn.init.normal_(self.rate_proj.weight, std=FIRST_DEVIATION)
         nn.init.zeros_(self.rate_proj.bias)
+        for conv in (self.conv_q, self.conv_k):
+            if conv is not None:
+                draw_filters(conv)
         with torch.no_grad():
-            for conv in (self.conv_q, self.conv_k):
-                if conv is not None:
-                    conv.normal_(std=0.1)[:, -1] += 1.0
             if self.token_scale is not None:
                 self.token_scale.copy_(1.0 / torch.arange(1, self.config.chunk_size + 1))
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.parts import free_of_weight_decay
 from nestling.layers.ttt_config import TTTConfig
 from nestling.memory.bank import BankState
 
@@ -33,8 +34,7 @@ class InnerModel(nn.Module):
         self.initial = nn.ParameterList([nn.Parameter(torch.empty(shape)) for shape in shapes])
         self.norm_weight = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
         self.norm_bias = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
-        for parameter in (self.norm_weight, self.norm_bias):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        free_of_weight_decay(self.norm_weight, self.norm_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -225,27 +225,33 @@ def chunk_scan(
     (on CPUs, without momentum), else "parallel".
 
     Raises:
-        ValueError: `online` with momentum, surprise without momentum, or an unknown schedule.
+        ValueError: `online` with momentum, surprise without momentum, an unknown schedule, or a chunk below 1.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if online and log_momentum is not None:
         raise ValueError("online gradients with momentum have no closed form: the momentum would have to carry W")
     if surprise is not None and log_momentum is None:
         raise ValueError("a surprise needs log_momentum: without momentum it never reaches the weights")
     if schedule not in (None, "parallel", "sequential"):
         raise ValueError(f"schedule is 'parallel', 'sequential' or None, not {schedule!r}")
-    rate = torch.ones_like(x[..., 0]) if inner_lr is None else inner_lr
+    tokens = x.shape[:-1]
+    rate = torch.ones_like(x[..., 0]) if inner_lr is None else inner_lr.expand(tokens)
     if online:
         erase = rate if erase is None else erase + rate
-    log_a = torch.zeros_like(rate) if log_retention is None else log_retention
+    erase = None if erase is None else erase.expand(tokens)
+    log_a = torch.zeros_like(rate) if log_retention is None else log_retention.expand(tokens)
     if log_momentum is not None and surprise is None:
         surprise = torch.zeros_like(weight)
+    if not x.shape[-2]:
+        return torch.zeros_like(g), weight, surprise
 
     def plain(
         x: Tensor, g: Tensor, rate: Tensor, erase: Tensor | None, log_a: Tensor, q: Tensor, weight: Tensor
     ) -> _Scanned:
-        tokens = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
+        known = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
         scan = _scan_sequential if schedule == "sequential" else _scan_parallel
-        return scan(tokens, weight, surprise, chunk_size, read_before)
+        return scan(known, weight, surprise, chunk_size, read_before)
 
     tensors = (x, g, rate, erase, log_a, q, weight)
     if schedule is None and log_momentum is None and native.fits(x[..., :1, :], weight):

@@ -1,7 +1,7 @@
 """Multi-query associative recall (MQAR; Arora et al. 2023, "Zoology", arXiv:2312.04927, section 4 and appendix).
 
-A sequence begins with key-value pairs, all keys different. Later some keys come again, each exactly once, and at every
-one of them the model has to name its value. The distance of a query follows a power law, so that most come soon.
+A sequence begins with key-value pairs, all keys different. Later every key comes again once as a query, and there the
+model has to name its value. The distance of a query follows a power law, so that most come soon.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class RecallTask:
     Attributes:
         length: tokens of a sequence.
         pairs: key-value pairs at its start, each asked once.
-        vocab_size: token 0 is never used; the lower half are keys, the upper half values.
+        vocab_size: the lower half are keys (not token 0), the upper half values.
         power: exponent of the distances, p(d) ~ d^(power - 1); 0.01 is the paper's.
-        fill: put random values where nothing is asked, which a model must not take for pairs; else token 0.
+        fill: put any tokens but 0, keys included, where nothing is asked, as the paper does; else token 0.
 
     Raises:
         ValueError: more pairs than keys, or a sequence too short for pairs and queries.
@@ -65,7 +65,7 @@ class RecallTask:
 
         tokens = torch.zeros(rows, self.length, dtype=torch.long)
         if self.fill:
-            tokens = torch.randint(half, self.vocab_size, (rows, self.length), generator=generator)
+            tokens = torch.randint(1, self.vocab_size, (rows, self.length), generator=generator)
         tokens[:, 0:start:2], tokens[:, 1:start:2] = keys, values
         answers = torch.full_like(tokens, IGNORE)
         tokens.scatter_(1, places, keys)

@@ -23,6 +23,7 @@ from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune
 from nestling.training.config import TrainConfig
 from nestling.training.divergence import DivergenceError, first_nonfinite, locate_nonfinite, locate_nonfinite_gradient
 from nestling.training.rows import Row, StreamedRows, collate
+from nestling.training.weight_decay import decaying
 
 POSITION_FILE = "position.json"
 
@@ -151,12 +152,8 @@ class NestlingTrainer(Trainer):
             hook.remove()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices and stacks of them decay; gains, biases, rates and what a layer marks `_no_weight_decay` do not."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
-        ]
+        """See `decaying`."""
+        return decaying(model)
 
     def compute_loss(
         self,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.sizes import assemble, shape_of
+
+FEED_FORWARD = {"kind": "feed_forward"}
 
 
 def ttt_linear(
@@ -38,11 +42,9 @@ def ttt_linear(
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
     """
+    mixer = _mixer("linear", chunk_size, step, conv_size, output_gate)
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
-    mixer = {"kind": "ttt", "inner": "linear", "chunk_size": chunk_size, "step": step}
-    mixer |= {"conv_size": conv_size, "output_gate": output_gate}
-    channel = {"kind": "feed_forward"}
-    return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
+    return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
 
 def ttt_mlp(
@@ -60,8 +62,11 @@ def ttt_mlp(
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """TTT-MLP: the inner model is an MLP with one hidden layer; arguments as in `ttt_linear`."""
+    mixer = _mixer("mlp", chunk_size, step, conv_size, output_gate)
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
-    mixer = {"kind": "ttt", "inner": "mlp", "chunk_size": chunk_size, "step": step}
-    mixer |= {"conv_size": conv_size, "output_gate": output_gate}
-    channel = {"kind": "feed_forward"}
-    return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
+    return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
+
+
+def _mixer(inner: str, chunk_size: int, step: str, conv_size: int, output_gate: bool) -> dict[str, Any]:
+    settings = {"chunk_size": chunk_size, "step": step, "conv_size": conv_size, "output_gate": output_gate}
+    return {"kind": "ttt", "inner": inner, **settings}

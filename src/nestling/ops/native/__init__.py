@@ -1,4 +1,4 @@
-"""Chunks and MLP memories as compiled C++ for the CPU, built on first use with the system's compiler.
+"""What memories spend their time on as compiled C++ for the CPU, built on first use with the system's compiler.
 
 `python -m nestling.ops.native` builds it ahead of time. Plain C++ behind ctypes rather than a torch extension: without
 torch's headers it compiles in seconds, and no other build tool is needed. Where no compiler works, or with the

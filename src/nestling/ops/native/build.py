@@ -1,4 +1,4 @@
-"""Compile chunk.cpp for this processor, keep it in the user's cache, and load it."""
+"""Compile the C++ beside this file for this processor, keep it in the user's cache, and load it."""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ void run(const int64_t* sizes, double max_erase, double floor, void* const* t, b
     s.valid = static_cast<const uint8_t*>(*t++);
     s.eta_bias = next(), s.alpha_bias = next(), s.share = next(), s.hidden = next();
     const bool erases = s.kind == erase || (s.kind == online && !s.online_only);
-    T *out[64], *up[64];  // l of every layer, then e
+    constexpr int most_layers = 32;
+    T *out[2 * most_layers], *up[2 * most_layers];  // l of every layer, then e
     const int64_t count = s.layers * (erases ? 2 : 1);
     s.log_a = next();
     for (int64_t i = 0; i < count; i++) out[i] = next();

@@ -12,6 +12,7 @@ from torch import Tensor
 from nestling.ops.native.build import expect, kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
+MAX_LAYERS = 32  # most_layers of rates.cpp
 _KINDS = ("online", "erase", "free", "dot")
 
 
@@ -88,8 +89,11 @@ def _checked(tensors: Sequence[Tensor | None]) -> list[Any]:
         expect(name, tensor, eta, heads)
     expect("share", share, eta, len(share), heads)
     expect("the share of hidden layers", hidden, eta, len(share) - 1, heads)
-    if valid is not None and valid.shape != (rows, 1, tokens):
-        raise ValueError(f"valid is {tuple(valid.shape)}, but must be {(rows, 1, tokens)}")
+    if valid is not None and (valid.shape != (rows, 1, tokens) or valid.dtype != torch.bool):
+        found = f"{tuple(valid.shape)} of {valid.dtype}"
+        raise ValueError(f"valid is {found}, but must be {(rows, 1, tokens)} of torch.bool")
+    if len(share) > MAX_LAYERS:
+        raise ValueError(f"{len(share)} layers of a memory; compiled rates have room for {MAX_LAYERS}")
     return made
 
 

@@ -19,6 +19,8 @@ def through_torch(
         inputs: its arguments; those that are no tensors have no gradient.
         upstream: gradients of its results, None where there is none.
     """
+    # Names of their own: the gradient of an input must not hold what comes through another input made from it.
+    inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
     results = function(*inputs)
     pairs = [(y, d) for y, d in zip(results, upstream, strict=True) if y is not None and d is not None]
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
