@@ -17,16 +17,12 @@ from torch import Tensor
 from nestling.ops import fla_kernels
 from tests.oracles import fla_naive
 
-KERNELS = {
-    "simple_gla": "chunk_simple_gla",
-    "delta_rule": "chunk_delta_rule",
-    "gated_delta_rule": "chunk_gated_delta_rule",
-}
+KERNELS = {"simple_gla": "chunk_simple_gla", "gated_delta_rule": "chunk_gated_delta_rule"}
 """The function that is used from each package of `fla.ops`."""
 
 
 class FakeKernels:
-    """The three kernels; `calls` lists the name and the operands' dtype of every call."""
+    """The two kernels; `calls` lists the name and the operands' dtype of every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, torch.dtype]] = []
@@ -46,25 +42,6 @@ class FakeKernels:
         self._check("simple_gla", q, k, v, initial_state)
         g = torch.zeros_like(q[..., 0]) if g is None else g
         return self.naive["simple_gla"].naive_recurrent_simple_gla(q, k, v, g, scale, initial_state, output_final_state)
-
-    def chunk_delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert q.dtype != torch.float32 or torch.float32 is torch.float64, "chunk_delta_rule refuses float32"
-        self._check("delta_rule", q, k, v, initial_state)
-        # The reference has the default scale and no argument for another.
-        width = q.shape[-1] ** 0.5
-        q = q.float() * (1.0 if scale is None else width * scale)
-        moved = [t.transpose(1, 2) for t in (q, k, v, beta)]
-        y, last = self.naive["delta_rule"].delta_rule_recurrence(*moved, initial_state, output_final_state)
-        return y.transpose(1, 2).to(v.dtype), last
 
     def chunk_gated_delta_rule(
         self,

@@ -17,18 +17,14 @@ from torch.nn import functional as F
 DEVICE = "cuda"
 """Type of the devices the kernels run on; torch calls AMD's GPUs so too."""
 
-DELTA_RULE_DTYPE = torch.bfloat16
-"""What `chunk_delta_rule` is given at any precision: it refuses float32."""
-
 MAX_DELTA_KEYS = 256
-"""Widest keys of the two kernels of the delta rule."""
+"""Widest keys of the delta rule's kernel."""
 
 
 class Kernels(NamedTuple):
     """The functions of flash-linear-attention that are used."""
 
     simple_gla: Callable[..., tuple[Tensor, Tensor]]
-    delta_rule: Callable[..., tuple[Tensor, Tensor]]
     gated_delta_rule: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -45,17 +41,16 @@ def fla_scan(
 ) -> tuple[Float[Tensor, "N H T V"], Float[Tensor, "N H V K"]]:
     """A linear memory over a whole sequence, by the kernel that has its terms:
 
-        W_t = a_t W_{t-1} + l_t v_t k_t^T                          chunk_simple_gla (a_t = 1: linear attention)
-        W_t = W_{t-1} (I - l_t k_t k_t^T) + l_t v_t k_t^T          chunk_delta_rule
+        W_t = a_t W_{t-1} + l_t v_t k_t^T                          chunk_simple_gla
         W_t = a_t W_{t-1} (I - l_t k_t k_t^T) + l_t v_t k_t^T      chunk_gated_delta_rule
 
     and y_t = W_t q_t; gradients flow to every tensor argument. Tokens with l_t = 0 and a_t = 1 change nothing, so rows
     of different lengths need no boundaries. Queries are not scaled, and l_t may exceed 1. The kernels choose their
-    own chunk size (64).
+    own chunk size (64). The delta rule without retention runs as the gated one with log a_t = 0, not by
+    `chunk_delta_rule`: that takes no float32, and gave wrong numbers on a Hopper GPU with Triton 3.6.
 
     Precision: the state and the rates stay in float32, products accumulate in float32. Keys, values, queries and the
-    outputs are bfloat16 if the model computes in bfloat16, else float32 with products in TF32; for the delta rule
-    without retention they are always bfloat16 (`DELTA_RULE_DTYPE`).
+    outputs are bfloat16 if the model computes in bfloat16, else float32 with products in TF32.
 
     Args:
         k: keys; with `erase`, of length 1 at most.
@@ -75,27 +70,25 @@ def fla_scan(
             with keys wider than 256.
         ImportError: flash-linear-attention or Triton is not installed.
         RuntimeError: from their backward pass with retention, on Hopper GPUs with Triton 3.4 to 3.7.0, which compiles
-            it wrongly; they say so and what to install.
+            it wrongly (the delta rule counts as one with retention); they say so and what to install.
     """
     _check(weight, erase, inner_lr)
     kernels = _kernels()
     dtype = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    if erase and log_retention is None:
-        dtype = DELTA_RULE_DTYPE
-    elif not erase and inner_lr is not None:
+    if inner_lr is not None and not erase:
         v = inner_lr[..., None] * v
+    if inner_lr is not None and erase and log_retention is None:
+        log_retention = torch.zeros_like(inner_lr)
     values, keys = weight.shape[-2:]
     k, v, q = (_even(t).transpose(1, 2).to(dtype) for t in (k, v, q))
     first = _even(_even(weight).mT)
     a, beta = (None if rate is None else rate.transpose(1, 2) for rate in (log_retention, inner_lr))
-    if not erase:
-        y, last = kernels.simple_gla(q, k, v, g=a, scale=1.0, initial_state=first, output_final_state=True)
-    elif a is None:
-        y, last = kernels.delta_rule(q, k, v, beta, scale=1.0, initial_state=first, output_final_state=True)
-    else:
+    if erase:
         y, last = kernels.gated_delta_rule(
             q, k, v, g=a, beta=beta, scale=1.0, initial_state=first, output_final_state=True
         )
+    else:
+        y, last = kernels.simple_gla(q, k, v, g=a, scale=1.0, initial_state=first, output_final_state=True)
     y = y[..., :values].transpose(1, 2).to(weight.dtype)
     return y, last[..., :keys, :values].mT.contiguous()
 
@@ -126,7 +119,6 @@ def _even(t: Tensor) -> Tensor:
 
 def _kernels() -> Kernels:
     try:
-        from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
@@ -134,4 +126,4 @@ def _kernels() -> Kernels:
             f"kernel='fla' needs flash-linear-attention and Triton ({error}): pip install 'nestling[fla]', or set "
             "kernel='nestling' in the model's config"
         ) from error
-    return Kernels(chunk_simple_gla, chunk_delta_rule, chunk_gated_delta_rule)
+    return Kernels(chunk_simple_gla, chunk_gated_delta_rule)
