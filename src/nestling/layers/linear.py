@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.linear_parts import (
+    KERNELS,
+    Kernel,
     data_log_retention,
     draw_retention,
     fixed_log_retention,
+    scan_memory,
     valid_tokens,
 )
 from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
-from nestling.ops.chunk_rule import chunk_scan
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.rotary import rotate, rotation
 from nestling.ops.short_conv import short_conv
@@ -33,6 +35,7 @@ CHOICES = {
     "retention": ("none", "fixed", "data"),
     "output_gate": ("none", "silu", "sigmoid"),
     "output_norm": ("none", "rms", "group"),
+    "kernel": KERNELS,
 }
 
 
@@ -63,6 +66,10 @@ class LinearMemoryConfig:
         output_norm: of every head: "rms", "group" (centred, with a bias: RetNet's GroupNorm), or "none".
         chunk_size: tokens in a chunk. It changes speed and rounding, not the result.
         norm_eps: of the output norm and the denominator.
+        kernel: whose code runs the memory. "nestling" is this package's own, on every device. "fla" is
+            flash-linear-attention's Triton kernels on a CUDA GPU (`ops.fla_kernels`: precision and limits), which is
+            checked when the layer reads its first token, so that such a config loads anywhere. Neither stands in for
+            the other.
 
     Raises:
         ValueError: sizes that do not divide, an unknown choice, or settings that exclude each other.
@@ -85,6 +92,7 @@ class LinearMemoryConfig:
     output_norm: Literal["none", "rms", "group"] = "rms"
     chunk_size: int = 64
     norm_eps: float = 1e-6
+    kernel: Kernel = "nestling"
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "key_dim", "value_expansion", "conv_size", "chunk_size"):
@@ -213,23 +221,25 @@ class LinearMemory(SequenceLayer):
         with torch.autocast(x.device.type, enabled=False):
             dtype = state.weight.dtype
             q, k, v = self._tokens(streams.to(dtype), state)
-            erase, rate, log_a = self._rates(beta.to(dtype), step.to(dtype), valid_tokens(lengths, time, v))
-            o, weight, _ = chunk_scan(
+            rate, log_a = self._rates(beta.to(dtype), step.to(dtype), valid_tokens(lengths, time, v))
+            o, weight = scan_memory(
                 k,
-                -v,
+                v,
                 q,
                 weight=state.weight,
+                kernel=self.config.kernel,
                 chunk_size=self.config.chunk_size,
                 log_retention=log_a,
-                erase=erase,
                 inner_lr=rate,
+                erase=self.config.erase,
+                precision=gate.dtype,
             )
             o = self._normalised(o)
         after = None if state.position is None else state.position + (time if lengths is None else lengths)
         return self._output(o.to(gate.dtype), gate), LinearMemoryState(weight, tail, after)
 
     def _tokens(self, streams: Tensor, state: LinearMemoryState) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys `[N, H, L, K]` and values `[N, H, L, V]`, contiguous."""
+        """Queries, keys `[N, H, L, K]` and values `[N, H, L, V]`."""
         c = self.config
         if c.feature_map == "silu":
             streams = F.silu(streams)
@@ -241,17 +251,15 @@ class LinearMemory(SequenceLayer):
             qk = safe_normalize(qk)
         if c.positions == "rope":
             qk = rotate(qk, *rotation(c.key_width, c.rope_theta, state.position, qk.shape[1], qk.device))
-        q, k = (t.transpose(1, 2).contiguous() for t in qk.split(c.num_heads, 2))
+        q, k = (t.transpose(1, 2) for t in qk.split(c.num_heads, 2))
         v = v.unflatten(-1, (c.num_heads, c.value_width)).transpose(1, 2)
-        return q, k, F.pad(v, (0, 1), value=1.0) if c.denominator else v.contiguous()
+        return q, k, F.pad(v, (0, 1), value=1.0) if c.denominator else v
 
-    def _rates(
-        self, beta: Tensor, step: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """e, l and log a `[N, H, L]` (None: 0, 1 and 0); tokens that are not there have e = l = log a = 0."""
+    def _rates(self, beta: Tensor, step: Tensor, valid: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """l and log a `[N, H, L]` (None: 1 and 0); tokens that are not there have l = log a = 0."""
         c = self.config
         shape = (len(beta), c.num_heads, beta.shape[1])
-        erase = log_a = None
+        log_a = None
         rate = None if valid is None else valid.expand(shape).contiguous()
         if c.retention == "fixed":
             log_a = fixed_log_retention(c.num_heads, beta).expand(shape).contiguous()
@@ -264,8 +272,7 @@ class LinearMemory(SequenceLayer):
             strength = torch.sigmoid(beta).transpose(1, 2).contiguous()
             strength = 2 * strength if c.allow_neg_eigval else strength
             rate = strength if valid is None else strength * valid
-            erase = rate if log_a is None else rate * log_a.exp()
-        return erase, rate, log_a
+        return rate, log_a
 
     def _normalised(self, o: Float[Tensor, "N H L V"]) -> Float[Tensor, "N L H V"]:
         c = self.config

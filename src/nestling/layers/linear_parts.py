@@ -6,10 +6,19 @@ N rows, T time, H heads, D width.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from nestling.ops.chunk_rule import chunk_scan
+from nestling.ops.fla_kernels import fla_scan
+
+Kernel = Literal["nestling", "fla"]
+"""Whose code runs a memory: this package's (torch, and compiled C++ on CPUs), or flash-linear-attention's on a GPU."""
+
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 MIN_LOG_RETENTION = -30.0
 """Smallest log a_t. e^-30 of anything is nothing beside it in float32, and a cumulative sum with much larger
@@ -40,6 +49,44 @@ def data_log_retention(step: Float[Tensor, "N H T"], a_log: Float[Tensor, " H"])
     """log a_t = -exp(A_log) step_t for steps >= 0 (Mamba-2; Gated DeltaNet section 3.4), not below -30."""
     rate = a_log.to(step.dtype).clamp_max(20.0).exp()
     return (-rate[:, None] * step).clamp_min(MIN_LOG_RETENTION)
+
+
+def scan_memory(
+    k: Float[Tensor, "N H T K"],
+    v: Float[Tensor, "N H T V"],
+    q: Float[Tensor, "N H T K"],
+    *,
+    weight: Float[Tensor, "N H V K"],
+    kernel: Kernel,
+    chunk_size: int,
+    log_retention: Float[Tensor, "N H T"] | None = None,
+    inner_lr: Float[Tensor, "N H T"] | None = None,
+    erase: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, "N H T V"], Float[Tensor, "N H V K"]]:
+    """Outputs W_t q_t and the last fast weights of W_t = a_t W_{t-1} (I - l_t k_t k_t^T) + l_t v_t k_t^T.
+
+    Without `erase` the bracket is I. Arguments and errors as in `ops.fla_kernels.fla_scan`, which runs if `kernel` is
+    "fla"; else `ops.chunk_rule.chunk_scan` runs with `chunk_size`, in the dtype of its arguments.
+    """
+    if kernel == "fla":
+        rates = {"log_retention": log_retention, "inner_lr": inner_lr}
+        return fla_scan(k, v, q, weight=weight, erase=erase, precision=precision, **rates)
+    taken = None
+    if erase and inner_lr is not None:
+        # What is recalled comes from the retained weights.
+        taken = inner_lr if log_retention is None else inner_lr * log_retention.exp()
+    o, weight, _ = chunk_scan(
+        k.contiguous(),
+        -v.contiguous(),
+        q.contiguous(),
+        weight=weight,
+        chunk_size=chunk_size,
+        log_retention=log_retention,
+        erase=taken,
+        inner_lr=inner_lr,
+    )
+    return o, weight
 
 
 @torch.no_grad()

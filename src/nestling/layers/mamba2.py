@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.linear_parts import (
+    KERNELS,
+    Kernel,
     data_log_retention,
     draw_retention,
+    scan_memory,
     valid_tokens,
 )
 from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
-from nestling.ops.chunk_rule import chunk_scan
 from nestling.ops.short_conv import short_conv
 
 
@@ -37,9 +39,10 @@ class Mamba2Config:
         conv_size: width of the causal convolution over x, B and C.
         chunk_size: tokens in a chunk. It changes speed and rounding, not the result.
         norm_eps: of the gated norm.
+        kernel: whose code runs the memory, as in `LinearMemoryConfig`.
 
     Raises:
-        ValueError: sizes that do not divide, or are not positive.
+        ValueError: sizes that do not divide, or are not positive, or an unknown kernel.
     """
 
     hidden_size: int
@@ -50,6 +53,7 @@ class Mamba2Config:
     conv_size: int = 4
     chunk_size: int = 64
     norm_eps: float = 1e-6
+    kernel: Kernel = "nestling"
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_heads", "state_size", "num_groups", "expand", "chunk_size")
@@ -60,6 +64,8 @@ class Mamba2Config:
             raise ValueError(f"conv_size must be at least 2, not {self.conv_size}: the block has a convolution")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel is one of {', '.join(map(repr, KERNELS))}, not {self.kernel!r}")
         if self.inner_size % self.num_heads:
             raise ValueError(
                 f"the inner width {self.inner_size} (expand * hidden_size) is not a multiple of num_heads "
@@ -155,14 +161,16 @@ class Mamba2(SequenceLayer):
             valid = valid_tokens(lengths, x.shape[1], step)
             # A token that is not there has dt = 0, which keeps everything and writes nothing.
             step = step if valid is None else step * valid
-            o, weight, _ = chunk_scan(
+            o, weight = scan_memory(
                 keys,
-                -values,
+                values,
                 queries,
                 weight=state.weight,
+                kernel=c.kernel,
                 chunk_size=c.chunk_size,
                 log_retention=data_log_retention(step, self.A_log),
                 inner_lr=step,
+                precision=z.dtype,
             )
             o = torch.addcmul(o, self.D.to(dtype)[:, None, None], values)
             o = self._gated_norm(o.transpose(1, 2).flatten(-2), z.to(dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nestling.layers.linear_parts import Kernel
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.sizes import (
     BlockSpec,
@@ -27,6 +28,7 @@ def linear_attention(
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): elu + 1, divided by the sum of the weights.
@@ -39,6 +41,7 @@ def linear_attention(
         num_heads: heads of the mixer; heads keep the size's width if None.
         intermediate_size: width of the feed-forward network; if None the one whose parameters equal Transformer++'s.
         chunk_size: tokens in a chunk; the results do not depend on it.
+        kernel: whose code runs the memories: "nestling", or "fla" on a CUDA GPU (`LinearMemoryConfig`).
         tie_word_embeddings: use the embedding as the output projection.
 
     Raises:
@@ -47,6 +50,7 @@ def linear_attention(
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory(
         chunk_size,
+        kernel,
         feature_map="elu",
         normalise_qk=False,
         denominator=True,
@@ -68,6 +72,7 @@ def retnet(
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """RetNet: rotary positions, a fixed retention per head, values of twice the keys' width, GroupNorm and SiLU gate.
@@ -79,6 +84,7 @@ def retnet(
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory(
         chunk_size,
+        kernel,
         value_expansion=2,
         feature_map="identity",
         normalise_qk=False,
@@ -103,6 +109,7 @@ def deltanet(
     intermediate_size: int | None = None,
     allow_neg_eigval: bool = False,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """DeltaNet: short convolutions, SiLU, keys and queries of length 1, the delta rule, RMSNorm, no output gate.
@@ -112,6 +119,7 @@ def deltanet(
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory(
         chunk_size,
+        kernel,
         feature_map="silu",
         normalise_qk=True,
         retention="none",
@@ -134,6 +142,7 @@ def gated_deltanet(
     intermediate_size: int | None = None,
     allow_neg_eigval: bool = False,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Gated DeltaNet: DeltaNet with a retention from the input, a SiLU output gate, and values twice as wide as keys.
@@ -143,6 +152,7 @@ def gated_deltanet(
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory(
         chunk_size,
+        kernel,
         key_dim=max(1, 3 * shape.hidden_size // (4 * heads_of(shape, num_heads))),
         value_expansion=2,
         feature_map="silu",
@@ -167,6 +177,7 @@ def mamba2(
     state_size: int | None = None,
     num_groups: int = 1,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Mamba-2: nothing but Mamba-2 blocks, two for every block of a Transformer, since they have no channel mixer.
@@ -180,6 +191,7 @@ def mamba2(
         state_size: width of B and C; if None the one whose parameters equal Transformer++'s (the paper has 128).
         num_groups: groups of heads that share B and C.
         chunk_size: tokens in a chunk; the results do not depend on it.
+        kernel: whose code runs the memories: "nestling", or "fla" on a CUDA GPU (`LinearMemoryConfig`).
         tie_word_embeddings: use the embedding as the output projection.
 
     Raises:
@@ -187,7 +199,7 @@ def mamba2(
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     heads = 2 * heads_of(shape, None) if num_heads is None else num_heads
-    mixer = {"kind": "mamba2", "num_heads": heads, "num_groups": num_groups, "chunk_size": chunk_size}
+    mixer = {"kind": "mamba2", "num_heads": heads, "num_groups": num_groups, "chunk_size": chunk_size, "kernel": kernel}
 
     def blocks(width: int) -> list[BlockSpec]:
         return [{"mixer": mixer | {"state_size": width}, "channel": None}] * 2
@@ -214,6 +226,7 @@ def samba(
     state_size: int = 64,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
+    kernel: Kernel = "nestling",
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Samba: blocks of Mamba and MLP alternate with blocks of sliding-window attention and MLP.
@@ -232,6 +245,7 @@ def samba(
         state_size: width of Mamba-2's B and C.
         intermediate_size: width of the feed-forward networks; if None the one whose parameters equal Transformer++'s.
         chunk_size: tokens in a chunk of Mamba-2; the results do not depend on it.
+        kernel: whose code runs Mamba-2's memories: "nestling", or "fla" on a CUDA GPU (`LinearMemoryConfig`).
         tie_word_embeddings: use the embedding as the output projection.
 
     Raises:
@@ -241,11 +255,11 @@ def samba(
     heads = 2 * heads_of(shape, num_heads)
     window = (64 if size == "tiny" else 2048) if window is None else window
     mixers: list[dict[str, Any]] = [
-        {"kind": "mamba2", "num_heads": heads, "state_size": state_size, "chunk_size": chunk_size},
+        {"kind": "mamba2", "num_heads": heads, "state_size": state_size, "chunk_size": chunk_size, "kernel": kernel},
         {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window},
     ]
     return assemble(shape, mixers, {"kind": "feed_forward"}, num_heads, intermediate_size, tie_word_embeddings)
 
 
-def _memory(chunk_size: int, **settings: Any) -> dict[str, Any]:
-    return {"kind": "linear_memory", "chunk_size": chunk_size} | settings
+def _memory(chunk_size: int, kernel: Kernel, **settings: Any) -> dict[str, Any]:
+    return {"kind": "linear_memory", "chunk_size": chunk_size, "kernel": kernel} | settings
