@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,16 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(ImportError, match=r"kernel='fla' needs .*Triton \(.*fla.*\): pip install 'nestling\[fla\]'"):
         fla_scan(**t, erase=True)
+
+
+@pytest.mark.parametrize(("triton", "major", "refused"), [("3.6.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 8, False)])
+def test_gradients_that_would_be_wrong_are_refused(
+    monkeypatch: pytest.MonkeyPatch, triton: str, major: int, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    with pytest.raises(RuntimeError, match=r"upgrade Triton to 3\.7\.1") if refused else nullcontext():
+        fla_kernels._check_triton(torch.device("cuda"))
 
 
 @on_gpu

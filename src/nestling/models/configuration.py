@@ -93,6 +93,7 @@ class NestlingConfig(PretrainedConfig):
     """
 
     model_type = "nestling"
+    has_no_defaults_at_init = True  # `blocks` must be given; transformers 5.17 builds a bare config to compare with
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and the type are Hugging Face's)
 
     def __init__(

@@ -6,16 +6,24 @@ before `fla_scan` is first called.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
 DEVICE = "cuda"
 """Type of the devices the kernels run on; torch calls AMD's GPUs so too."""
+
+HOPPER = 9
+"""Major compute capability of Hopper GPUs."""
+
+MISCOMPILED = (Version("3.4.0"), Version("3.7.1"))
+"""Releases of Triton, the first included and the last not, that compile the backward kernels wrongly for Hopper."""
 
 MAX_DELTA_KEYS = 256
 """Widest keys of the delta rule's kernel."""
@@ -69,10 +77,12 @@ def fla_scan(
         ValueError: tensors on another device than a CUDA GPU, fast weights in float64, `erase` without `inner_lr` or
             with keys wider than 256.
         ImportError: flash-linear-attention or Triton is not installed.
-        RuntimeError: from their backward pass with retention, on Hopper GPUs with Triton 3.4 to 3.7.0, which compiles
-            it wrongly (the delta rule counts as one with retention); they say so and what to install.
+        RuntimeError: gradients are wanted on a Hopper GPU with Triton 3.4 to 3.7.0, which compiles the backward pass
+            wrongly. They refuse it themselves where there is retention; without it one gradient was wrong too.
     """
     _check(weight, erase, inner_lr)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (k, v, q, weight, inner_lr)):
+        _check_triton(weight.device)
     kernels = _kernels()
     dtype = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
     if inner_lr is not None and not erase:
@@ -109,6 +119,17 @@ def _check(weight: Tensor, erase: bool, inner_lr: Tensor | None) -> None:
         raise ValueError(
             f"kernel='fla' with erase=True takes keys of at most {MAX_DELTA_KEYS} channels, not {weight.shape[-1]}: "
             "use more heads or a smaller key_dim, or set kernel='nestling'"
+        )
+
+
+def _check_triton(device: torch.device) -> None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return
+    found = importlib.metadata.version("triton")
+    if MISCOMPILED[0] <= Version(found) < MISCOMPILED[1]:
+        raise RuntimeError(
+            f"kernel='fla' has wrong gradients on this GPU with Triton {found}: upgrade Triton to {MISCOMPILED[1]} or "
+            "later, or set kernel='nestling' in the model's config"
         )
 
 
