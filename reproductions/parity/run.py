@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 
 from nestling import NestlingForCausalLM, presets
-from nestling.training.weight_decay import parameter_groups
 
 HERE = Path(__file__).parent
 WINDOW, WINDOWS, ROWS = 40, 4, 32
@@ -52,7 +51,7 @@ def strings(rows: int, length: int, generator: torch.Generator) -> tuple[torch.T
 
 def train(model: NestlingForCausalLM, steps: int, windows: int, generator: torch.Generator) -> float:
     """AdamW with warm-up and linear decay, one step a window; the last loss."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=RATE, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * max(0.02, 1 - i / steps)
     )
