@@ -130,8 +130,9 @@ def test_scan_equals_the_reference(
 
 @pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])
 @pytest.mark.parametrize(("time", "size"), [(1, 8), (7, 8), (8, 8), (9, 8), (16, 8), (17, 16)])
-def test_scan_at_the_edges_of_a_chunk(time: int, size: int, schedule: str) -> None:
-    leaves = make_inputs(time, True, True, batch=())
+@pytest.mark.parametrize("momentum", [False, True])
+def test_scan_at_the_edges_of_a_chunk(time: int, size: int, schedule: str, momentum: bool) -> None:
+    leaves = make_inputs(time, momentum, True, batch=())
     assert_equal_with_gradients(scan(leaves, chunk_size=size, schedule=schedule), slow(leaves), leaves)
 
 
