@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.ttt import BOUND, TTTConfig, TTTLayer
 from tests.layers.battery import close, gradients, noise, weigh
 from tests.layers.reference_ttt import finish, inner_gradient, inner_model, reference, unpack, views
+from tests.oracles import fla_naive
 
 CASES: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -152,19 +150,6 @@ def test_entries_beyond_the_bound_count_as_the_bound() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def public_ttt_linear() -> ModuleType:
-    """The naive TTT-Linear of flash-linear-attention, from its file: the package itself needs a GPU compiler."""
-    try:
-        package = importlib.metadata.distribution("fla-core")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs fla-core (pip install --no-deps fla-core)")
-    spec = importlib.util.spec_from_file_location("fla_naive", str(package.locate_file("fla/ops/ttt/naive.py")))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("step", ["sum", "mean"])
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_equals_flash_linear_attentions_naive_ttt_linear(chunk: int, step: str) -> None:
@@ -172,7 +157,7 @@ def test_equals_flash_linear_attentions_naive_ttt_linear(chunk: int, step: str) 
     writes, so the rates of all tokens are equal here; it adds LN(z) to z where the paper adds it to q; and it computes
     in float32.
     """
-    naive = public_ttt_linear()
+    naive = fla_naive("ttt")
     layer = make_layer(step=step, chunk_size=chunk, conv_size=1, output_gate=False)
     # A buffer, so that it is not among the gradients: it tells tokens apart.
     weight = torch.zeros_like(layer.rate_proj.weight)
