@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints it on stderr and leaves with exit code 2; library callers catch it like any exception.
     """
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """A gradient holds NaN or infinity. The optimizer that raises it has changed neither parameters nor its state."""

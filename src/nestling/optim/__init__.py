@@ -1,0 +1,23 @@
+"""Optimizers as associative memories (NL sections 4 and 7.2, appendices B and C)."""
+
+from __future__ import annotations
+
+from nestling.optim.deep_momentum import DeepMomentum
+from nestling.optim.delta_gradient_descent import DeltaGradientDescent
+from nestling.optim.delta_momentum import DeltaMomentum
+from nestling.optim.feature_momentum import FeatureMomentum
+from nestling.optim.generalized_gradient_descent import GeneralizedGradientDescent
+from nestling.optim.groups import matrix_groups
+from nestling.optim.m3 import M3
+from nestling.optim.preconditioned_momentum import PreconditionedMomentum
+
+__all__ = [
+    "M3",
+    "DeepMomentum",
+    "DeltaGradientDescent",
+    "DeltaMomentum",
+    "FeatureMomentum",
+    "GeneralizedGradientDescent",
+    "PreconditionedMomentum",
+    "matrix_groups",
+]

@@ -1,0 +1,118 @@
+"""Delta gradient descent: each layer erases what it says to its present inputs (NL Eq. 54-57, appendix C)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
+from nestling.optim.layer_inputs import LayerInputs, mean_gram, record_gram
+from nestling.optim.memories import Memories
+from nestling.optim.shards import local, part_of, whole
+
+Reduction = Literal["mean", "sum"]
+Solver = Literal["exact", "step"]
+
+
+class DeltaGradientDescent(MemoryOptimizer):
+    """W <- argmin of mean_i 1/2 |W x_i - u_i|^2 + 1/(2 lr) |W - W_t|^2 with u_i = -dL_i/dy_i (NL Eq. 56), for every
+    `nn.Linear`.
+
+    With C the mean of x x^T over the tokens behind the gradient G, the minimiser is (W - lr G)(I + lr C)^-1. For one
+    token that is NL Eq. 57, W (I - lr' x x^T) - lr' G, with lr' = lr / (1 + lr |x|^2): the paper states lr' for inputs
+    of length 1, and appendix C's last lines lose the sign of u and invert eta. Both solvers are stable for every lr >=
+    0.
+
+    The pull of W x towards u, and not towards W x + u, is a decay along the inputs in use: the fixed point is W x = u.
+    `erase` scales it; 0 is gradient descent.
+
+    Shapes: weights of `nn.Linear` layers of `model` take the rule; their biases and all other parameters (embeddings,
+    kernels, gains, 0-d) have no layer input here and take gradient descent (Eq. 54) with the same rate. Sparse
+    gradients and complex parameters are refused. A weight used by other modules too (a tied embedding) counts the
+    linear layer's inputs only.
+
+    State per parameter: none. Between backward and step, one `[in, in]` matrix a layer. Under FSDP2 build it after
+    `fully_shard`; the Gram matrices are summed over the processes.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        *,
+        model: nn.Module,
+        erase: float = 1.0,
+        solver: Solver = "exact",
+        reduction: Reduction = "mean",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool = True,
+        on_nonfinite: OnNonfinite = "raise",
+    ) -> None:
+        """Args:
+            params: parameters or groups.
+            lr: step size (the paper's eta); as for gradient descent.
+            model: whose `nn.Linear` layers are watched by forward hooks; `close()` takes them off.
+            erase: strength of the decay along the inputs; 1 is the paper's.
+            solver: "exact" solves the system above (one Cholesky factor of `[in, in]` a layer); "step" takes Eq. 57
+                with C for x x^T and the trace of C for |x|^2: cheaper, the same for one token, a shorter step for many.
+            reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
+            weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
+
+        Raises:
+            ValueError: a setting outside its range.
+        """
+        check_range("erase", erase, 0.0)
+        if solver not in ("exact", "step"):
+            raise ValueError(f'solver must be "exact" or "step", got {solver!r}')
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        self.solver, self.reduction = solver, reduction
+        self.layers = LayerInputs(model, record_gram)
+        super().__init__(params, {**shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite), "erase": erase})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and forgets the inputs."""
+        super().zero_grad(set_to_none)
+        self.layers.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.layers.remove()
+
+    def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
+        results = []
+        for parameter, gradient in zip(memories.parameters, gradients, strict=True):
+            seen = self.layers.of(parameter)
+            if seen is None or group["erase"] == 0:
+                results.append(gradient)
+                continue
+            gram = mean_gram(seen, parameter, self.reduction).to(gradient.dtype) * group["erase"]
+            w = whole(local(parameter).to(gradient.dtype), parameter)
+            direction = delta_direction(w, whole(gradient, parameter), gram, float(group["lr"]), self.solver)
+            results.append(part_of(direction, parameter))
+        return results
+
+    def _stepped(self) -> None:
+        self.layers.clear()
+
+
+def delta_direction(
+    w: Float[Tensor, "out inner"],
+    gradient: Float[Tensor, "out inner"],
+    gram: Float[Tensor, "inner inner"],
+    lr: float,
+    solver: Solver = "exact",
+) -> Float[Tensor, "out inner"]:
+    """d with W - lr d the minimiser (or its one-token form): (G + W C)(I + lr C)^-1, which has a limit at lr = 0."""
+    pull = gradient + w @ gram
+    if solver == "step":
+        return pull / (1 + lr * gram.trace())
+    system = gram * lr
+    system.diagonal().add_(1.0)
+    factor = torch.linalg.cholesky(system)
+    return torch.cholesky_solve(pull.mT, factor).mT

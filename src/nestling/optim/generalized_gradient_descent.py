@@ -1,0 +1,162 @@
+"""Generalized gradient descent: any inner loss on self-generated targets, any retention (NL Definition 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
+
+from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
+from nestling.optim.layer_inputs import LayerInputs, Seen, record_pairs
+from nestling.optim.memories import Memories
+
+InnerLoss = Callable[[Tensor, Tensor], Tensor]
+Retention = Callable[[Tensor, Tensor], Tensor]
+Target = Callable[[Tensor, Tensor, Tensor], Tensor]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An inner loss.
+
+    Attributes:
+        loss: of outputs `[n, out]` and targets `[n, out]`, one number a token, `[n]`.
+        smoothness: bound of its second derivative in the output, which sets the inner step.
+    """
+
+    loss: InnerLoss
+    smoothness: float
+
+
+DOT = Objective(lambda y, u: -(y * u).sum(-1), 0.0)
+"""-<y, u>: with the surprise as target this is gradient descent (Eq. 55)."""
+
+L2 = Objective(lambda y, u: 0.5 * (y - u).square().sum(-1), 1.0)
+"""1/2 |y - u|^2: delta gradient descent (Eq. 56)."""
+
+HUBER = Objective(lambda y, u: F.huber_loss(y, u, reduction="none").sum(-1), 1.0)
+"""Huber's loss of every coordinate, width 1: one outlier pulls with a force of at most 1."""
+
+
+def surprise(x: Tensor, y: Tensor, pull: Tensor) -> Tensor:
+    """The target of Eq. 58: u = -dL/dy at the present weights."""
+    return pull
+
+
+def improved_output(x: Tensor, y: Tensor, pull: Tensor) -> Tensor:
+    """The target u = y - dL/dy, the output after a gradient step on it: only the error is learned, nothing decays."""
+    return y + pull
+
+
+def squared_distance(w: Tensor, start: Tensor) -> Tensor:
+    """1/2 |W - W_t|^2, the retention of Eq. 55 and 56; it is divided by the learning rate."""
+    return 0.5 * (w - start).square().sum()
+
+
+class GeneralizedGradientDescent(MemoryOptimizer):
+    """W <- argmin of mean_i loss(W x_i, u_i) + Ret(W, W_t) / lr with u_i = f(x_i, W_t x_i, -dL_i/dy_i) (NL Definition
+    5, Eq. 59-60).
+
+    Every `nn.Linear` weight of `model` solves this by `inner_steps` steps of gradient descent from W_t, of size lr / (1
+    + lr smoothness mean|x|^2), which is below the inverse of the objective's largest curvature. The paper fixes neither
+    loss, target, retention nor solver. `objective=DOT` with one step is gradient descent; `L2` converges to
+    `DeltaGradientDescent`, which has the closed form.
+
+    The retention window c of Eq. 59 is 1: only W_t is kept.
+
+    Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent. Sparse gradients, complex
+    parameters and parameters spread by FSDP2 are refused (each process would need all processes' tokens). State per
+    parameter: none; between backward and step, in + out numbers a token and layer.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        *,
+        model: nn.Module,
+        objective: Objective = L2,
+        target: Target = surprise,
+        retention: Retention = squared_distance,
+        inner_steps: int = 5,
+        reduction: Reduction = "mean",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool = True,
+        on_nonfinite: OnNonfinite = "raise",
+    ) -> None:
+        """Args:
+            params: parameters or groups.
+            lr: weight of the inner loss against the retention (the paper's eta).
+            model: whose `nn.Linear` layers are watched by forward hooks; `close()` takes them off.
+            objective: `DOT`, `L2`, `HUBER` or another.
+            target: f of inputs `[n, in]`, outputs without bias `[n, out]` and -dL/dy `[n, out]`.
+            retention: of weights and the weights at the start, one number.
+            inner_steps: five come within 1% of L2's minimiser where lr mean|x|^2 is below 1.
+            reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
+            weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
+
+        Raises:
+            ValueError: a setting outside its range, or parameters spread over processes.
+        """
+        check_range("inner_steps", inner_steps, 1)
+        check_range("objective.smoothness", objective.smoothness, 0.0)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        self.objective, self.target, self.retention = objective, target, retention
+        self.inner_steps, self.reduction = inner_steps, reduction
+        super().__init__(params, shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite))
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "GeneralizedGradientDescent needs every token of the batch in one process and cannot train parameters "
+                "that FSDP2 has spread; DeltaGradientDescent can"
+            )
+        self.layers = LayerInputs(model, record_pairs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and forgets the inputs."""
+        super().zero_grad(set_to_none)
+        self.layers.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.layers.remove()
+
+    def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
+        results = []
+        lr = float(group["lr"])
+        for parameter, gradient in zip(memories.parameters, gradients, strict=True):
+            seen = self.layers.of(parameter)
+            if seen is None or lr == 0:
+                results.append(gradient)
+                continue
+            start = parameter.detach().to(gradient.dtype)
+            results.append((start - self._solve(start, seen, lr, -1.0 if group["maximize"] else 1.0)) / lr)
+        return results
+
+    def _solve(
+        self, start: Float[Tensor, "out inner"], seen: Seen, lr: float, sign: float
+    ) -> Float[Tensor, "out inner"]:
+        x, gradient = torch.cat(seen.inputs), torch.cat(seen.output_gradients)
+        share = 1.0 / seen.tokens if self.reduction == "mean" else 1.0
+        u = self.target(x, x @ start.mT, gradient * (-sign / share))
+        rate = lr / (1 + lr * self.objective.smoothness * share * float(x.square().sum()))
+        w = start
+        for _ in range(self.inner_steps):
+            with torch.enable_grad():
+                w = w.detach().requires_grad_()
+                loss = self.objective.loss(x @ w.mT, u).sum() * share + self.retention(w, start) / lr
+                (slope,) = torch.autograd.grad(loss, w)
+            w = w.detach() - rate * slope
+        return w
+
+    def _stepped(self) -> None:
+        self.layers.clear()
