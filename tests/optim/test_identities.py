@@ -65,9 +65,11 @@ def test_special_case(name: str) -> None:
 
 
 def test_the_appendix_is_adam_but_for_its_terms() -> None:
-    """Eq. 102 and 105 accumulate without decay and divide by sqrt(beta_2) more. With M = sum of beta_1 g and H = sum of beta_2 g^2, W moves by
-    lr M / (sqrt(beta_2) sqrt(H)); that is our sum form with the rate lr beta_1 / sqrt(beta_2). What is Adam's and not
-    the appendix': exponential means in place of the sums, their correction for the zero start, and eps.
+    """Eq. 102 and 105 accumulate without decay and divide by sqrt(beta_2) once more.
+
+    With M the sum of beta_1 g and H the sum of beta_2 g^2, W moves by lr M / (sqrt(beta_2) sqrt(H)): our sum form at the
+    rate lr beta_1 / sqrt(beta_2). What Adam has besides: exponential means in place of the sums, their correction for
+    the zero start, and eps.
     """
     beta1, beta2, lr = 0.9, 0.999, 0.05
     generator = torch.Generator().manual_seed(0)
@@ -107,9 +109,7 @@ def test_newton_schulz_on_a_linear_memory_is_muon(adjust: Any, nesterov: bool) -
         shapes,
     )
     theirs = run(
-        lambda p: Muon(
-            p, 0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, adjust_lr_fn=adjust, **coefficients
-        ),
+        lambda p: Muon(p, 0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, adjust_lr_fn=adjust, **coefficients),
         shapes,
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)

@@ -41,7 +41,7 @@ def test_linear_regression_converges(scale: float) -> None:
         scheduler.step()
         errors.append((w - truth).norm().item())
     assert max(errors) < 1.5 * truth.norm().item()
-    assert errors[-1] < 1e-3 * truth.norm().item()
+    assert errors[-1] < 1e-2 * truth.norm().item()
 
 
 def test_the_slow_factor_changes_at_the_end_of_a_cycle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nestling.optim.build import NAMES, TrainerFactory, build
 from nestling.optim.deep_momentum import DeepMomentum
 from nestling.optim.delta_gradient_descent import DeltaGradientDescent
 from nestling.optim.delta_momentum import DeltaMomentum
@@ -13,11 +14,14 @@ from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 
 __all__ = [
     "M3",
+    "NAMES",
     "DeepMomentum",
     "DeltaGradientDescent",
     "DeltaMomentum",
     "FeatureMomentum",
     "GeneralizedGradientDescent",
     "PreconditionedMomentum",
+    "TrainerFactory",
+    "build",
     "matrix_groups",
 ]

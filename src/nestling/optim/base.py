@@ -142,7 +142,7 @@ class MemoryOptimizer(Optimizer):
 
 
 def shared_settings(
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     maximize: bool,
     foreach: bool,

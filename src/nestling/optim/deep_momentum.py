@@ -34,10 +34,10 @@ class DeepMomentum(MemoryOptimizer):
     - **Objective.** "dot": -<A h, u> / width averaged over rows, h = tanh(B u). It is the paper's <m(u), 1> with the
       gradient for the 1: with the constant 1 the memory would learn a direction that ignores the gradient's sign. Then
       A <- alpha A + inner_lr mean u h^T / width and m(u_t) = u_t + inner_lr sum_i alpha^(t-i) mean_r u_ir <h_ir, h_t> /
-      width: past gradients weighed by their likeness to the present one, where plain momentum gives all the same weight.
-      tanh bounds A by inner_lr sqrt(rows) / (width (1 - alpha)) an entry. An opposite past gradient counts as a like one:
-      m strengthens the subspace of recent gradients and does not average signs away. "l2": 1/2 |A h - u|^2 / width, the
-      delta rule, which stops at m(u) = 2 u.
+      width: past gradients weighed by their likeness to the present one, where plain momentum weighs all the same. No
+      entry of A exceeds inner_lr sqrt(size) / (width (1 - alpha)), since |h| <= 1 and u has unit size. An opposite past
+      gradient counts as a like one: m strengthens the subspace of recent gradients and does not average signs away.
+      "l2": 1/2 |A h - u|^2 / width, the delta rule, which stops at m(u) = 2 u.
     - **Retention.** alpha acts on A and on B's distance from its first value, so that B does not fade.
 
     Cost: two products `[out, in] x [in, width]` forward and two backward. State per parameter: `4 * (3 * in * width) /
@@ -49,7 +49,7 @@ class DeepMomentum(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         *,
         inner_lr: float = 1.0,

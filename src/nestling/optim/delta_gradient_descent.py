@@ -42,7 +42,7 @@ class DeltaGradientDescent(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         *,
         model: nn.Module,
         erase: float = 1.0,

@@ -45,7 +45,7 @@ class DeltaMomentum(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         delta: float = 1.0,
         *,

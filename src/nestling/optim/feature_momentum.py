@@ -26,7 +26,7 @@ class FeatureMomentum(PreconditionedMomentum):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         *,
         features: Map = SpectralFeatures(),  # noqa: B008 (frozen)

@@ -80,7 +80,7 @@ class GeneralizedGradientDescent(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         *,
         model: nn.Module,
         objective: Objective = L2,

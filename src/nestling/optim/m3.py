@@ -60,7 +60,7 @@ class M3(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
         alpha: float = 0.25,
         *,

@@ -34,7 +34,7 @@ class PreconditionedMomentum(MemoryOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         *,
         preconditioner: Map = None,

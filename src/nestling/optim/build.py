@@ -1,0 +1,130 @@
+"""Optimizers by name, for command lines and trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from nestling.optim.deep_momentum import DeepMomentum
+from nestling.optim.delta_gradient_descent import DeltaGradientDescent
+from nestling.optim.delta_momentum import DeltaMomentum
+from nestling.optim.feature_momentum import FeatureMomentum
+from nestling.optim.generalized_gradient_descent import GeneralizedGradientDescent
+from nestling.optim.groups import matrix_groups, parameter_groups
+from nestling.optim.m3 import M3
+from nestling.optim.preconditioned_momentum import PreconditionedMomentum
+from nestling.optim.preconditioners import AdamDiagonal
+from nestling.optim.side_by_side import SideBySide
+
+NAMES = (
+    "adamw",
+    "deep_momentum",
+    "delta_gradient_descent",
+    "delta_momentum",
+    "feature_momentum",
+    "generalized_gradient_descent",
+    "m3",
+    "muon",
+    "preconditioned_momentum",
+    "sgd",
+)
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    heads: Iterable[nn.Module] = (),
+) -> Optimizer:
+    """The optimizer called `name`, with its defaults, over the parameters of `model` that need gradients.
+
+    Weight decay falls on matrices and stacks of them, as `nestling.optim.groups.decaying` says, and is decoupled for all
+    but `sgd`, where it is torch's L2 term. `m3` and `muon` step matrices by role (`matrix_groups`) and the rest by
+    AdamW with the same rate: an orthogonal step's entries are scaled to AdamW's size.
+
+    Args:
+        name: one of `NAMES`. `adamw`, `sgd` (with momentum) and `muon` are `torch.optim`'s. `preconditioned_momentum`
+            has Adam's diagonal inside the memory (NL Eq. 47).
+        model: what to train.
+        lr: step size. A good one is near 1e-3 for `adamw`, `m3`, `muon` and `preconditioned_momentum`, and 10 to
+            100 times that for the others, whose steps have a gradient's size.
+        weight_decay: see above.
+        betas: AdamW's; the first is the momentum of `sgd` and of the memories that are not Newton-Schulz's.
+        heads: see `matrix_groups`.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}")
+    if name == "muon":
+        return _muon(model, lr, weight_decay, betas, heads)
+    if name == "m3":
+        return M3(matrix_groups(model, weight_decay, heads), lr, adamw_betas=betas)
+    groups = [
+        {**group, "params": trained}
+        for group in parameter_groups(model, weight_decay)
+        if (trained := [p for p in group["params"] if p.requires_grad])
+    ]
+    if name == "adamw":
+        return AdamW(groups, lr, betas=betas)
+    if name == "sgd":
+        return SGD(groups, lr, momentum=betas[0])
+    if name == "preconditioned_momentum":
+        return PreconditionedMomentum(groups, lr, betas[0], preconditioner=AdamDiagonal(betas[1]), average=True)
+    if name == "delta_momentum":
+        return DeltaMomentum(groups, lr, betas[0])
+    if name == "feature_momentum":
+        return FeatureMomentum(groups, lr, betas[0])
+    if name == "deep_momentum":
+        return DeepMomentum(groups, lr, betas[0])
+    if name == "delta_gradient_descent":
+        return DeltaGradientDescent(groups, lr, model=model)
+    return GeneralizedGradientDescent(groups, lr, model=model)
+
+
+def _muon(
+    model: nn.Module, lr: float | Tensor, weight_decay: float, betas: tuple[float, float], heads: Iterable[nn.Module]
+) -> Optimizer:
+    """torch.optim.Muon for what it takes (two dimensions), AdamW for the rest."""
+    matrices, rest = [], []
+    for group in matrix_groups(model, weight_decay, heads):
+        kind = group.pop("kind")
+        flat = [p for p in group["params"] if kind == "matrices" and p.dim() == 2]
+        others = [p for p in group["params"] if kind != "matrices" or p.dim() != 2]
+        matrices += [{**group, "params": flat}] if flat else []
+        rest += [{**group, "params": others}] if others else []
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr, adjust_lr_fn="match_rms_adamw"))  # type: ignore[arg-type]
+    if rest:
+        optimizers.append(AdamW(rest, lr, betas=betas))
+    return SideBySide(*optimizers)
+
+
+class TrainerFactory:
+    """`build` for Hugging Face's Trainer, which makes one of these and calls it with the model.
+
+        Trainer(..., optimizer_cls_and_kwargs=(TrainerFactory, {"name": "m3", "lr": 1e-3, "weight_decay": 0.1}))
+
+    The Trainer passes a class like `M3` its own groups, which do not tell an embedding from a matrix; this sees the
+    model.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        heads: Iterable[nn.Module] = (),
+    ) -> Optimizer:
+        """See `build`."""
+        return build(name, model, lr=lr, weight_decay=weight_decay, betas=betas, heads=heads)
