@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks.breakdown import breakdown
 from benchmarks.decoding import decoding
 from benchmarks.mixers import against_naive, all_mixers
+from benchmarks.optimizers import optimizers
 from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, processor_name, show, write_json
 from benchmarks.throughput import against_attention, against_public
@@ -33,6 +34,7 @@ class Suite(StrEnum):
     DECODING = "decoding"
     MIXERS = "mixers"
     NAIVE = "naive"
+    OPTIMIZERS = "optimizers"
 
 
 def main(
@@ -57,6 +59,7 @@ def main(
         Suite.DECODING: lambda: [decoding(rounds, quick, full)],
         Suite.MIXERS: lambda: all_mixers(rounds, quick, threads),
         Suite.NAIVE: lambda: [against_naive(rounds, quick)],
+        Suite.OPTIMIZERS: lambda: optimizers(rounds, quick),
     }
     reports: list[Report] = []
     for suite in only or list(Suite):

@@ -67,8 +67,8 @@ def test_special_case(name: str) -> None:
 def test_the_appendix_is_adam_but_for_its_terms() -> None:
     """Eq. 102 and 105 accumulate without decay and divide by sqrt(beta_2) once more.
 
-    With M the sum of beta_1 g and H the sum of beta_2 g^2, W moves by lr M / (sqrt(beta_2) sqrt(H)): our sum form at the
-    rate lr beta_1 / sqrt(beta_2). What Adam has besides: exponential means in place of the sums, their correction for
+    With M the sum of beta_1 g and H the sum of beta_2 g^2, W moves by lr M / (sqrt(beta_2) sqrt(H)): our sum form at
+    the rate lr beta_1 / sqrt(beta_2). What Adam has besides: exponential means in place of sums, their correction for
     the zero start, and eps.
     """
     beta1, beta2, lr = 0.9, 0.999, 0.05

@@ -43,8 +43,8 @@ def build(
 ) -> Optimizer:
     """The optimizer called `name`, with its defaults, over the parameters of `model` that need gradients.
 
-    Weight decay falls on matrices and stacks of them, as `nestling.optim.groups.decaying` says, and is decoupled for all
-    but `sgd`, where it is torch's L2 term. `m3` and `muon` step matrices by role (`matrix_groups`) and the rest by
+    Weight decay falls on matrices and stacks of them, as `nestling.optim.groups.decaying` says, and is decoupled for
+    all but `sgd`, where it is torch's L2 term. `m3` and `muon` step matrices by role (`matrix_groups`) and the rest by
     AdamW with the same rate: an orthogonal step's entries are scaled to AdamW's size.
 
     Args:
