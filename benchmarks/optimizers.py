@@ -108,7 +108,7 @@ def _with_inputs(rounds: int) -> Report:
         model = nn.Sequential(nn.Linear(512, 1376), nn.SiLU(), nn.Linear(1376, 512))
         subjects.append(_training(name, model, make(model)))
     _compare(report, subjects, rounds, None)
-    report.notes.append("between backward and step they hold one [in, in] matrix, or in + out numbers a token, a layer")
+    report.notes.append("between backward and step they hold one in x in matrix, or in + out numbers a token, a layer")
     return report
 
 

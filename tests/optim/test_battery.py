@@ -276,6 +276,23 @@ def test_zero_gradients_leave_everything_finite(subject: Subject) -> None:
 
 
 @everyone
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-12])
+def test_tiny_gradients(subject: Subject, scale: float) -> None:
+    """In float32 squares of tiny gradients underflow; the weights stay finite, and small gradients move them little."""
+    model = Network(torch.float32)
+    optimizer = subject.make(model, 1e-3)
+    before = weights(model)
+    for seed in range(4):
+        optimizer.zero_grad()
+        (scale * loss_of(model, batch(seed, dtype=torch.float32))).backward()
+        optimizer.step()
+    changes = [(a - b).abs().max().item() for a, b in zip(weights(model), before, strict=True) if a.numel()]
+    assert all(math.isfinite(c) for c in changes)
+    if subject.name != "M3, algorithm":  # whose first steps are one over a gradient long
+        assert max(changes) < 0.05
+
+
+@everyone
 def test_refusals(subject: Subject) -> None:
     """Complex parameters, sparse gradients and impossible settings are refused in words."""
 

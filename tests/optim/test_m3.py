@@ -62,7 +62,14 @@ def test_the_slow_factor_changes_at_the_end_of_a_cycle() -> None:
 
 def test_settings_are_checked() -> None:
     w = nn.Parameter(torch.zeros(4, 6))
-    for wrong in ({"betas": (0.9, 1.0, 0.9)}, {"frequency": 0}, {"alpha": -1.0}, {"form": "sum"}, {"adjust_lr": "rms"}):
+    for wrong in (
+        {"betas": (0.9, 1.0, 0.9)},
+        {"frequency": 0},
+        {"alpha": -1.0},
+        {"form": "sum"},
+        {"adjust_lr": "rms"},
+        {"eps": 0.0},
+    ):
         with pytest.raises(ValueError):
             M3([w], **wrong)
     with pytest.raises(ValueError, match="no matrix"):

@@ -34,7 +34,7 @@ class M3(MemoryOptimizer):
     `form="average"` (default) keeps the structure and mends these:
 
         M1 <- b1 M1 + (1 - b1) g;  V <- b2 V + (1 - b2) g^2;  every `frequency` steps M2 <- b3 M2 + (1 - b3) (mean of g
-        since), O2 = NS(M2) S = (NS(M1) + alpha O2) / (1 + alpha);  U = S / (sqrt(V) + eps rms);  W <- W - lr ratio U
+        since), O2 = NS(M2) S = (NS(M1) + alpha O2) / (1 + alpha);  U = S / (sqrt(V) / rms + eps);  W <- W - lr ratio U
         |S| / |U|
 
     The betas are kept fractions, as in Adam and Muon. rms is the root of V's mean, so V only tells entries of one
@@ -105,6 +105,8 @@ class M3(MemoryOptimizer):
             check_range("betas", beta, 0.0, 1.0, open_end=True)
         check_range("alpha", alpha, 0.0)
         check_range("frequency", frequency, 1)
+        if eps is not None and eps <= 0:
+            raise ValueError(f"eps must be positive, got {eps}")
         average = form == "average"
         self.orthogonalizer = Orthogonalizer(ns_steps, ns_coefficients, adjust=adjust_lr if average else None)
         defaults = {
@@ -164,7 +166,8 @@ class M3(MemoryOptimizer):
                 continue
             rms = (total(square.sum(), parameter) / parameter.numel()).sqrt()
             before = total(_squared_length(direction), parameter)
-            direction.div_(square.sqrt().add_(eps * rms).clamp_(min=torch.finfo(square.dtype).tiny))
+            # sqrt(V) / rms and not sqrt(V): nothing of the size of a tiny gradient's inverse appears.
+            direction.div_(square.sqrt().div_(torch.where(rms > 0, rms, 1.0)).add_(eps))
             after = total(_squared_length(direction), parameter)
             direction.mul_(torch.where(after > 0, (before / after).sqrt(), 1.0))
 

@@ -53,15 +53,23 @@ def total(value: Tensor, parameter: Tensor) -> Tensor:
 def all_finite(gradients: list[Tensor]) -> bool:
     """Whether no gradient holds NaN or infinity, on any process: they must agree on whether to step."""
     parts = [part for g in gradients if (part := local(g)).numel()]
-    device = parts[0].device if parts else torch.device("cpu")
-    largest = [n.to(device, torch.float32) for n in torch._foreach_norm(parts, float("inf"))] if parts else []
-    finite = torch.stack(largest).isfinite().all() if largest else torch.ones((), dtype=torch.bool, device=device)
+    finite = _parts_finite(parts)
     meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
     if not meshes:
-        return bool(finite)
-    bad = 1.0 - finite.float()
+        return finite
+    bad = torch.tensor(0.0 if finite else 1.0)
     for mesh in meshes:
         bad = bad.to(mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=mesh.get_group(dim))
     return not bool(bad)
+
+
+def _parts_finite(parts: list[Tensor]) -> bool:
+    """A sum is finite only if its terms are, at a tenth of the cost of looking at them; but it can overflow."""
+    devices = {part.device for part in parts}
+    for device in devices:
+        sums = torch.stack([part.sum(dtype=torch.float32) for part in parts if part.device == device])
+        if not sums.isfinite().all() and not all(part.isfinite().all() for part in parts):
+            return False
+    return True
