@@ -4,7 +4,9 @@ with a name when something breaks."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from nestling.errors import UserError
 from nestling.evaluation.language import next_token_loss
+from nestling.levels.assignment import multi_frequency
 from nestling.models.cache import ModelState
 from nestling.models.modeling import IGNORE, NestlingForCausalLM
 from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune, staged_directory, staging_path
@@ -113,9 +116,13 @@ class NestlingTrainer(Trainer):
         *,
         carry_state: bool = False,
         keep_checkpoints: int = 2,
+        levels: Mapping[str, int] | None = None,
+        level_rate_exponent: float = 0.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay."""
+        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay; levels of the
+        optimizer with their periods in steps, and the exponent of their rates (`levels.assignment`).
+        """
         super().__init__(
             model=model,
             args=args,
@@ -129,6 +136,8 @@ class NestlingTrainer(Trainer):
         self.out = Path(str(args.output_dir))
         self.carry_state = carry_state
         self.keep_checkpoints = keep_checkpoints
+        self.levels = dict(levels or {})
+        self.level_rate_exponent = level_rate_exponent
         self.carried: ModelState | None = None
         self.grad_norm = 0.0
         self.loss_sum = 0.0
@@ -154,6 +163,22 @@ class NestlingTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decaying`."""
         return decaying(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, or with levels one of them for every level."""
+        if self.optimizer is not None or not self.levels:
+            return super().create_optimizer(model)
+        model = model or self.net
+        made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.net)
+        self.optimizer = multi_frequency(
+            model,
+            self.levels,
+            optimizer=partial(made, **options),
+            weight_decay=self.args.weight_decay,
+            decaying=set(self.get_decay_parameter_names(model)),
+            rate_exponent=self.level_rate_exponent,
+        )
+        return self.optimizer
 
     def compute_loss(
         self,
