@@ -150,8 +150,8 @@ class MultiFrequency(Optimizer):
                 continue
             if p.grad.is_sparse:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} in level {level.name!r} has a sparse gradient, which cannot "
-                    f"be summed over {level.period} steps; make its embedding dense, or put it in a level of period 1"
+                    f"a parameter of shape {tuple(p.shape)} in level {level.name!r} has a sparse gradient, which "
+                    f"cannot be summed over {level.period} steps; make its embedding dense, or give it period 1"
                 )
             state = self.state[p]
             if ACCUMULATED not in state:
