@@ -14,8 +14,8 @@ from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
 from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
 from nestling.memory.bank import BankState
-from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
+from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
 from nestling.ops.rotary import rotate, rotation

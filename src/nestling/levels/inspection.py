@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -115,7 +116,7 @@ class _Builder:
     def join_gradient_flow(self) -> None:
         """Backpropagation runs through all trained parameters; those of different periods are different levels."""
         periods = sorted({period for period, _ in self.flows})
-        for fast, slow in zip(periods, periods[1:], strict=False):
+        for fast, slow in pairwise(periods):
             sources = [n for period, names in self.flows if period == slow for n in names]
             targets = [n for period, names in self.flows if period == fast for n in names]
             self._connect(sources, targets, "backpropagation", "errors")

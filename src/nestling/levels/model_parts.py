@@ -71,10 +71,11 @@ def find_memories(model: nn.Module) -> list[MemoryPart]:
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, MemoryDescription]]:
     for path, module in model.named_modules():
         if isinstance(module, DescribesMemories):
-            for memory in module.describe_memories():
-                yield path, module, memory
-        elif (memory := _foreign(module)) is not None:
-            yield path, module, memory
+            described: DescribesMemories = module
+            for memory in described.describe_memories():
+                yield path, model.get_submodule(path), memory
+        elif (known := _foreign(module)) is not None:
+            yield path, module, known
 
 
 def _foreign(module: nn.Module) -> MemoryDescription | None:

@@ -193,12 +193,17 @@ def _draw_lane(axes: Axes, x: float, edge: float, lane: Lane, start: float, end:
     color = MOVES[lane.kind]
     axes.plot([edge, x, x], [start, start, end], color=color, lw=1.5, solid_joinstyle="round", zorder=2)
     axes.plot([edge], [start], marker="o", ms=3.5, color=color, zorder=5)
-    head = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
-    axes.add_patch(FancyArrowPatch((x, end), (edge - 0.02, end), lw=1.5, color=color, zorder=5, **head))
-    room = int(abs(start - end) * 15) + 2
+    _arrow(axes, (x, end), (edge - 0.02, end), color)
+    room = int(abs(start - end) * 17) + 4
     text = textwrap.shorten(lane.text, max(room, 10), placeholder=" …")
     back = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none"}
     axes.text(x, (start + end) / 2, text, rotation=90, fontsize=7.4, color=color, ha="center", va="center", bbox=back)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str) -> None:
+    arrow = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0)
+    arrow.set(color=color, linewidth=1.5, zorder=5)
+    axes.add_patch(arrow)
 
 
 def _port(lane: Lane, lanes: list[Lane], tops: list[tuple[float, float]], level: int) -> float:
@@ -222,8 +227,7 @@ def _draw_legend(axes: Axes, items: list[tuple[str, str, bool, float]], y: float
     x = 0.1
     for text, color, arrow, room in items:
         if arrow:
-            head = {"arrowstyle": "-|>", "mutation_scale": 10}
-            axes.add_patch(FancyArrowPatch((x, y), (x + 0.32, y), color=color, lw=1.5, **head))
+            _arrow(axes, (x, y), (x + 0.32, y), color)
         else:
             axes.plot([x, x], [y - 0.1, y + 0.1], color=color, lw=3.2, solid_capstyle="round")
         axes.text(x + (0.4 if arrow else 0.12), y, text, fontsize=8.5, color=INK, va="center")

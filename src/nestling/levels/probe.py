@@ -109,7 +109,8 @@ class _Experiment:
     def _changes(self) -> dict[str, list[int]]:
         """The steps at which every state tensor changed, with gradients that vary in size and sign."""
         changes: dict[str, list[int]] = {}
-        self.steps, last = 0, {}
+        last: dict[str, Tensor] = {}
+        self.steps = 0
         while self.steps < FEW or (self.steps < MANY and not all(_regular(c, self.steps) for c in changes.values())):
             self._step(math.cos(2.0 * self.steps))
             now = {name: t.detach().clone() for name, t in self._tensors()}
@@ -150,12 +151,15 @@ class _Experiment:
         old = dict(self._tensors())[name].detach().clone()
         with torch.no_grad():
             self.p.zero_()  # so that a weight decay inside the gradient is nothing
-        self._step()
+        # A gradient of another direction shows what only looked like a line; a slow state has summed the old one.
+        turn = torch.rand(self.gradient.shape, generator=torch.Generator().manual_seed(2)).to(self.gradient) + 0.5
+        gradient = self.gradient * turn if period == 1 else self.gradient
+        self._step(gradient / self.gradient)
         new = dict(self._tensors())[name].detach()
         write, degree = None, None
         if old.shape == self.gradient.shape and retention is not None:
             for power in (1, 2):
-                slope = _constant((new - retention * old) / self.gradient**power)
+                slope = _constant((new - retention * old) / gradient**power)
                 if slope is not None and abs(slope) > CLOSE:
                     write, degree = slope / (period or 1), power
                     break
@@ -165,7 +169,7 @@ class _Experiment:
         write = None if write is None else round(write, 9)
         return StateMemory(name, period, like, kept, write, degree, feeds, feeds_parameter)
 
-    def _step(self, scale: float = 1.0) -> None:
+    def _step(self, scale: float | Tensor = 1.0) -> None:
         self.steps += 1
         self.p.grad = self.gradient * scale
         type(self.twin).step(self.twin)
@@ -204,9 +208,10 @@ def _regular(times: list[int], now: int) -> bool:
     """Whether the changes so far show a period."""
     if len(times) >= FEW - 1:
         return True
-    return (
-        len(times) >= 3 and times[-1] - times[-2] == times[-2] - times[-3] and now - times[-1] <= times[-1] - times[-2]
-    )
+    if len(times) < 3:
+        return False
+    last, before = times[-1] - times[-2], times[-2] - times[-3]
+    return last == before and now - times[-1] <= last
 
 
 def _constant(values: Tensor) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -42,9 +42,9 @@ class Problem:
       steps take the gradients summed since (`MultiFrequency`). Neighbours with the same `objective` are in one gradient
       flow: one backward pass, taken before any of them moves (transfer by backpropagation). With an objective of its
       own a problem sees what the problems before it have just become (Definition 2's order among equals).
-    - in context: `start` and a `rule`; the weights live for one step, begin at what `start` returns (parameters: transfer
-      by initialisation; the output of a network: by generation) and learn from the items of the context, every `period`
-      of them. The problems in the stream differentiate through all of it.
+    - in context: `start` and a `rule`; the weights live for one step, begin at what `start` returns (parameters:
+      transfer by initialisation; the output of a network: by generation) and learn from the items of the context, every
+      `period` of them. The problems in the stream differentiate through all of it.
 
     Attributes:
         name: of the problem, and of its weights in what the objectives are given.
@@ -67,7 +67,7 @@ class Problem:
     parameters: nn.Module | Iterable[Tensor] = ()
     optimizer: Factory | None = None
     start: Callable[[Any, Solved], Weights] | None = None
-    rule: Rule = descent(0.1)
+    rule: Rule = field(default_factory=lambda: descent(0.1))
     context: Callable[[Any], Iterable[Any]] = lambda batch: (batch,)
     period: int = 1
     history: bool = False
@@ -152,7 +152,9 @@ class Runner:
                 n: w if w.requires_grad else w.detach().requires_grad_()
                 for n, w in problem.start(batch, solved).items()
             }
-            path, memory, waiting = [weights], None, []
+            path: list[Weights] = [weights]
+            memory: Any = None
+            waiting: list[Any] = []
             for item in problem.context(batch):
                 waiting.append(item)
                 if len(waiting) == problem.period:
@@ -169,9 +171,8 @@ def _update(
     """One update of fast weights with the gradients of several items, all taken at the weights before it (Eq. 71)."""
     with torch.enable_grad():
         loss = torch.stack([problem.objective(item, {**solved, problem.name: weights}) for item in items]).sum()
-        found = torch.autograd.grad(
-            loss, list(weights.values()), create_graph=problem.differentiable, allow_unused=True
-        )
+        kept = problem.differentiable
+        found = torch.autograd.grad(loss, list(weights.values()), create_graph=kept, allow_unused=True)
         pairs = zip(weights.items(), found, strict=True)
         gradients = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
         weights, memory = problem.rule(weights, gradients, memory)

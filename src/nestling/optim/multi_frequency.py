@@ -56,7 +56,7 @@ class RunningLevel:
     @property
     def elapsed(self) -> int:
         """Steps since the level's last update, 0 to period - 1."""
-        return int(self.optimizer.param_groups[0]["elapsed"])
+        return int(self.optimizer.param_groups[0]["level_elapsed"])
 
 
 class MultiFrequency(Optimizer):
@@ -74,7 +74,7 @@ class MultiFrequency(Optimizer):
     - Eq. 71 gives every gradient the rate of its own step; here the whole sum has the rate of the step it is used at,
       because an arbitrary optimizer takes one rate. They agree while the rate stands still.
     - `param_groups` are the inner optimizers' own groups, one after the other, so schedulers act on them; each also has
-      `level`, `period` and `elapsed` (steps since the level's last update).
+      `level`, `level_period` and `level_elapsed` (steps since the level's last update).
     - A gradient sum that has not reached its period when training ends has changed nothing.
     - Every state must live in the inner optimizer's `state` and `param_groups`, as PyTorch's contract has it.
 
@@ -135,7 +135,7 @@ class MultiFrequency(Optimizer):
             if level.period > 1:
                 self._accumulate(level)
             for group in level.optimizer.param_groups:
-                group["elapsed"] = 0 if due else elapsed
+                group["level_elapsed"] = 0 if due else elapsed
             if due and level.period == 1:
                 level.optimizer.step()
             elif due:
@@ -202,8 +202,8 @@ class MultiFrequency(Optimizer):
             ValueError: a state of other levels, periods or numbers of parameters.
         """
         groups = list(state_dict["param_groups"])
-        found = [(group.get("level"), group.get("period")) for group in groups]
-        wanted = [(group["level"], group["period"]) for group in self.param_groups]
+        found = [(group.get("level"), group.get("level_period")) for group in groups]
+        wanted = [(group["level"], group["level_period"]) for group in self.param_groups]
         if found != wanted:
             raise ValueError(
                 f"the saved optimizer has the levels (name, period) {_once(found)}, this one has {_once(wanted)}; "
@@ -243,7 +243,7 @@ class MultiFrequency(Optimizer):
         if level.elapsed:
             raise ValueError(f"level {level.name!r} is {level.elapsed} steps into its period; add the group at its end")
         level.optimizer.add_param_group(param_group)
-        level.optimizer.param_groups[-1] |= {"period": level.period, "elapsed": 0}
+        level.optimizer.param_groups[-1] |= {"level_period": level.period, "level_elapsed": 0}
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _start(name: str, level: OptimizerLevel, default: Factory, rate_exponent: fl
         raise ValueError(f"level {name!r} has no parameters")
     inner = (level.optimizer or default)(list(given))
     for group in inner.param_groups:
-        group |= {"level": name, "period": level.period, "elapsed": 0}
+        group |= {"level": name, "level_period": level.period, "level_elapsed": 0}
         if "lr" in group:
             group["lr"] = group["lr"] * level.period**rate_exponent
     return RunningLevel(name, level.period, inner)
