@@ -18,6 +18,9 @@ Context = Literal["tokens", "gradients", "samples"]
 Kind = Literal["attention", "fast weights", "optimizer state", "parameters"]
 TransferKind = Literal["parametric", "non-parametric", "backpropagation", "initialisation", "generation"]
 
+WIDTH = 150
+"""Columns of the tables in a file or a pipe; a terminal has its own."""
+
 _SPEED: tuple[Unit, ...] = ("query", "token", "step", "never")
 
 
@@ -243,6 +246,8 @@ class NestedSystem:
     def print(self, console: Console | None = None) -> None:
         """Show the levels and the transfers as tables."""
         console = console or Console()
+        if not console.is_terminal:
+            console.width = max(console.width, WIDTH)
         for table in self._tables():
             console.print(table)
         for note in self.notes:
@@ -266,8 +271,8 @@ class NestedSystem:
 
     def _tables(self) -> list[Table]:
         levels = Table(title=self.name, title_justify="left", show_lines=False)
-        for heading in ("level", "updates", "component", "context", "objective", "rule"):
-            levels.add_column(heading, overflow="fold")
+        for heading in ("level", "updates", "component", "context", "objective, rule"):
+            levels.add_column(heading, overflow="fold", no_wrap=heading in ("level", "updates"))
         for heading in ("parameters", "state"):
             levels.add_column(heading, justify="right")
         for level in self.levels:
@@ -275,7 +280,7 @@ class NestedSystem:
                 first = (str(level.index), str(level.frequency)) if i == 0 else ("", "")
                 name = f"{c.name} (×{c.copies})" if c.copies > 1 else c.name
                 own = count_text(c.parameters, c.parameter_bytes)
-                levels.add_row(*first, name, c.context, c.objective, c.rule, own, state_text(c))
+                levels.add_row(*first, name, c.context, f"{c.objective}\n{c.rule}", own, state_text(c))
             levels.add_section()
         if not self.transfers:
             return [levels]
