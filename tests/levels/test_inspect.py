@@ -205,5 +205,5 @@ def test_output_for_people_and_programs(tmp_path: Path) -> None:
     svg = (tmp_path / "a.svg").read_text()
     assert svg == (tmp_path / "b.svg").read_text() and "Level 1" in svg and "backpropagation" in svg
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(ValueError, match="NestedSystem.define makes one to run"):
+    with pytest.raises(ValueError, match=r"NestedSystem\.define makes one to run"):
         system.step(None)

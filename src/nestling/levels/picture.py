@@ -131,7 +131,7 @@ def _cycles(system: NestedSystem, level: Level) -> float:
     """Periods of a level's wave: the slowest of the system has one, every faster frequency twice as many."""
     if level.frequency.unit in ("never", "query"):
         return 0.0 if level.frequency.unit == "never" else 55.0
-    ranks = sorted({other.frequency.rank for other in system.levels if other.frequency.unit in ("token", "step")})
+    ranks = sorted({other.frequency.rank for other in system.levels if other.frequency.unit not in ("query", "never")})
     return 1.0 * 2.0 ** min(len(ranks) - 1 - ranks.index(level.frequency.rank), 5)
 
 

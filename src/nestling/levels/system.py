@@ -13,7 +13,7 @@ from rich.table import Table
 
 from nestling.levels.problems import Problem, Runner
 
-Unit = Literal["query", "token", "step", "never"]
+Unit = Literal["query", "token", "item", "step", "never"]
 Context = Literal["tokens", "gradients", "samples"]
 Kind = Literal["attention", "fast weights", "optimizer state", "parameters"]
 TransferKind = Literal["parametric", "non-parametric", "backpropagation", "initialisation", "generation"]
@@ -21,7 +21,7 @@ TransferKind = Literal["parametric", "non-parametric", "backpropagation", "initi
 WIDTH = 150
 """Columns of the tables in a file or a pipe; a terminal has its own."""
 
-_SPEED: tuple[Unit, ...] = ("query", "token", "step", "never")
+_SPEED: dict[Unit, int] = {"query": 0, "token": 1, "item": 1, "step": 2, "never": 3}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Frequency:
     Attributes:
         unit: what `period` counts. "query": a non-parametric solution is found anew for every query, frequency
             infinity; "never" is frequency 0, and `period` then means nothing for either. A step of the optimizer reads
-            whole sequences, so everything that is updated by the token is faster than all that is updated by the step.
+            whole sequences, so everything that is updated by the token (or by the item of another context) is faster
+            than all that is updated by the step.
         period: tokens or steps between two updates.
     """
 
@@ -41,7 +42,7 @@ class Frequency:
     @property
     def rank(self) -> tuple[int, int]:
         """Smaller is faster."""
-        return _SPEED.index(self.unit), self.period if self.unit in ("token", "step") else 0
+        return _SPEED[self.unit], 0 if self.unit in ("query", "never") else self.period
 
     def __str__(self) -> str:
         if self.unit in ("query", "never"):
@@ -187,7 +188,7 @@ class NestedSystem:
                 Component(
                     name=problem.name,
                     kind="fast weights" if inside else "parameters",
-                    frequency=Frequency("token" if inside else "step", problem.period),
+                    frequency=Frequency(_unit(problem), problem.period),
                     context=problem.flow,
                     objective=problem.goal,
                     rule=problem.rule_text(),
@@ -322,6 +323,12 @@ def _short(number: float) -> str:
             return f"{number:.0f}{unit}" if number >= 100 or not unit else f"{number:.1f}{unit}"
         number /= 1000
     raise AssertionError
+
+
+def _unit(problem: Problem) -> Unit:
+    if problem.start is None:
+        return "step"
+    return "token" if problem.flow == "tokens" else "item"
 
 
 def _heights(components: dict[str, Component]) -> dict[str, int]:
