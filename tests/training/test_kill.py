@@ -22,6 +22,7 @@ ARGUMENTS = [
     *("--steps", str(STEPS), "--sequence-length", "32", "--batch-size", "2", "--gradient-accumulation", "2"),
     *("--carry-state", "--log-every", "1", "--eval-every", "10", "--save-every", "7", "--eval-tokens", "200"),
     *("--sample-tokens", "0", "--no-tensorboard", "--device", "cpu", "--levels", "cms.0=2,cms.1=5,cms.2=11"),
+    "--measure-levels",
 ]
 
 

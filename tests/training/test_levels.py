@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nestling.errors import UserError
 from nestling.training import NestlingTrainer, TrainConfig, train
@@ -74,11 +75,12 @@ def test_rates_of_levels_scale_and_follow_the_schedule(tiny_config: Make) -> Non
     assert slow == pytest.approx(rest / 2) and rest < 3e-3
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6, 7])
+@pytest.mark.parametrize("stop", [5, 7])
 def test_an_interrupted_run_resumes_exactly(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     changes: dict[str, Any] = {"preset": "hope", "levels": LEVELS, "gradient_accumulation": 2, "save_every": stop - 1}
+    changes |= {"measure_levels": True, "log_every": 2}
     whole = train(tiny_config(out=str(tmp_path / "whole"), **changes))
     config = tiny_config(out=str(tmp_path / "cut"), **changes)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -123,3 +125,28 @@ def test_bad_levels_write_nothing(tiny_config: Make, tmp_path: Path, levels: str
 def test_an_exponent_without_levels_is_refused(tiny_config: Make) -> None:
     with pytest.raises(UserError, match="has no effect without --levels"):
         tiny_config(level_rate_exponent=-0.5)
+
+
+def test_levels_are_measured_as_they_train(tiny_config: Make) -> None:
+    config = tiny_config(preset="hope", levels=LEVELS, measure_levels=True, tensorboard=True, log_every=4)
+    train(config)
+    records = [r for r in without_speed(config.out) if "cms.0/distance" in r]
+    assert [r["step"] for r in records] == [4, 8]
+    periods = [(r["cms.0/effective_period"], r["cms.1/effective_period"]) for r in records]
+    assert periods == [(1.0, 4.0), (1.0, 4.0)]  # 4 steps and a change at 3, 8 steps and changes at 3 and 6
+    last = records[-1]
+    assert {"cms.1/update_norm", "cms.0/grad_norm", "cms.0~cms.1/cosine", "cms.0~cms.1/subspace"} <= set(last)
+    assert last["cms.2/effective_period"] == 8.0 and "cms.2/effective_period" not in records[0]
+    assert 0 < last["cms.1/distance"] < last["cms.0/distance"] and "rest/grad_norm" in last
+    assert not any("rest~" in name or "~rest" in name for name in last)
+    events = EventAccumulator(str(Path(config.out) / "tensorboard"))
+    events.Reload()
+    assert "levels/cms.0~cms.1/cosine" in events.Tags()["scalars"]
+
+
+def test_measuring_changes_no_training_and_needs_no_levels(tiny_config: Make, tmp_path: Path) -> None:
+    plain = train(tiny_config(preset="hope", out=str(tmp_path / "a")))
+    measured = train(tiny_config(preset="hope", out=str(tmp_path / "b"), measure_levels=True))
+    records = without_speed(measured.out)
+    assert [r for r in records if "cms.0/distance" not in r] == without_speed(plain.out)
+    assert records[0]["step"] == 1 and "cms.1/grad_norm" in records[1]

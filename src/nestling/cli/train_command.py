@@ -112,6 +112,12 @@ def train(
     keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints kept.", rich_help_panel=RECORDS)] = 2,
     eval_tokens: Annotated[int, typer.Option(help="Most tokens a validation reads.", rich_help_panel=RECORDS)] = 65536,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events.", rich_help_panel=RECORDS)] = True,
+    measure_levels: Annotated[
+        bool,
+        typer.Option(
+            "--measure-levels", help="Measure updates and gradients of the levels as well.", rich_help_panel=RECORDS
+        ),
+    ] = False,
     sample_tokens: Annotated[int, typer.Option(help="Length of the sample at the end.", rich_help_panel=RECORDS)] = 200,
     sample_prompt: Annotated[str, typer.Option(help="Beginning of the sample.", rich_help_panel=RECORDS)] = "",
 ) -> None:

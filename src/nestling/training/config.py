@@ -14,7 +14,9 @@ from nestling.levels.assignment import parse_levels
 CONFIG_FILE = "train_config.json"
 
 # Settings that say what is written and shown, not what is computed; a resumed run may change them.
-FREE_ON_RESUME = frozenset({"out", "save_every", "keep_checkpoints", "tensorboard", "sample_tokens", "sample_prompt"})
+FREE_ON_RESUME = frozenset(
+    {"out", "save_every", "keep_checkpoints", "tensorboard", "measure_levels", "sample_tokens", "sample_prompt"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class TrainConfig:
 
     Records. Steps are optimizer steps throughout.
         log_every, eval_every, save_every: in steps; an evaluation and a checkpoint also come at the end.
+        measure_levels: with every training record, measure the levels of `levels`, or without any the continuum's
+            (`levels.measures`). Takes a copy of the first weights.
         eval_tokens: validation reads at most so many tokens, from the start of the held-out text.
     """
 
@@ -89,6 +93,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_tokens: int = 65536
     tensorboard: bool = True
+    measure_levels: bool = False
     sample_tokens: int = 200
     sample_prompt: str = ""
 

@@ -18,7 +18,8 @@ from nestling import NestlingForCausalLM, __version__
 from nestling.errors import UserError
 from nestling.evaluation.language import LossReport, evaluate_loss
 from nestling.evaluation.sampling import continue_text
-from nestling.levels.assignment import assign_levels, describe_levels, parse_levels
+from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
+from nestling.levels.measures import LevelMeter
 from nestling.training.build import build_model, check_preset
 from nestling.training.checkpoint import (
     clear_leftovers,
@@ -198,7 +199,14 @@ def _make_trainer(
         callbacks=[recorder],
     )
     recorder.trainer = trainer
+    if config.measure_levels:
+        trainer.meter = LevelMeter(model, assign_levels(model, _level_periods(config, model)))
     return trainer, recorder
+
+
+def _level_periods(config: TrainConfig, model: NestlingForCausalLM) -> dict[str, int]:
+    """The levels to measure: the run's, else those of the continuum, all updated at every step."""
+    return parse_levels(config.levels) if config.levels else dict.fromkeys(continuum_levels(model), 1)
 
 
 def _finish(
