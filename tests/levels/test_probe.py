@@ -61,6 +61,8 @@ def test_periods_and_chains() -> None:
     assert memories["filtered"].degree is None  # its write is the fast momentum's, not a line in this gradient
     assert {n for n, m in memories.items() if m.feeds_parameter} == {"fast", "slow", "waiting", "filtered"}
     assert found(partial(TwoSpeeds, period=37))["slow"].period == 37
+    assert found(partial(TwoSpeeds, period=290))["slow"].period == 290
+    assert found(partial(TwoSpeeds, period=500))["slow"].period is None  # too slow to be seen twice
 
 
 def test_vectors_convolutions_and_a_rate_of_zero() -> None:

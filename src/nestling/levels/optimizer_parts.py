@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestling.levels.probe import ProbeError, StateMemory, probe_optimizer, state_tensors
+from nestling.levels.probe import MANY, ProbeError, StateMemory, probe_optimizer, state_tensors
 from nestling.levels.system import Component, Frequency
 from nestling.optim import MultiFrequency
 from nestling.optim.multi_frequency import ACCUMULATED
@@ -102,6 +102,8 @@ def _find_states(part: OptimizerPart) -> None:
         names[memory] = f"{name} ({same + 1})" if same else name
     for memory, parameters in kinds.items():
         fed = tuple(n for other, n in names.items() if other.name in memory.feeds)
+        if memory.period is None:
+            part.notes.append(f"{names[memory]} was not seen to change in {MANY} steps; it may be slower than that")
         part.states.append(_state_component(part, memory, names[memory], parameters, fed))
         part.feeds_states[names[memory]] = fed
         if memory.feeds_parameter:

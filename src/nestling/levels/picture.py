@@ -194,7 +194,7 @@ def _draw_lane(axes: Axes, x: float, edge: float, lane: Lane, start: float, end:
     axes.plot([edge, x, x], [start, start, end], color=color, lw=1.5, solid_joinstyle="round", zorder=2)
     axes.plot([edge], [start], marker="o", ms=3.5, color=color, zorder=5)
     _arrow(axes, (x, end), (edge - 0.02, end), color)
-    room = int(abs(start - end) * 17) + 4
+    room = int(abs(start - end) * 13) + 3
     text = textwrap.shorten(lane.text, max(room, 10), placeholder=" …")
     back = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none"}
     axes.text(x, (start + end) / 2, text, rotation=90, fontsize=7.4, color=color, ha="center", va="center", bbox=back)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 LARGEST = 6
 """Largest side of the small parameter: the answers do not depend on it, the time does."""
-FEW, MANY = 6, 200
+FEW, MANY = 6, 600
 """Steps that show a state of period 1, and the most that are taken to find a longer period."""
 RATE = 0.01
 CLOSE = 1e-6
@@ -95,7 +95,8 @@ class _Experiment:
 
     def run(self) -> tuple[StateMemory, ...]:
         changes = self._changes()
-        periods = {n: times[-1] - times[-2] if len(times) > 1 else None for n, times in changes.items()}
+        # What is seen first was made, which may be another step than an update: two changes after it say a period.
+        periods = {n: times[-1] - times[-2] if len(times) > 2 else None for n, times in changes.items()}
         due = [(times[-1], p) for times, p in zip(changes.values(), periods.values(), strict=True) if p is not None]
         # A whole period with one gradient, then up to just before a step at which every state is updated.
         for _ in range(max((p for _, p in due), default=0)):
