@@ -148,6 +148,7 @@ def test_hope_with_levels() -> None:
     assert sum(c.parameters for c in system.components) == sum(p.numel() for p in model.parameters())
     assert moves(system, "initialisation") >= {("blocks.*.mixer", memory), ("blocks.*.channel.levels.0", fast)}
     assert ("blocks.*.channel.levels.2", "blocks.*.channel.levels.1") in moves(system, "backpropagation")
+    assert (surprise, "blocks.*.mixer") not in moves(system, "parametric")  # nobody reads it
     assert (others, memory) in moves(system, "generation") and (surprise, memory) in moves(system, "parametric")
     assert ("cms.2: gradient sum", "cms.2: AdamW exp_avg") in moves(system, "generation")
 

@@ -89,6 +89,27 @@ def test_nothing_real_is_touched() -> None:
     assert not hooked and p.grad is not None
 
 
+class Logging(SGD):
+    """Keeps something outside its state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.log: list[int] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.log.append(len(self.log))
+        torch.rand(3)
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_elsewhere_is_not_touched_either() -> None:
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = Logging([p])
+    random = torch.get_rng_state()
+    assert {m.name for m in probe_optimizer(optimizer, optimizer.param_groups[0], p)} == {"momentum_buffer"}
+    assert optimizer.log == [] and torch.equal(random, torch.get_rng_state())
+
+
 def test_an_optimizer_that_cannot_be_tried() -> None:
     with pytest.raises(ProbeError, match="RuntimeError: not my parameter"):
         found(Rigid)
