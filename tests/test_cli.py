@@ -140,6 +140,25 @@ def test_evaluate_modes(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_inspect(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(place / "run")
+    assert main(["inspect", run, "--levels", "cms.1=8", "--plot", str(tmp_path / "levels.svg")]) == 0
+    output = capsys.readouterr().out
+    assert "1 / 8 steps" in output and "AdamW, lr 0.003, decay 0 to 0.1" not in output and "picture written" in output
+    assert (tmp_path / "levels.svg").read_text().startswith("<?xml")
+    assert main(["inspect", run, "--optimizer", "sgd", "--json"]) == 0
+    rules = [c["rule"] for level in json.loads(capsys.readouterr().out)["levels"] for c in level["components"]]
+    assert "SGD, lr 0.001" in rules
+    assert main(["inspect", run, "--optimizer", "none"]) == 0
+    assert "no optimizer" in capsys.readouterr().out
+    assert "unknown optimizer 'adan'; choose one of: ASGD, " in fails(capsys, "inspect", run, "--optimizer", "adan")
+    assert "--optimizer Muon cannot be made over all" in fails(capsys, "inspect", run, "--optimizer", "Muon")
+    assert "cms.9 fits no parameter" in fails(capsys, "inspect", run, "--levels", "cms.9=2")
+    assert "must end in .svg" in fails(capsys, "inspect", run, "--plot", tmp_path / "levels.bmp")
+    assert "no directory" in fails(capsys, "inspect", run, "--plot", tmp_path / "no" / "levels.svg")
+    assert "no meaning with" in fails(capsys, "inspect", run, "--optimizer", "none", "--levels", "cms.1=2")
+
+
 def test_reading_in_two_parts_equals_reading_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 

@@ -24,7 +24,7 @@ RANKS = {
     "levels": 5,
     "continual": 6,
     "tasks": 6,
-    "plotting": 6,
+    "plotting": 1,
     "evaluation": 7,
     "training": 7,
     "serving": 8,

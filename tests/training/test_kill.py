@@ -21,7 +21,8 @@ ARGUMENTS = [
     *("train", "--preset", "hope", "--set", "hidden_size=16", "num_layers=1", "num_heads=1"),
     *("--steps", str(STEPS), "--sequence-length", "32", "--batch-size", "2", "--gradient-accumulation", "2"),
     *("--carry-state", "--log-every", "1", "--eval-every", "10", "--save-every", "7", "--eval-tokens", "200"),
-    *("--sample-tokens", "0", "--no-tensorboard", "--device", "cpu"),
+    *("--sample-tokens", "0", "--no-tensorboard", "--device", "cpu", "--levels", "cms.0=2,cms.1=5,cms.2=11"),
+    "--measure-levels",
 ]
 
 

@@ -13,6 +13,7 @@ import typer
 from nestling import __version__
 from nestling.cli.evaluate_command import evaluate
 from nestling.cli.generate_command import generate
+from nestling.cli.inspect_command import inspect
 from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
@@ -33,6 +34,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(read)
+app.command()(inspect)
 
 
 def _print_version(wanted: bool) -> None:

@@ -81,6 +81,18 @@ def train(
     beta1: Annotated[float, typer.Option(help="AdamW.", rich_help_panel=OPTIMIZER)] = 0.9,
     beta2: Annotated[float, typer.Option(help="AdamW.", rich_help_panel=OPTIMIZER)] = 0.95,
     grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0,
+    levels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=PERIOD,...",
+            help="Steps between two updates of a level, as in cms.0=1,cms.1=8,cms.2=64; a name is cms.N or a pattern "
+            "of parameter names. Everything else: 1.",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = "",
+    level_rate_exponent: Annotated[
+        float, typer.Option(help="A level's learning rate is multiplied by PERIOD^this.", rich_help_panel=OPTIMIZER)
+    ] = 0.0,
     precision: Annotated[
         str, typer.Option(help="float32, or bf16 for autocast.", rich_help_panel=OPTIMIZER)
     ] = "float32",
@@ -100,6 +112,12 @@ def train(
     keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints kept.", rich_help_panel=RECORDS)] = 2,
     eval_tokens: Annotated[int, typer.Option(help="Most tokens a validation reads.", rich_help_panel=RECORDS)] = 65536,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events.", rich_help_panel=RECORDS)] = True,
+    measure_levels: Annotated[
+        bool,
+        typer.Option(
+            "--measure-levels", help="Measure updates and gradients of the levels as well.", rich_help_panel=RECORDS
+        ),
+    ] = False,
     sample_tokens: Annotated[int, typer.Option(help="Length of the sample at the end.", rich_help_panel=RECORDS)] = 200,
     sample_prompt: Annotated[str, typer.Option(help="Beginning of the sample.", rich_help_panel=RECORDS)] = "",
 ) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nestling.layers.sequence import SequenceLayer
+from nestling.memory.description import MemoryDescription
 from nestling.memory.state import State
 from nestling.ops.rotary import rotate, rotation
 
@@ -100,6 +101,20 @@ class SoftmaxAttention(SequenceLayer):
             return x, state or self.init_state(x.shape[0])
         y, state = self.mix(x, state, lengths)
         return self.output(y), state
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The Nadaraya-Watson estimator over the tokens in view (NL Eq. 62, 63)."""
+        c = self.config
+        return (
+            MemoryDescription(
+                name="attention",
+                period=None,
+                objective="Σ s(k, q) |v − M|²",
+                rule="solved for every query: softmax attention" + (f" over {c.window} tokens" if c.window else ""),
+                state=0,
+                growth=2 * self.key.weight.shape[0],
+            ),
+        )
 
     def mix(
         self,

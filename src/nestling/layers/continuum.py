@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.sequence import SequenceLayer
+from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
@@ -256,6 +257,28 @@ class ContinuumMemory(SequenceLayer):
         """The meta-learned fast weights."""
         levels = [level.init_state(batch_size) for level in self._chain()]
         return ContinuumState(levels, torch.zeros(batch_size, dtype=torch.long, device="cpu"))
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The fast down-projections; a level without a period is an ordinary MLP and no memory of the context."""
+        c, found = self.config, []
+        rule = write_rule(retention=False, erase=c.erase)
+        for i, level in enumerate(self._chain()):
+            if level.period is None:
+                continue
+            above = f"level {i + 1}" if level.context is not None else None
+            found.append(
+                MemoryDescription(
+                    name=f"level {i}",
+                    period=level.period,
+                    objective=OBJECTIVES["l2"],
+                    rule=f"{rule}; g at the start of {level.period} tokens",
+                    state=level.down.numel(),
+                    initial=(f"levels.{i}.down",),
+                    part=f"levels.{i}",
+                    restarts=above,
+                )
+            )
+        return tuple(found)
 
     def _chain(self) -> list[ContinuumLevel]:
         return [cast(ContinuumLevel, level) for level in self.levels]

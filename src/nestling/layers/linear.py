@@ -24,6 +24,7 @@ from nestling.layers.linear_parts import (
 )
 from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
+from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.rotary import rotate, rotation
@@ -201,6 +202,20 @@ class LinearMemory(SequenceLayer):
             weight=torch.zeros(batch_size, c.num_heads, rows, c.key_width, dtype=dtype, device=like.device),
             conv=None if self.conv is None else tail,
             position=torch.zeros(batch_size, dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
+        )
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """One matrix a head; the chunk is a matter of speed, so every token updates it."""
+        c = self.config
+        rule = write_rule(retention=c.retention != "none", erase=c.erase, rate="l" if c.erase else "")
+        return (
+            MemoryDescription(
+                name="memory",
+                period=1,
+                objective=OBJECTIVES["l2" if c.erase else "dot"],
+                rule=rule,
+                state=c.num_heads * (c.value_width + c.denominator) * c.key_width,
+            ),
         )
 
     def run(

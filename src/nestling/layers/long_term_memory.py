@@ -17,6 +17,7 @@ from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
@@ -95,6 +96,25 @@ class LongTermMemory(nn.Module):
         rates = conv.new_zeros(batch_size, self.rate_proj.out_features) if c.rates == "chunk" else None
         bank = self.bank.init_state(batch_size, c.momentum, dtype)
         return LongTermState(bank, conv, rates, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The memory, and its momentum if it has one."""
+        c, state = self.config, sum(w.numel() for w in self.bank.initial)
+        objective, rule = describe_rule(c, c.use_retention, c.chunk_size)
+        memory = MemoryDescription(
+            name="memory",
+            period=1 if c.read == "token" else c.chunk_size,
+            objective=objective,
+            rule=rule,
+            state=state,
+            initial=tuple(f"bank.initial.{i}" for i in range(len(self.bank.initial))),
+        )
+        if not c.momentum:
+            return (memory,)
+        goal, update = SURPRISE
+        return memory, MemoryDescription(
+            name="surprise", period=1, objective=goal, rule=update, state=state, feeds=("memory",)
+        )
 
     def write(
         self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None

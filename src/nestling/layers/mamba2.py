@@ -22,6 +22,7 @@ from nestling.layers.linear_parts import (
 )
 from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
+from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.state import State
 from nestling.ops.short_conv import short_conv
 
@@ -139,6 +140,19 @@ class Mamba2(SequenceLayer):
         return Mamba2State(
             weight=torch.zeros(batch_size, c.num_heads, c.head_dim, c.state_size, dtype=dtype, device=like.device),
             conv=torch.zeros(batch_size, c.conv_size - 1, self.channels, dtype=dtype, device=like.device),
+        )
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The state-space model as a matrix memory with keys B, values x and queries C."""
+        c = self.config
+        return (
+            MemoryDescription(
+                name="memory",
+                period=1,
+                objective=OBJECTIVES["dot"],
+                rule=write_rule(retention=True, erase=False),
+                state=c.num_heads * c.head_dim * c.state_size,
+            ),
         )
 
     def run(

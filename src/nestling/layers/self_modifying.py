@@ -20,6 +20,7 @@ from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid, chunk_spans
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
@@ -118,6 +119,46 @@ class SelfModifyingTitans(SequenceLayer):
             conv=torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device),
             position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
         )
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """M_memory; the memories that make its keys, values and rates, which are read at chunk starts; the momentum."""
+        c = self.config
+        deep = sum(w.numel() // (w.shape[1] if i else 1) for i, w in enumerate(self.main.initial) if i)
+        deep += c.num_heads * self.main.hidden * self.head_dim
+        total = sum(w.numel() for bank in (self.main, self.own) if bank is not None for w in bank.initial)
+        others = tuple(n for n in c.adapt if n != "memory" and (n != "alpha" or c.use_retention))
+        objective, rule = describe_rule(c, c.use_retention, c.chunk_size)
+        found = [
+            MemoryDescription(
+                name="memory",
+                period=1 if c.read == "token" else c.chunk_size,
+                objective=objective,
+                rule=rule,
+                state=deep,
+                initial=tuple(n for n, _ in self.named_parameters() if n.startswith("main.initial")),
+            )
+        ]
+        if others:
+            objective, rule = describe_rule(c, c.use_retention, c.outer_chunk)
+            own = "main" if self.own is None else "own"
+            found.append(
+                MemoryDescription(
+                    name=", ".join(others),
+                    period=c.outer_chunk,
+                    objective=objective,
+                    rule=rule,
+                    state=total - deep,
+                    initial=tuple(n for n, _ in self.named_parameters() if n.startswith(f"{own}.initial")),
+                    generates=("memory",),
+                )
+            )
+        if c.momentum:
+            goal, update = SURPRISE
+            fed = tuple(memory.name for memory in found)
+            found.append(
+                MemoryDescription(name="surprise", period=1, objective=goal, rule=update, state=total, feeds=fed)
+            )
+        return tuple(found)
 
     def run(
         self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None

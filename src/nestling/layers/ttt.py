@@ -14,6 +14,7 @@ from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
 from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
 from nestling.memory.bank import BankState
+from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
@@ -92,6 +93,20 @@ class TTTLayer(SequenceLayer):
             memory=self.inner.init_state(batch_size, dtype),
             conv=torch.zeros(batch_size, c.conv_size - 1, c.hidden_size, dtype=dtype, device=weight.device),
             position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
+        )
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The inner model, read at every token's own weights."""
+        rule = write_rule(retention=False, erase=False)
+        return (
+            MemoryDescription(
+                name=f"inner {self.config.inner} model",
+                period=1,
+                objective=OBJECTIVES["l2"],
+                rule=f"{rule}; g at the start of {self.config.chunk_size} tokens",
+                state=sum(w.numel() for w in self.inner.initial),
+                initial=tuple(f"inner.initial.{i}" for i in range(len(self.inner.initial))),
+            ),
         )
 
     def run(

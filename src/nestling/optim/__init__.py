@@ -1,4 +1,4 @@
-"""Optimizers as associative memories (NL sections 4 and 7.2, appendices B and C)."""
+"""Optimizers as associative memories (NL sections 4 and 7, appendices B and C)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from nestling.optim.feature_momentum import FeatureMomentum
 from nestling.optim.generalized_gradient_descent import GeneralizedGradientDescent
 from nestling.optim.groups import matrix_groups
 from nestling.optim.m3 import M3
+from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "DeltaMomentum",
     "FeatureMomentum",
     "GeneralizedGradientDescent",
+    "MultiFrequency",
+    "OptimizerLevel",
     "PreconditionedMomentum",
     "TrainerFactory",
     "build",

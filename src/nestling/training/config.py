@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from nestling.errors import UserError
+from nestling.levels.assignment import parse_levels
 
 CONFIG_FILE = "train_config.json"
 
 # Settings that say what is written and shown, not what is computed; a resumed run may change them.
-FREE_ON_RESUME = frozenset({"out", "save_every", "keep_checkpoints", "tensorboard", "sample_tokens", "sample_prompt"})
+FREE_ON_RESUME = frozenset(
+    {"out", "save_every", "keep_checkpoints", "tensorboard", "measure_levels", "sample_tokens", "sample_prompt"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,16 @@ class TrainConfig:
             grows with the text (full attention) need it.
         precision: `float32`, or `bf16` for autocast.
 
+    Levels
+        levels: update periods in optimizer steps, such as `cms.0=1,cms.1=8,cms.2=64` (`levels.assign_levels` says what
+            may be named); everything else has period 1, and with an empty string there is one level. A slow level is
+            updated with the sum of its gradients (NL Eq. 71), each clipped to `grad_clip` at its own step.
+        level_rate_exponent: learning rates of a level are multiplied by period^this; see `MultiFrequency`.
+
     Records. Steps are optimizer steps throughout.
         log_every, eval_every, save_every: in steps; an evaluation and a checkpoint also come at the end.
+        measure_levels: with every training record, measure the levels of `levels`, or without any the continuum's
+            (`levels.measures`). Takes a copy of the first weights.
         eval_tokens: validation reads at most so many tokens, from the start of the held-out text.
     """
 
@@ -70,6 +81,8 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     precision: str = "float32"
+    levels: str = ""
+    level_rate_exponent: float = 0.0
     gradient_checkpointing: bool = False
     device: str = "auto"
     seed: int = 0
@@ -80,6 +93,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_tokens: int = 65536
     tensorboard: bool = True
+    measure_levels: bool = False
     sample_tokens: int = 200
     sample_prompt: str = ""
 
@@ -107,6 +121,10 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(self.precision in ("float32", "bf16"), "precision", self.precision, "float32 or bf16")
         _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
+        if self.levels:
+            parse_levels(self.levels)
+        elif self.level_rate_exponent:
+            raise UserError("--level-rate-exponent has no effect without --levels; add it, or leave the exponent out")
         if self.steps is not None and self.tokens is not None:
             raise UserError("both --steps and --tokens are given; the budget is one or the other")
         if self.streaming and len(self.data) != 1:

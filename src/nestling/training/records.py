@@ -76,6 +76,8 @@ class RunRecorder(TrainerCallback):
         """The learning rate of this step; the scheduler moves on before `on_step_end`."""
         assert self.trainer.optimizer is not None
         self._lr = float(self.trainer.optimizer.param_groups[0]["lr"])
+        if self.trainer.meter is not None:
+            self.trainer.meter.before_step(self.trainer.optimizer, self._due(state.global_step + 1, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the records that are due. Comes before the checkpoint of the step is written."""
@@ -83,8 +85,11 @@ class RunRecorder(TrainerCallback):
         rate = (step - self._logged_step) * self.tokens_per_step / max(time.perf_counter() - self._clock, 1e-9)
         count = max(self.trainer.loss_count, 1)
         self.display.advance(step, self.trainer.loss_sum / count, rate)
-        if step % self.log_every == 0 or step == state.max_steps:
+        if self.trainer.meter is not None:
+            self.trainer.meter.after_step()
+        if self._due(step, state):
             self._log_training(step, rate)
+            self._log_levels(step)
         if step % self.eval_every == 0 or step == state.max_steps:
             self._log_validation(step)
 
@@ -107,6 +112,16 @@ class RunRecorder(TrainerCallback):
         self._write(record, "train")
         self._clock, self._logged_step = time.perf_counter(), step
 
+    def _due(self, step: int, state: TrainerState) -> bool:
+        """Whether a training record follows a step."""
+        return step % self.log_every == 0 or step == state.max_steps
+
+    def _log_levels(self, step: int) -> None:
+        if self.trainer.meter is not None:
+            began = time.perf_counter()
+            self._write({"step": step} | self.trainer.meter.measure(), "levels", shown=False)
+            self._clock += time.perf_counter() - began
+
     def _log_validation(self, step: int) -> None:
         began = time.perf_counter()
         report = self.last_report = self.validate()
@@ -120,8 +135,9 @@ class RunRecorder(TrainerCallback):
         self._write(record, "validation")
         self._clock += time.perf_counter() - began  # speed means training speed
 
-    def _write(self, record: dict[str, Any], group: str) -> None:
-        self.display.log(record)
+    def _write(self, record: dict[str, Any], group: str, shown: bool = True) -> None:
+        if shown:
+            self.display.log(record)
         if not self.trainer.args.should_save:
             return
         with open(self.out / METRICS_FILE, "a", encoding="utf-8") as file:

@@ -18,6 +18,8 @@ from nestling import NestlingForCausalLM, __version__
 from nestling.errors import UserError
 from nestling.evaluation.language import LossReport, evaluate_loss
 from nestling.evaluation.sampling import continue_text
+from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
+from nestling.levels.measures import LevelMeter
 from nestling.training.build import build_model, check_preset
 from nestling.training.checkpoint import (
     clear_leftovers,
@@ -95,6 +97,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if record and record.get("digest") != data.digest:
         raise UserError(f"the training data of {out} has changed since the run began; restore it, or start a new run")
     model = build_model(config, data.tokenizer)
+    if config.levels:
+        assign_levels(model, parse_levels(config.levels))  # names that do not exist, before anything is written
     if is_main:
         _begin(out, config, data)
         _introduce(console, config, data, model, checkpoint, processes)
@@ -150,6 +154,8 @@ def _introduce(
     carry = ", state carried between steps" if config.carry_state else ""
     steps = f"{config.steps:,} steps of {config.tokens_per_step(processes):,} tokens"
     rows = f"sequences of {config.sequence_length}{carry}"
+    if config.levels:
+        _say(console, "levels", describe_levels(model, parse_levels(config.levels)))
     _say(console, "run", f"{steps} ({rows}), learning rate {config.learning_rate:g}, into {config.out}")
     if checkpoint is not None:
         _say(console, "resume", f"from {checkpoint}")
@@ -188,10 +194,19 @@ def _make_trainer(
         data.tokenizer,
         carry_state=config.carry_state,
         keep_checkpoints=config.keep_checkpoints,
+        levels=parse_levels(config.levels) if config.levels else None,
+        level_rate_exponent=config.level_rate_exponent,
         callbacks=[recorder],
     )
     recorder.trainer = trainer
+    if config.measure_levels:
+        trainer.meter = LevelMeter(model, assign_levels(model, _level_periods(config, model)))
     return trainer, recorder
+
+
+def _level_periods(config: TrainConfig, model: NestlingForCausalLM) -> dict[str, int]:
+    """The levels to measure: the run's, else those of the continuum, all updated at every step."""
+    return parse_levels(config.levels) if config.levels else dict.fromkeys(continuum_levels(model), 1)
 
 
 def _finish(

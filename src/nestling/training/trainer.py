@@ -4,7 +4,9 @@ with a name when something breaks."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from nestling.errors import UserError
 from nestling.evaluation.language import next_token_loss
+from nestling.levels.assignment import multi_frequency
+from nestling.levels.measures import LevelMeter
 from nestling.models.cache import ModelState
 from nestling.models.modeling import IGNORE, NestlingForCausalLM
 from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune, staged_directory, staging_path
@@ -100,6 +104,7 @@ class NestlingTrainer(Trainer):
         carried: the state after the last micro-batch, detached, when states are carried.
         grad_norm: norm of the last step's gradients before clipping.
         loss_sum, loss_count: micro-batch losses since the last log.
+        meter: measures the levels, when it is set before training.
     """
 
     loss_is_scaled_for_ga = False  # each micro-batch's loss is its own mean
@@ -113,9 +118,13 @@ class NestlingTrainer(Trainer):
         *,
         carry_state: bool = False,
         keep_checkpoints: int = 2,
+        levels: Mapping[str, int] | None = None,
+        level_rate_exponent: float = 0.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay."""
+        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay; levels of the
+        optimizer with their periods in steps, and the exponent of their rates (`levels.assignment`).
+        """
         super().__init__(
             model=model,
             args=args,
@@ -129,6 +138,9 @@ class NestlingTrainer(Trainer):
         self.out = Path(str(args.output_dir))
         self.carry_state = carry_state
         self.keep_checkpoints = keep_checkpoints
+        self.levels = dict(levels or {})
+        self.level_rate_exponent = level_rate_exponent
+        self.meter: LevelMeter | None = None
         self.carried: ModelState | None = None
         self.grad_norm = 0.0
         self.loss_sum = 0.0
@@ -142,6 +154,8 @@ class NestlingTrainer(Trainer):
                 return self._load_from_checkpoint(resume_from_checkpoint)  # killed between the last step and the end
             position = json.loads((Path(resume_from_checkpoint) / POSITION_FILE).read_text(encoding="utf-8"))
             self.loss_sum, self.loss_count = position["loss_sum"], position["loss_count"]
+            if self.meter is not None and position.get("meter") is not None:
+                self.meter.load_state_dict(position["meter"])
             if isinstance(self.train_dataset, StreamedRows):
                 self.train_dataset.load_state_dict(position["rows"])
                 self.args.ignore_data_skip = True
@@ -154,6 +168,22 @@ class NestlingTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decaying`."""
         return decaying(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, or with levels one of them for every level."""
+        if self.optimizer is not None or not self.levels:
+            return super().create_optimizer(model)
+        model = model or self.net
+        made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.net)
+        self.optimizer = multi_frequency(
+            model,
+            self.levels,
+            optimizer=partial(made, **options),
+            weight_decay=self.args.weight_decay,
+            decaying=set(self.get_decay_parameter_names(model)),
+            rate_exponent=self.level_rate_exponent,
+        )
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -240,6 +270,7 @@ class NestlingTrainer(Trainer):
             self.carried.save(directory / self._carried_file(), self.net)
         if self.args.should_save:
             position = {"loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": rows}
+            position["meter"] = None if self.meter is None else self.meter.state_dict()
             (directory / POSITION_FILE).write_text(json.dumps(position), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

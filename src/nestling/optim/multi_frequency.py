@@ -1,0 +1,284 @@
+"""Levels of parameters that an optimizer updates at different frequencies (NL Eq. 71)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+ACCUMULATED = "accumulated"
+"""Name of a slow level's gradient sum among its parameters' optimizer states."""
+
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Factory = Callable[[list[Any]], Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerLevel:
+    """One level of `MultiFrequency`.
+
+    Attributes:
+        parameters: what an inner optimizer takes: tensors, (name, tensor) pairs, or parameter groups.
+        period: optimizer steps between two updates.
+        optimizer: makes the inner optimizer from that list, for example `functools.partial(torch.optim.SGD, lr=0.1)`;
+            None takes the factory of the whole `MultiFrequency`.
+    """
+
+    parameters: Parameters
+    period: int = 1
+    optimizer: Factory | None = None
+
+
+@dataclass(frozen=True)
+class RunningLevel:
+    """A level at work: what `MultiFrequency.levels` holds.
+
+    Attributes:
+        name: as given.
+        period: steps between two updates.
+        optimizer: the inner optimizer; its `param_groups` are a part of the whole's, its `state` is its own.
+    """
+
+    name: str
+    period: int
+    optimizer: Optimizer
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the level."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def elapsed(self) -> int:
+        """Steps since the level's last update, 0 to period - 1."""
+        return int(self.optimizer.param_groups[0]["level_elapsed"])
+
+
+class MultiFrequency(Optimizer):
+    """One inner optimizer and one period per level (NL Eq. 71): after every step, the levels whose period has passed
+
+        theta <- theta - update(sum of the gradients of the last `period` steps)
+
+    where `update` is any optimizer. A gradient is what `p.grad` holds when `step` is called, so a step counts once
+    however many backward passes it had, a gradient clip acts on each step's gradient before it is added, and
+    `zero_grad` between steps loses nothing: the sums are kept here, in float32 (float64 for float64 parameters), and
+    are part of the state. Levels of period 1 hand their gradients over as they are: then this is the inner optimizer.
+
+    - Weight decay and whatever else an inner optimizer does happens at its level's own steps only. With a decoupled
+      decay of lr * weight_decay a step, a level of period 8 decays 8 times more slowly.
+    - Eq. 71 gives every gradient the rate of its own step; here the whole sum has the rate of the step it is used at,
+      because an arbitrary optimizer takes one rate. They agree while the rate stands still.
+    - `param_groups` are the inner optimizers' own groups, one after the other, so schedulers act on them; each also has
+      `level`, `level_period` and `level_elapsed` (steps since the level's last update).
+    - A gradient sum that has not reached its period when training ends has changed nothing.
+    - Every state must live in the inner optimizer's `state` and `param_groups`, as PyTorch's contract has it.
+
+    Args:
+        levels: by name. No parameter may stand in two.
+        optimizer: makes the inner optimizer of the levels that name none; AdamW with its defaults.
+        reduce: "sum" is Eq. 71. "mean" divides by the period: for inner optimizers that are not invariant to the scale
+            of their gradient (SGD), so that one rate fits all periods.
+        rate_exponent: the learning rates of a level are multiplied by period^rate_exponent. 0 leaves them. With -0.5 a
+            level that sums more tokens a step moves less; in a first trial that beat one level on learning and on
+            forgetting, where +0.5 was worse than one level.
+
+    Raises:
+        ValueError: no level, a level without parameters, a parameter in two levels, a period below 1, an unknown
+            `reduce`; at a step, a sparse gradient in a level with a period above 1.
+    """
+
+    def __init__(
+        self,
+        levels: Mapping[str, OptimizerLevel],
+        *,
+        optimizer: Factory = AdamW,
+        reduce: Literal["sum", "mean"] = "sum",
+        rate_exponent: float = 0.0,
+    ) -> None:
+        if not levels:
+            raise ValueError("levels is empty: name at least one, for example {'all': OptimizerLevel(parameters)}")
+        if reduce not in ("sum", "mean"):
+            raise ValueError(f"reduce is 'sum' or 'mean', not {reduce!r}")
+        self.reduce = reduce
+        self.levels: tuple[RunningLevel, ...] = ()
+        made = tuple(_start(name, level, optimizer, rate_exponent) for name, level in levels.items())
+        _check_disjoint(made)
+        super().__init__([{"params": level.parameters} for level in made], {})
+        self.levels = made
+        self._share()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Add this step's gradients to the levels' sums, and update the levels whose period has passed.
+
+        Args:
+            closure: computes the loss and the gradients again; called once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for level in self.levels:
+            elapsed = level.elapsed + 1
+            due = elapsed == level.period
+            if level.period > 1:
+                self._accumulate(level)
+            for group in level.optimizer.param_groups:
+                group["level_elapsed"] = 0 if due else elapsed
+            if due and level.period == 1:
+                level.optimizer.step()
+            elif due:
+                self._update(level)
+        return loss
+
+    def _accumulate(self, level: RunningLevel) -> None:
+        """Sums and gradients of equal kind are added in one call each."""
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for p in level.parameters:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} in level {level.name!r} has a sparse gradient, which "
+                    f"cannot be summed over {level.period} steps; make its embedding dense, or give it period 1"
+                )
+            state = self.state[p]
+            if ACCUMULATED not in state:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                state[ACCUMULATED] = p.grad.to(dtype, copy=True)
+            else:
+                sums, gradients = alike[type(p.grad), p.dtype, p.device]
+                sums.append(state[ACCUMULATED])
+                gradients.append(p.grad)
+        for sums, gradients in alike.values():
+            torch._foreach_add_(sums, gradients)
+
+    def _update(self, level: RunningLevel) -> None:
+        """Step a level with its sums, which it empties; `p.grad` is afterwards what it was."""
+        own = [(p, p.grad) for p in level.parameters]
+        for p, _ in own:
+            total = self.state.pop(p, {}).get(ACCUMULATED)
+            if total is not None and self.reduce == "mean":
+                total.div_(level.period)
+            p.grad = None if total is None else total.to(p.dtype)
+        try:
+            level.optimizer.step()
+        finally:
+            for p, gradient in own:
+                p.grad = gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizers' states and groups in PyTorch's layout, with the gradient sums and the counters.
+
+        What an inner optimizer keeps under other keys than its parameters is found under (level, key).
+        """
+        packed = super().state_dict()
+        indices = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        state = {i: dict(values) for i, values in packed["state"].items() if values}
+        for level in self.levels:
+            inner: dict[Any, Any] = level.optimizer.state  # type: ignore[assignment]  # some keep more than tensors' states
+            for key, values in inner.items():
+                if not isinstance(key, Tensor):
+                    state[level.name, key] = values
+                elif values:
+                    state[indices[id(key)]] = {**values, **state.get(indices[id(key)], {})}
+        return packed | {"state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            ValueError: a state of other levels, periods or numbers of parameters.
+        """
+        groups = list(state_dict["param_groups"])
+        found = [(group.get("level"), group.get("level_period")) for group in groups]
+        wanted = [(group["level"], group["level_period"]) for group in self.param_groups]
+        if found != wanted:
+            raise ValueError(
+                f"the saved optimizer has the levels (name, period) {_once(found)}, this one has {_once(wanted)}; "
+                "make it with the levels of the run that saved it"
+            )
+        self.state = defaultdict(dict)
+        for level in self.levels:
+            own, groups = groups[: len(level.optimizer.param_groups)], groups[len(level.optimizer.param_groups) :]
+            self._load_level(level, own, state_dict["state"])
+        self._share()
+
+    def _load_level(self, level: RunningLevel, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+        """The inner optimizer loads its part; the sums pass it by, since it would cast them to the parameters' type."""
+        indices = [i for group in groups for i in group["params"]]
+        inner = {key[1]: v for key, v in state.items() if isinstance(key, tuple) and key[0] == level.name}
+        for index in indices:
+            if values := {name: v for name, v in state.get(index, {}).items() if name != ACCUMULATED}:
+                inner[index] = values
+        level.optimizer.load_state_dict({"state": inner, "param_groups": groups})
+        for index, p in zip(indices, level.parameters, strict=True):
+            if (total := state.get(index, {}).get(ACCUMULATED)) is not None:
+                self.state[p][ACCUMULATED] = total.detach().to(p.device, copy=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the level it names under `level`.
+
+        Raises:
+            ValueError: no such level, or one whose gradient sums are under way, which the new group would miss.
+        """
+        if not self.levels:  # the base class's constructor
+            super().add_param_group(param_group)
+            return
+        named = {level.name: level for level in self.levels}
+        level = named.get(str(param_group.get("level")))
+        if level is None:
+            raise ValueError(f"param_group['level'] names the level to join: one of {', '.join(named)}")
+        if level.elapsed:
+            raise ValueError(f"level {level.name!r} is {level.elapsed} steps into its period; add the group at its end")
+        level.optimizer.add_param_group(param_group)
+        level.optimizer.param_groups[-1] |= {"level_period": level.period, "level_elapsed": 0}
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, not the base class's selection."""
+        return self.__dict__.copy()
+
+    def _share(self) -> None:
+        """The inner optimizers' groups are this one's: the same objects."""
+        self.param_groups = [group for level in self.levels for group in level.optimizer.param_groups]
+
+
+def _start(name: str, level: OptimizerLevel, default: Factory, rate_exponent: float) -> RunningLevel:
+    if isinstance(level.period, bool) or not isinstance(level.period, int) or level.period < 1:
+        raise ValueError(f"the period of level {name!r} is a number of steps, 1 or more, not {level.period!r}")
+    given: Sequence[Any] = list(level.parameters)
+    if not given:
+        raise ValueError(f"level {name!r} has no parameters")
+    inner = (level.optimizer or default)(list(given))
+    for group in inner.param_groups:
+        group |= {"level": name, "level_period": level.period, "level_elapsed": 0}
+        if "lr" in group:
+            group["lr"] = group["lr"] * level.period**rate_exponent
+    return RunningLevel(name, level.period, inner)
+
+
+def _check_disjoint(levels: Sequence[RunningLevel]) -> None:
+    owner: dict[int, str] = {}
+    for level in levels:
+        for p in level.parameters:
+            if owner.setdefault(id(p), level.name) != level.name:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} stands in the levels {owner[id(p)]!r} and {level.name!r}; "
+                    "every parameter belongs to one"
+                )
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name}={period}" for name, period in dict.fromkeys(pairs))
