@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nestling import NestlingForCausalLM, presets
 from nestling.levels import NestedSystem, inspect
 from nestling.levels.assignment import multi_frequency
+from nestling.optim import build
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,7 @@ def llama() -> NestedSystem:
 def hope() -> NestedSystem:
     """Hope, with the levels of its continuum at three frequencies."""
     model = NestlingForCausalLM(presets.hope(size="tiny"))
-    optimizer = multi_frequency(model, {"cms.0": 1, "cms.1": 8, "cms.2": 64}, optimizer=partial(AdamW, lr=3e-3))
+    optimizer = multi_frequency(model, {"cms.0": 1, "cms.1": 8, "cms.2": 64}, partial(build, "adamw", model, lr=3e-3))
     return inspect(model, optimizer)
 
 

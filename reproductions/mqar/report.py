@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,43 @@ Row = dict[str, Any]
 
 def write_report(rows: list[Row], tasks: list[str], folder: Path) -> None:
     """`table.md` and `recall.svg` in `folder`, from one rate for every preset and ablation."""
-    plain = [r for r in rows if r["ablation"] is None]
-    lines = ["| preset | learning rate | " + " | ".join(f"{t}: accuracy (seeds), state" for t in tasks) + " |"]
-    lines.append("| --- " * (2 + len(tasks)) + "|")
-    points = []
-    for name in dict.fromkeys(r["preset"] for r in plain):
-        found = {task: [r for r in plain if (r["preset"], r["task"]) == (name, task)] for task in tasks}
-        rate = next(r["rate"] for r in plain if r["preset"] == name)
-        lines.append(f"| `{name}` | {rate:g} | " + " | ".join(_cell(found[task]) for task in tasks) + " |")
-        points += [Point(name, t, r[0]["state_bytes"] / 1024, 100 * _mean(r)) for t, r in found.items() if r]
-    ablated = [r for r in rows if r["ablation"] is not None]
+    head = " | ".join(f"{task}: accuracy (seeds), state" for task in tasks)
+    plain = _grouped(r for r in rows if r["ablation"] is None)
+    ablated = _grouped(r for r in rows if r["ablation"] is not None)
+    lines = [f"| preset | learning rate | {head} |", "| --- " * (2 + len(tasks)) + "|"]
+    lines += [f"| `{preset}` | {_line(found, len(tasks))}" for (preset, _), found in plain.items()]
     if ablated:
-        lines += ["", "| change | to | learning rate | task | accuracy (seeds), state |", "| --- " * 5 + "|"]
-        for change in dict.fromkeys(r["ablation"] for r in ablated):
-            found_rows = [r for r in ablated if r["ablation"] == change]
-            first = found_rows[0]
-            cells = f"`{first['preset']}` | {first['rate']:g} | {first['task']} | {_cell(found_rows)}"
-            lines.append(f"| {change} | {cells} |")
+        lines += ["", f"| change | to | learning rate | {head} |", "| --- " * (3 + len(tasks)) + "|"]
+        lines += [
+            f"| {change} | `{preset}` | {_line(found, len(tasks))}" for (preset, change), found in ablated.items()
+        ]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
+    points = [
+        Point(preset, task, found[0]["state_bytes"][i] / 1024, 100 * _mean(found, i))
+        for (preset, _), found in plain.items()
+        for i, task in enumerate(tasks)
+    ]
     if points:
         chart = scatter_chart(points, x_label="state, KiB (logarithmic)", y_label="accuracy, %")
         (folder / "recall.svg").write_text(chart)
     print("\n".join(lines))
 
 
-def _mean(rows: list[Row]) -> float:
-    return statistics.mean(r["test"] for r in rows)
+def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str | None], list[Row]]:
+    """Rows by preset and ablation, by seed."""
+    groups: dict[tuple[str, str | None], list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r["seed"]):
+        groups.setdefault((row["preset"], row["ablation"]), []).append(row)
+    return groups
 
 
-def _cell(rows: list[Row]) -> str:
-    if not rows:
-        return "not run"
-    each = ", ".join(f"{r['test']:.3f}" + (" diverged" if r["diverged"] else "") for r in rows)
-    return f"{_mean(rows):.3f} ({each}), {rows[0]['state_bytes'] / 1024:,.0f} KiB"
+def _mean(rows: list[Row], task: int) -> float:
+    return statistics.mean(r["test"][task] for r in rows)
+
+
+def _line(rows: list[Row], tasks: int) -> str:
+    cells = [f"{rows[0]['rate']:g}"]
+    for i in range(tasks):
+        each = ", ".join(f"{r['test'][i]:.3f}" + (" diverged" if r["diverged"] else "") for r in rows)
+        cells.append(f"{_mean(rows, i):.3f} ({each}), {rows[0]['state_bytes'][i] / 1024:,.0f} KiB")
+    return " | ".join(cells) + " |"

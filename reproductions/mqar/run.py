@@ -1,11 +1,13 @@
 """Multi-query associative recall (Zoology) for every preset: accuracy against the size of the state.
 
-    python reproductions/mqar/run.py [--presets NAME ...] [--tasks NAME ...] [--ablations] [--quick]
+    python reproductions/mqar/run.py [--presets NAME ...] [--ablations] [--quick]
 
-Every finished training is appended to results.jsonl beside this file, and a second call skips what is there, so a run
-can be stopped and continued. The learning rate of a preset is the best of the grid on the middle task's validation
-sequences at seed 0, where no window holds a whole sequence. Accuracy is over all queries of 512 test sequences.
-`table.md` and `recall.svg` are written at the end from all results there are.
+One training serves three difficulties: the first half of its steps are the easiest task, the rest the three in turn.
+Two layers of width 64. The learning rate of a preset is the one of the grid with the highest mean accuracy on
+validation sequences at seed 0. Accuracy is over all queries of 512 test sequences of each task. Every finished training
+is appended to results.jsonl beside this file, and a second call skips what is there, so a run can be stopped and
+continued, and several processes may share the work. `table.md` and `recall.svg` are written at the end from all results
+there are.
 """
 
 from __future__ import annotations
@@ -21,25 +23,26 @@ from report import write_report  # beside this file
 from torch.nn import functional as F
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
+from nestling.optim.groups import parameter_groups
 from nestling.tasks.associative_recall import IGNORE, RecallTask
-from nestling.training.weight_decay import parameter_groups
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-VOCABULARY = 256
+VOCABULARY = 128
 TASKS = {
-    "4 pairs in 64": RecallTask(64, 4, VOCABULARY),
-    "16 pairs in 128": RecallTask(128, 16, VOCABULARY),
-    "32 pairs in 256": RecallTask(256, 32, VOCABULARY),
+    "4 pairs in 32": RecallTask(32, 4, VOCABULARY),
+    "16 pairs in 64": RecallTask(64, 16, VOCABULARY),
+    "32 pairs in 128": RecallTask(128, 32, VOCABULARY),
 }
-EASIEST, MIDDLE, _ = TASKS
-GRID = (1e-3, 3e-3, 1e-2)
+# Embeddings of length 1. With the presets' deviation of 0.02 the first layer's output drowns a token's own embedding at
+# this width, and attention did not find the task within 900 steps.
+INITIALIZER_RANGE = 0.125
+GRID = (3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 WARMUP = 0.1
 TEST_ROWS, VALIDATION_ROWS = 512, 256
 TEST_SEED, VALIDATION_SEED = 10_000, 20_000
-STOP_AT = 0.999
 # Settings of the mixer that differ from the preset's, one question each.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk 1": ("titans_lmm", {"chunk_size": 1}),
@@ -57,28 +60,26 @@ def build(preset: str, seed: int, ablation: str | None = None) -> NestlingForCau
     """Two layers of width 64 (the paper's small models), four for Mamba-2, whose layers have half the parameters."""
     torch.manual_seed(seed)
     config: NestlingConfig = presets.PRESETS[preset]("tiny", vocab_size=VOCABULARY, hidden_size=64, num_layers=2)
+    config.initializer_range = INITIALIZER_RANGE
     if ablation is not None:
         for block in config.blocks:
             block["mixer"].update(ABLATIONS[ablation][1])
     return NestlingForCausalLM(config)
 
 
-def train(model: NestlingForCausalLM, task: RecallTask, rate: float, steps: int, seed: int) -> tuple[int, bool]:
-    """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Steps taken, and whether the loss diverged.
-
-    It stops early when all is solved, which validation sequences tell, never the test's.
-    """
+def train(model: NestlingForCausalLM, rate: float, steps: int, seed: int) -> tuple[int, bool]:
+    """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Steps taken, and whether the loss diverged."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
-    rows = TOKENS_PER_STEP // task.length
+    tasks = list(TASKS.values())
     for step in range(steps):
-        tokens, answers = task.sample(rows, generator)
+        task = tasks[0] if step < steps // 2 else tasks[step % len(tasks)]
+        tokens, answers = task.sample(TOKENS_PER_STEP // task.length, generator)
         asked = answers != IGNORE
-        logits = model(tokens, use_cache=False).logits[asked]
-        loss = F.cross_entropy(logits, answers[asked])
+        loss = F.cross_entropy(model(tokens, use_cache=False).logits[asked], answers[asked])
         if not torch.isfinite(loss):
             return step, True
         loss.backward()
@@ -86,8 +87,6 @@ def train(model: NestlingForCausalLM, task: RecallTask, rate: float, steps: int,
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if (step + 1) % 50 == 0 and loss < 0.05 and accuracy(model, task, VALIDATION_ROWS, VALIDATION_SEED) > STOP_AT:
-            return step + 1, False
     return steps, False
 
 
@@ -132,89 +131,77 @@ class Results:
 
 
 def measure(
-    results: Results, preset: str, task: str, seed: int, rate: float, steps: int, ablation: str | None = None
+    results: Results, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None
 ) -> dict[str, Any]:
     """One training, unless it is there already."""
-    name = {"preset": preset, "task": task, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
+    name = {"preset": preset, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
     if found := results.find(**name):
         return found
     start = time.perf_counter()
     model = build(preset, seed, ablation)
-    taken, diverged = train(model, TASKS[task], rate, steps, seed)
+    taken, diverged = train(model, rate, steps, seed)
     row = name | {
         "taken": taken,
         "diverged": diverged,
-        "validation": accuracy(model, TASKS[task], VALIDATION_ROWS, VALIDATION_SEED),
-        "test": accuracy(model, TASKS[task], TEST_ROWS, TEST_SEED),
-        "state_bytes": state_bytes(model, TASKS[task]),
+        "validation": [accuracy(model, t, VALIDATION_ROWS, VALIDATION_SEED) for t in TASKS.values()],
+        "test": [accuracy(model, t, TEST_ROWS, TEST_SEED) for t in TASKS.values()],
+        "state_bytes": [state_bytes(model, t) for t in TASKS.values()],
         "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - start, 1),
     }
     results.add(row)
-    print(f"{preset} {ablation or ''} {task} seed {seed} lr {rate}: {row['test']:.3f} in {taken} steps", flush=True)
+    shown = ", ".join(f"{value:.3f}" for value in row["test"])
+    print(f"{preset} {ablation or ''} seed {seed} lr {rate:g}: {shown} in {row['seconds']:.0f} s", flush=True)
     return row
 
 
-def best_rate(results: Results, preset: str, steps: int) -> float:
-    """The grid's best on validation sequences of the middle task; ties go to the one that was quicker."""
-    rows = [measure(results, preset, MIDDLE, SEEDS[0], rate, steps) for rate in GRID]
+def tuned(results: Results, preset: str, steps: int, ablation: str | None = None) -> float:
+    """The grid's best at seed 0."""
+    rows = [measure(results, preset, SEEDS[0], rate, steps, ablation) for rate in GRID]
     return float(max(rows, key=_quality)["rate"])
 
 
-def ablations(results: Results, seeds: list[int], steps: int) -> None:
-    """Every ablation on the middle task, each with the best rate of the grid for itself."""
-    for name, (preset, _) in ABLATIONS.items():
-        rows = [measure(results, preset, MIDDLE, SEEDS[0], rate, steps, name) for rate in GRID]
-        rate = float(max(rows, key=_quality)["rate"])
-        for seed in seeds:
-            measure(results, preset, MIDDLE, seed, rate, steps, name)
-    report(results, steps)
-
-
 def report(results: Results, steps: int) -> None:
-    """The table and the picture of all trainings of `steps` steps at the rates that the middle task chose."""
+    """The table and the picture of all trainings of `steps` steps at the rates that seed 0 chose."""
     rows = [r for r in results.rows if r["steps"] == steps]
-    tuned: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["task"] == MIDDLE and row["seed"] == SEEDS[0]:
-            tuned.setdefault((row["preset"], row["ablation"]), []).append(row)
-    rates = {key: max(found, key=_quality)["rate"] for key, found in tuned.items()}
-    write_report([r for r in rows if rates.get((r["preset"], r["ablation"])) == r["rate"]], list(TASKS), HERE)
+    best: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for row in (r for r in rows if r["seed"] == SEEDS[0]):
+        key = row["preset"], row["ablation"]
+        best[key] = max(best.get(key, row), row, key=_quality)
+    kept = [r for r in rows if (b := best.get((r["preset"], r["ablation"]))) and b["rate"] == r["rate"]]
+    write_report(kept, list(TASKS), HERE)
 
 
-def _quality(row: dict[str, Any]) -> tuple[float, int]:
-    """Higher is better: validation accuracy, then fewer steps."""
-    return round(row["validation"], 3), -row["taken"]
+def _quality(row: dict[str, Any]) -> float:
+    """Mean validation accuracy."""
+    return sum(row["validation"]) / len(row["validation"])
 
 
 def main() -> None:
     """Rates, then all tasks and seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=list(presets.PRESETS))
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument(
-        "--ablations", action="store_true", help="the ablations, at the middle task, in place of all presets"
-    )
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--ablations", action="store_true", help="the ablations in place of the presets")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="2 steps of one preset, nothing written")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.quick:
         model = build(args.presets[0], 0)
-        train(model, TASKS[EASIEST], GRID[0], 2, 0)
-        print(f"{args.presets[0]}: accuracy {accuracy(model, TASKS[EASIEST], 64, TEST_SEED):.3f} after 2 steps")
+        train(model, GRID[0], 2, 0)
+        easiest = next(iter(TASKS.values()))
+        print(f"{args.presets[0]}: accuracy {accuracy(model, easiest, 64, TEST_SEED):.3f} after 2 steps")
         return
     results = Results(RESULTS)
+    names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
     if args.ablations:
-        ablations(results, args.seeds, args.steps)
-        return
-    rates = {preset: best_rate(results, preset, args.steps) for preset in args.presets}
-    for task in args.tasks:
-        for preset in args.presets:
-            for seed in args.seeds:
-                measure(results, preset, task, seed, rates[preset], args.steps)
+        names = [(preset, change) for change, (preset, _) in ABLATIONS.items()]
+    rates = {name: tuned(results, name[0], args.steps, name[1]) for name in names}
+    for seed in args.seeds:
+        for (preset, ablation), rate in rates.items():
+            measure(results, preset, seed, rate, args.steps, ablation)
     report(results, args.steps)
 
 

@@ -15,6 +15,7 @@ from nestling import NestlingForCausalLM, presets
 from nestling.levels import Component, NestedSystem, inspect
 from nestling.levels.assignment import multi_frequency
 from nestling.memory.description import DescribesMemories
+from nestling.optim import build
 from tests.levels.optimizers import Rigid, TwoSpeeds
 
 
@@ -123,7 +124,7 @@ def test_layers_of_this_package_describe_all_they_hold(preset: str) -> None:
 
 def test_hope_with_levels() -> None:
     model = tiny("hope", momentum=True, periods=(8, 32, None))
-    optimizer = multi_frequency(model, {"cms.1": 8, "cms.2": 64}, optimizer=partial(AdamW, lr=1e-3))
+    optimizer = multi_frequency(model, {"cms.1": 8, "cms.2": 64}, partial(build, "adamw", model, lr=1e-3))
     system = inspect(model, optimizer)
     memory, others, surprise = (f"blocks.*.mixer {n}" for n in ("memory", "k, v, eta, alpha", "surprise"))
     fast, slow = "blocks.*.channel level 0", "blocks.*.channel level 1"
@@ -168,7 +169,7 @@ def test_any_optimizer_inside_any_level() -> None:
         ("1 / step", {"0 (Linear)", "2 (Linear)"}),
         ("1 / 5 steps", {"TwoSpeeds slow"}),
     ]
-    slow = multi_frequency(model, {"2.*": 3}, optimizer=TwoSpeeds)
+    slow = multi_frequency(model, {"2.*": 3}, lambda only: TwoSpeeds(only))
     places = {c.name: str(c.frequency) for c in inspect(model, slow).components}
     assert places["2.*: TwoSpeeds slow"] == "1 / 15 steps" and places["2.*: TwoSpeeds fast"] == "1 / 3 steps"
 
@@ -195,7 +196,7 @@ def test_many_modules_make_few_components() -> None:
 
 def test_output_for_people_and_programs(tmp_path: Path) -> None:
     model = tiny("hope")
-    system = inspect(model, multi_frequency(model, {"cms.1": 8}))
+    system = inspect(model, multi_frequency(model, {"cms.1": 8}, partial(build, "adamw", model, lr=1e-3)))
     text = str(system)
     assert "1 / 8 steps" in text and "cms.1: gradient sum" in text and "knowledge transfers" in text
     values = json.loads(json.dumps(system.to_dict()))

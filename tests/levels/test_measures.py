@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import pytest
@@ -102,7 +101,7 @@ def step(model: NestlingForCausalLM, seed: int) -> None:
 def test_a_meter_measures_what_the_steps_did() -> None:
     model = make_hope()
     periods = {"cms.0": 1, "cms.1": 3, "cms.2": 3}
-    optimizer = multi_frequency(model, periods, optimizer=partial(SGD, lr=0.1))
+    optimizer = multi_frequency(model, periods, lambda only: SGD(only, lr=0.1))
     meter = LevelMeter(model, assign_levels(model, periods))
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = after = first

@@ -11,7 +11,7 @@ from torch import nn
 
 from nestling import NestlingForCausalLM, presets
 from nestling.optim import NAMES, build, matrix_groups
-from nestling.training.weight_decay import decaying
+from nestling.optim.groups import decaying
 from tests.optim.models import Network, batch, loss_of
 
 

@@ -18,7 +18,7 @@ def inspect(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A class of torch.optim or nestling.optim. Default: that of the run; 'none' shows the model alone.",
+            help="As in nestling train. Default: that of the run; 'none' shows the model alone.",
         ),
     ] = None,
     levels: Annotated[
@@ -57,50 +57,26 @@ def inspect(
 def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None) -> Any:
     """The named optimizer or that of the run, over the given levels or those of the run; before its first step."""
     from nestling.levels.assignment import multi_frequency, parse_levels
-    from nestling.training.config import CONFIG_FILE, read_run
+    from nestling.optim import NAMES, build
+    from nestling.training.config import CONFIG_FILE, TrainConfig, read_run
 
-    run = read_run(directory)[0].resolved() if (directory / CONFIG_FILE).exists() else None
+    run = read_run(directory)[0] if (directory / CONFIG_FILE).exists() else TrainConfig(out=str(directory))
+    run = run.resolved()
     if name == "none":
         if levels:
             raise UserError("--levels has no meaning with --optimizer none")
         return None
-    options: dict[str, Any] = {}
-    if name is None and run is not None:
-        options = {"lr": run.learning_rate, "betas": (run.beta1, run.beta2), "weight_decay": run.weight_decay}
-    made = partial(optimizer_class(name or "AdamW"), **options)
-    spec = levels if levels is not None else run.levels if run is not None else ""
-    try:
-        if not spec:
-            return made([p for p in model.parameters() if p.requires_grad])
-        exponent = run.level_rate_exponent if run is not None and levels is None else 0.0
-        decay = run.weight_decay if options and run is not None else 0.0
-        periods = parse_levels(spec)
-        return multi_frequency(model, periods, optimizer=made, rate_exponent=exponent, weight_decay=decay)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--optimizer {name or 'AdamW'} cannot be made over all parameters of this model: {reason}"
-        ) from error
-
-
-def optimizer_class(name: str) -> Any:
-    """A class of `nestling.optim` or `torch.optim`, by its name in any case.
-
-    Raises:
-        UserError: no such class; the message lists those that exist.
-    """
-    import torch
-
-    import nestling.optim
-
-    found = {}
-    for module in (torch.optim, nestling.optim):
-        for key, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, torch.optim.Optimizer):
-                found[key] = value
-    for base in ("Optimizer", "MultiFrequency"):
-        found.pop(base, None)
-    for key, value in found.items():
-        if key.lower() == name.lower():
-            return value
-    raise UserError(f"unknown optimizer {name!r}; choose one of: {', '.join(sorted(found))}, none")
+    if name is not None and name not in NAMES:
+        raise UserError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}, none")
+    assert run.learning_rate is not None
+    made = partial(
+        build,
+        name or run.optimizer,
+        model,
+        lr=run.learning_rate,
+        weight_decay=run.weight_decay,
+        betas=(run.beta1, run.beta2),
+    )
+    if not (spec := run.levels if levels is None else levels):
+        return made()
+    return multi_frequency(model, parse_levels(spec), made, run.level_rate_exponent if levels is None else 0.0)

@@ -12,6 +12,7 @@ import typer
 
 from nestling import presets
 from nestling.errors import UserError
+from nestling.optim import NAMES as OPTIMIZERS
 
 DATA, MODEL, OPTIMIZER, RECORDS = "Data", "Model", "Optimisation", "Records"
 
@@ -67,9 +68,16 @@ def train(
     carry_tokens: Annotated[
         int | None, typer.Option(help="Reset carried states after so many tokens.", rich_help_panel=OPTIMIZER)
     ] = None,
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help=f"One of: {', '.join(OPTIMIZERS)}.", rich_help_panel=OPTIMIZER)
+    ] = "adamw",
     learning_rate: Annotated[
         float | None,
-        typer.Option("--lr", help="Peak learning rate. Default: 3e-3 for tiny, else 4e-4.", rich_help_panel=OPTIMIZER),
+        typer.Option(
+            "--lr",
+            help="Peak learning rate. Default: 3e-3 for tiny, else 4e-4; 0.1 for optimizers that step like sgd.",
+            rich_help_panel=OPTIMIZER,
+        ),
     ] = None,
     min_lr_ratio: Annotated[
         float, typer.Option(help="Last learning rate, as a part of the peak.", rich_help_panel=OPTIMIZER)
@@ -78,8 +86,10 @@ def train(
         int | None, typer.Option(help="Default: a tenth of the run.", rich_help_panel=OPTIMIZER)
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.", rich_help_panel=OPTIMIZER)] = 0.1,
-    beta1: Annotated[float, typer.Option(help="AdamW.", rich_help_panel=OPTIMIZER)] = 0.9,
-    beta2: Annotated[float, typer.Option(help="AdamW.", rich_help_panel=OPTIMIZER)] = 0.95,
+    beta1: Annotated[
+        float, typer.Option(help="AdamW's; the momentum of optimizers that step like sgd.", rich_help_panel=OPTIMIZER)
+    ] = 0.9,
+    beta2: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=OPTIMIZER)] = 0.95,
     grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.", rich_help_panel=OPTIMIZER)] = 1.0,
     levels: Annotated[
         str,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from nestling.errors import UserError
 from nestling.layers.continuum import ContinuumMemory
 from nestling.optim import MultiFrequency, OptimizerLevel
-from nestling.optim.multi_frequency import Factory
 
 REST = "rest"
 """Name of the level of all parameters that no pattern names; its period is 1."""
@@ -83,10 +80,7 @@ def assign_levels(model: nn.Module, levels: Mapping[str, int]) -> dict[str, list
 def multi_frequency(
     model: nn.Module,
     levels: Mapping[str, int],
-    *,
-    optimizer: Factory = AdamW,
-    weight_decay: float = 0.0,
-    decaying: set[str] | None = None,
+    optimizer: Callable[..., Optimizer],
     rate_exponent: float = 0.0,
 ) -> MultiFrequency:
     """A `MultiFrequency` over the levels of `assign_levels`.
@@ -94,26 +88,18 @@ def multi_frequency(
     Args:
         model: whose trainable parameters are optimized.
         levels: periods in steps, by name.
-        optimizer: makes every level's inner optimizer.
-        weight_decay: of the parameters in `decaying`; the others get none.
-        decaying: names of parameters; None is all of them.
+        optimizer: `optimizer(only=parameters)` makes a level's inner optimizer, as `optim.build` does.
         rate_exponent: as in `MultiFrequency`.
 
     Raises:
         UserError: as `assign_levels`.
     """
     parameters = dict(model.named_parameters())
-    made = {}
-    for level, names in assign_levels(model, levels).items():
-        decays = [n for n in names if decaying is None or n in decaying]
-        plain = [n for n in names if decaying is not None and n not in decaying]
-        groups: list[dict[str, Any]] = [
-            {"params": [parameters[n] for n in part], "weight_decay": rate}
-            for part, rate in ((decays, weight_decay), (plain, 0.0))
-            if part
-        ]
-        made[level] = OptimizerLevel(groups, levels.get(level, 1), partial(optimizer))
-    return MultiFrequency(made, rate_exponent=rate_exponent)
+    made = {
+        level: OptimizerLevel([parameters[n] for n in names], levels.get(level, 1))
+        for level, names in assign_levels(model, levels).items()
+    }
+    return MultiFrequency(made, optimizer=lambda only: optimizer(only=only), rate_exponent=rate_exponent)
 
 
 def describe_levels(model: nn.Module, levels: Mapping[str, int]) -> str:

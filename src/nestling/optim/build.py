@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
@@ -17,6 +18,9 @@ from nestling.optim.m3 import M3
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 from nestling.optim.preconditioners import AdamDiagonal
 from nestling.optim.side_by_side import SideBySide
+
+LIKE_ADAMW = frozenset({"adamw", "m3", "muon", "preconditioned_momentum"})
+"""Names whose steps have AdamW's size, so that one learning rate serves them all; the others' have a gradient's."""
 
 NAMES = (
     "adamw",
@@ -40,6 +44,7 @@ def build(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
     heads: Iterable[nn.Module] = (),
+    only: Iterable[Tensor] | None = None,
 ) -> Optimizer:
     """The optimizer called `name`, with its defaults, over the parameters of `model` that need gradients.
 
@@ -56,21 +61,20 @@ def build(
         weight_decay: see above.
         betas: AdamW's; the first is the momentum of `sgd` and of the memories that are not Newton-Schulz's.
         heads: see `matrix_groups`.
+        only: parameters of the model; None is all. For one level of `MultiFrequency`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     if name not in NAMES:
         raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}")
+    by_role = name in ("m3", "muon")
+    every = matrix_groups(model, weight_decay, heads) if by_role else parameter_groups(model, weight_decay)
+    groups = _trained(every, None if only is None else {id(p) for p in only})
     if name == "muon":
-        return _muon(model, lr, weight_decay, betas, heads)
+        return _muon(groups, lr, betas)
     if name == "m3":
-        return M3(matrix_groups(model, weight_decay, heads), lr, adamw_betas=betas)
-    groups = [
-        {**group, "params": trained}
-        for group in parameter_groups(model, weight_decay)
-        if (trained := [p for p in group["params"] if p.requires_grad])
-    ]
+        return M3(groups, lr, adamw_betas=betas)
     if name == "adamw":
         return AdamW(groups, lr, betas=betas)
     if name == "sgd":
@@ -88,12 +92,19 @@ def build(
     return GeneralizedGradientDescent(groups, lr, model=model)
 
 
-def _muon(
-    model: nn.Module, lr: float | Tensor, weight_decay: float, betas: tuple[float, float], heads: Iterable[nn.Module]
-) -> Optimizer:
+def _trained(groups: list[dict[str, Any]], only: set[int] | None) -> list[dict[str, Any]]:
+    """The groups with what needs gradients and stands in `only`, without those that are left empty."""
+    kept = [
+        {**group, "params": [p for p in group["params"] if p.requires_grad and (only is None or id(p) in only)]}
+        for group in groups
+    ]
+    return [group for group in kept if group["params"]]
+
+
+def _muon(groups: list[dict[str, Any]], lr: float | Tensor, betas: tuple[float, float]) -> Optimizer:
     """torch.optim.Muon for what it takes (two dimensions), AdamW for the rest."""
     matrices, rest = [], []
-    for group in matrix_groups(model, weight_decay, heads):
+    for group in groups:
         kind = group.pop("kind")
         flat = [p for p in group["params"] if kind == "matrices" and p.dim() == 2]
         others = [p for p in group["params"] if kind != "matrices" or p.dim() != 2]

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from nestling.errors import UserError
 from nestling.levels.assignment import parse_levels
+from nestling.optim.build import LIKE_ADAMW, NAMES
 
 CONFIG_FILE = "train_config.json"
 
@@ -30,7 +31,9 @@ class TrainConfig:
 
     Optimisation. AdamW with betas 0.9 and 0.95 (the choice of GPT-3 and most language models since), weight decay on
     matrices only, linear warm-up, cosine down to `min_lr_ratio` of the peak.
-        learning_rate: 3e-3 suits `tiny`; None takes it for `tiny` and 4e-4 (Titans, section 5.1) for larger sizes.
+        optimizer: a name of `optim.build`.
+        learning_rate: 3e-3 suits `tiny`; None takes it for `tiny` and 4e-4 (Titans, section 5.1) for larger sizes, and
+            0.1 for optimizers whose steps have a gradient's size.
         tokens: budget in tokens; with neither `tokens` nor `steps`, 500 steps.
         warmup_steps: None means a tenth of the run, at most 2000.
         carry_state: every batch row reads one contiguous stream and keeps its state, detached, from step to step
@@ -73,6 +76,7 @@ class TrainConfig:
     carry_state: bool = False
     carry_tokens: int | None = None
 
+    optimizer: str = "adamw"
     learning_rate: float | None = None
     min_lr_ratio: float = 0.1
     warmup_steps: int | None = None
@@ -121,6 +125,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(self.precision in ("float32", "bf16"), "precision", self.precision, "float32 or bf16")
         _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
+        _require(self.optimizer in NAMES, "optimizer", self.optimizer, f"one of {', '.join(NAMES)}")
         if self.levels:
             parse_levels(self.levels)
         elif self.level_rate_exponent:
@@ -151,6 +156,7 @@ class TrainConfig:
         rate = self.learning_rate
         if rate is None:
             rate = 3e-3 if self.size == "tiny" else 4e-4
+            rate = rate if self.optimizer in LIKE_ADAMW else 0.1
         warmup = min(2000, steps // 10) if self.warmup_steps is None else self.warmup_steps
         return replace(self, steps=steps, tokens=None, learning_rate=rate, warmup_steps=warmup)
 

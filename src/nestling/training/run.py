@@ -156,7 +156,11 @@ def _introduce(
     rows = f"sequences of {config.sequence_length}{carry}"
     if config.levels:
         _say(console, "levels", describe_levels(model, parse_levels(config.levels)))
-    _say(console, "run", f"{steps} ({rows}), learning rate {config.learning_rate:g}, into {config.out}")
+    _say(
+        console,
+        "run",
+        f"{steps} ({rows}), {config.optimizer}, learning rate {config.learning_rate:g}, into {config.out}",
+    )
     if checkpoint is not None:
         _say(console, "resume", f"from {checkpoint}")
 
@@ -194,6 +198,7 @@ def _make_trainer(
         data.tokenizer,
         carry_state=config.carry_state,
         keep_checkpoints=config.keep_checkpoints,
+        optimizer_name=config.optimizer,
         levels=parse_levels(config.levels) if config.levels else None,
         level_rate_exponent=config.level_rate_exponent,
         callbacks=[recorder],

@@ -23,11 +23,11 @@ from nestling.levels.assignment import multi_frequency
 from nestling.levels.measures import LevelMeter
 from nestling.models.cache import ModelState
 from nestling.models.modeling import IGNORE, NestlingForCausalLM
+from nestling.optim import build
 from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune, staged_directory, staging_path
 from nestling.training.config import TrainConfig
 from nestling.training.divergence import DivergenceError, first_nonfinite, locate_nonfinite, locate_nonfinite_gradient
 from nestling.training.rows import Row, StreamedRows, collate
-from nestling.training.weight_decay import decaying
 
 POSITION_FILE = "position.json"
 
@@ -118,12 +118,14 @@ class NestlingTrainer(Trainer):
         *,
         carry_state: bool = False,
         keep_checkpoints: int = 2,
+        optimizer_name: str = "adamw",
         levels: Mapping[str, int] | None = None,
         level_rate_exponent: float = 0.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay; levels of the
-        optimizer with their periods in steps, and the exponent of their rates (`levels.assignment`).
+        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay; a name of
+        `optim.build`; levels of the optimizer with their periods in steps, and the exponent of their rates
+        (`levels.assignment`).
         """
         super().__init__(
             model=model,
@@ -138,6 +140,7 @@ class NestlingTrainer(Trainer):
         self.out = Path(str(args.output_dir))
         self.carry_state = carry_state
         self.keep_checkpoints = keep_checkpoints
+        self.optimizer_name = optimizer_name
         self.levels = dict(levels or {})
         self.level_rate_exponent = level_rate_exponent
         self.meter: LevelMeter | None = None
@@ -165,24 +168,21 @@ class NestlingTrainer(Trainer):
         finally:
             hook.remove()
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """See `decaying`."""
-        return decaying(model)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's own, or with levels one of them for every level."""
-        if self.optimizer is not None or not self.levels:
-            return super().create_optimizer(model)
-        model = model or self.net
-        made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.net)
-        self.optimizer = multi_frequency(
+        """The named optimizer, or one of them for every level."""
+        if self.optimizer is not None:
+            return self.optimizer
+        a, model = self.args, model or self.net
+        named = partial(
+            build,
+            self.optimizer_name,
             model,
-            self.levels,
-            optimizer=partial(made, **options),
-            weight_decay=self.args.weight_decay,
-            decaying=set(self.get_decay_parameter_names(model)),
-            rate_exponent=self.level_rate_exponent,
+            lr=a.learning_rate,
+            weight_decay=a.weight_decay,
+            betas=(a.adam_beta1, a.adam_beta2),
         )
+        exponent = self.level_rate_exponent
+        self.optimizer = multi_frequency(model, self.levels, named, exponent) if self.levels else named()
         return self.optimizer
 
     def compute_loss(

@@ -1,0 +1,163 @@
+"""A small ViT under AdamW, Muon, M3 and delta momentum (NL Figure 11, at small scale), each tuned.
+
+    python reproductions/figure11/run.py --mnist DIR [--quick]
+
+A vision transformer of 0.2M parameters on 8,000 images of MNIST (the 10,000 of its test set, split anew), six epochs of
+batches of 128, 10% warm-up, cosine to a tenth, weight decay 0.05. The learning rates of a grid, extended by factors of two until the
+best is not at its edge, run with seed 0; the rate with the lowest validation loss runs with two more seeds, and
+the test images are read by those three. Finished runs are kept in results.jsonl beside this file, so the command may be interrupted and
+repeated; table.md and losses.svg come at the end. `--quick` trains each optimizer
+for some steps on scikit-learn's digits and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from vit import Set, VisionTransformer, digits, mnist  # beside this file
+
+from nestling.optim import build
+from nestling.plotting.curves import Series, line_chart
+
+HERE = Path(__file__).parent
+RUNS = HERE / "results.jsonl"
+STARTS = {"adamw": 1e-3, "muon": 2e-3, "m3": 2e-3, "delta_momentum": 0.1, "sgd": 0.1}
+SEEDS = (0, 1, 2)
+BATCH, EPOCHS, WEIGHT_DECAY, WARMUP = 128, 6, 0.05, 0.1
+
+Row = dict[str, Any]
+
+
+def evaluate(model: VisionTransformer, data: Set) -> tuple[float, float]:
+    """Mean cross entropy in nats, and accuracy."""
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in data[0].split(500)])
+    return float(F.cross_entropy(logits, data[1])), float((logits.argmax(-1) == data[1]).float().mean())
+
+
+def train(name: str, rate: float, seed: int, sets: tuple[Set, Set, Set], patch: int, steps: int) -> Row:
+    """One training: losses at its end and on the way."""
+    torch.manual_seed(seed)
+    (images, labels), valid, test = sets
+    model = VisionTransformer(images.shape[-1], patch)
+    optimizer = build(name, model, lr=rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4,
+        cycle_momentum=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    start, losses, order = time.perf_counter(), [], torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.randperm(len(images), generator=generator)
+        rows, order = order[:BATCH], order[BATCH:]
+        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        if not torch.isfinite(loss):
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    row: Row = {"optimizer": name, "rate": rate, "seed": seed, "steps": len(losses), "diverged": len(losses) < steps}
+    for part, data in (("train", (images, labels)), ("validation", valid), ("test", test)):
+        row[part], row[f"{part}_accuracy"] = evaluate(model, data)
+    row["losses"] = [statistics.mean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    print(f"{name:15} lr {rate:.3g} seed {seed}: validation {row['validation']:.4f}", flush=True)
+    return row
+
+
+class Runs:
+    """Finished runs, a line each."""
+
+    def __init__(self, sets: tuple[Set, Set, Set], patch: int, steps: int) -> None:
+        self.arguments = (sets, patch, steps)
+        self.rows: list[Row] = []
+        if RUNS.exists():
+            self.rows = [json.loads(line) for line in RUNS.read_text().splitlines()]
+
+    def get(self, name: str, rate: float, seed: int) -> Row:
+        """The run, trained now unless it is there."""
+        wanted = (name, float(f"{rate:.6g}"), seed)
+        for row in self.rows:
+            if (row["optimizer"], row["rate"], row["seed"]) == wanted:
+                return row
+        row = train(*wanted, *self.arguments)
+        self.rows.append(row)
+        with RUNS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def tune(self, name: str) -> list[Row]:
+        """Seed 0 at every rate tried, by rate."""
+        found = [self.get(name, STARTS[name] * factor, SEEDS[0]) for factor in (0.5, 1.0, 2.0)]
+        while (best := min(found, key=_quality)) in (found[0], found[-1]):
+            up = best is found[-1]
+            more = self.get(name, best["rate"] * (2.0 if up else 0.5), SEEDS[0])
+            found = [*found, more] if up else [more, *found]
+        return found
+
+
+def _quality(row: Row) -> float:
+    return float("inf") if row["diverged"] else row["validation"]
+
+
+def table(grids: dict[str, list[Row]], best: dict[str, list[Row]]) -> str:
+    """Markdown: the best rate with all seeds, then the grid."""
+    lines = [
+        "| optimizer | lr | train loss | test loss (seeds) | test accuracy | seconds a run |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in best.items():
+        train, test, right, seconds = ([r[k] for r in rows] for k in ("train", "test", "test_accuracy", "seconds"))
+        lines.append(
+            f"| `{name}` | {rows[0]['rate']:.3g} | {statistics.mean(train):.4f} | {statistics.mean(test):.4f} "
+            f"({', '.join(f'{v:.4f}' for v in test)}) | {statistics.mean(right):.2%} | {statistics.median(seconds):.0f} |"
+        )
+    lines += ["", "| optimizer (seed 0) | validation loss by lr |", "| --- | --- |"]
+    for name, rows in grids.items():
+        lines.append(f"| `{name}` | " + ", ".join(f"{r['rate']:.3g}: {r['validation']:.4f}" for r in rows) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Grid, seeds, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mnist", type=Path, help="folder of MNIST's t10k files")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        for name, rate in STARTS.items():
+            row = train(name, rate, 0, digits(), 2, 20)
+            print(f"{name}: training loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}")
+        return
+    if args.mnist is None:
+        parser.error("--mnist DIR is needed (or --quick)")
+    sets = mnist(args.mnist)
+    runs = Runs(sets, 7, EPOCHS * (len(sets[0][0]) // BATCH))
+    grids = {name: runs.tune(name) for name in STARTS}
+    best = {n: [runs.get(n, min(g, key=_quality)["rate"], seed) for seed in SEEDS] for n, g in grids.items()}
+    (HERE / "table.md").write_text(table(grids, best))
+    lines = []
+    for i, (name, rows) in enumerate(best.items()):
+        mean = [statistics.mean(values) for values in zip(*(r["losses"] for r in rows), strict=True)]
+        lines.append(Series(name, [10 * (j + 1) for j in range(len(mean))], mean, i))
+    (HERE / "losses.svg").write_text(
+        line_chart(lines, x_label="step", y_label="training loss, nats (mean of the seeds)")
+    )
+    print(table(grids, best))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The commands of the reproductions run, on a few steps."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2] / "reproductions"
+
+
+@pytest.mark.parametrize(
+    ("folder", "shown"),
+    [
+        ("figure4", "delta momentum"),
+        ("orthogonal_tasks", "forgotten"),
+        ("figure11", "m3: training loss"),
+        ("figure12", "delta_momentum"),
+        ("mqar", "after 2 steps"),
+    ],
+)
+def test_quick(folder: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / folder))
+    monkeypatch.setattr(sys, "argv", [folder, "--quick"])
+    committed = {file: file.read_bytes() for file in (ROOT / folder).iterdir() if file.is_file()}
+    try:
+        runpy.run_path(str(ROOT / folder / "run.py"), run_name="__main__")
+    finally:
+        for name in set(sys.modules) - before:  # the folders share names of modules
+            if str(ROOT) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+    assert shown in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in (ROOT / folder).iterdir() if file.is_file()} == committed
