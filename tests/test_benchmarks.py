@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peak_memory
+from benchmarks.optimizers import Float32Muon, _float32_iteration
 from benchmarks.report import Report, Verdict, write_json
 from benchmarks.subjects import MIXERS, matrix_config, mixer_subject, mlp_config, neural_memory_subject, titans_subject
 from benchmarks.timing import Subject, Timing, interleave, speed_ratio
 from nestling.ops import native
+from nestling.ops.newton_schulz import MUON, newton_schulz
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,18 @@ def test_rounds_alternate() -> None:
     timings = interleave([Subject(f"{i}", step, 1) for i, step in enumerate(steps)], rounds=3, warmup=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [len(t.seconds) for t in timings] == [3, 3]
+
+
+def test_the_muon_of_the_benchmark_is_muon() -> None:
+    """In float32 its iteration is Newton-Schulz in float32; the step stays torch's."""
+    torch.manual_seed(0)
+    for rows, cols in ((5, 9), (9, 5)):
+        x = torch.randn(rows, cols)
+        torch.testing.assert_close(_float32_iteration(x, MUON, 5, 1e-7), newton_schulz(x), rtol=1e-4, atol=1e-5)
+    w = torch.nn.Parameter(torch.zeros(5, 9))
+    w.grad = torch.randn(5, 9)
+    Float32Muon([w], 1.0).step()
+    assert torch.linalg.svdvals(w.detach()).max() < 1.3 and w.norm() > 1
 
 
 def test_a_verdict_knows_its_direction(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_half_precision_follows_single(subject: Subject) -> None:
             b.grad = a.grad.bfloat16()
             a.grad = b.grad.float()
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 10.0
         optimizer.step()
     for a, b in zip(weights(whole), weights(half), strict=True):
         torch.testing.assert_close(b.float(), a, rtol=1 / 128, atol=1e-3)
