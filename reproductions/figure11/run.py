@@ -1,13 +1,13 @@
-"""A small ViT under AdamW, Muon, M3 and delta momentum (NL Figure 11, at small scale), each tuned.
+"""A small ViT under AdamW, Muon, M3, delta momentum and SGD (NL Figure 11, at small scale), each tuned.
 
     python reproductions/figure11/run.py --mnist DIR [--quick]
 
 A vision transformer of 0.2M parameters on 8,000 images of MNIST (the 10,000 of its test set, split anew), six epochs of
-batches of 128, 10% warm-up, cosine to a tenth, weight decay 0.05. The learning rates of a grid, extended by factors of two until the
-best is not at its edge, run with seed 0; the rate with the lowest validation loss runs with two more seeds, and
-the test images are read by those three. Finished runs are kept in results.jsonl beside this file, so the command may be interrupted and
-repeated; table.md and losses.svg come at the end. `--quick` trains each optimizer
-for some steps on scikit-learn's digits and writes nothing.
+batches of 128, 10% warm-up, cosine to a tenth, weight decay 0.05. The learning rates of a grid, extended by factors of
+two until the best is not at its edge, run with seed 0; the rate with the lowest validation loss runs with two more
+seeds, and the test images are judged by those three. Finished runs are kept in results.jsonl beside this file, so the
+command may be interrupted and repeated; table.md and losses.svg come at the end. `--quick` trains each optimizer for
+some steps on scikit-learn's digits and writes nothing.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python reproductions/figure12/run.py [--sizes 2 10 40] [--threads 2] [--quick]
 
-The parameters are a Transformer++'s of about so many millions, the gradients random, and only `step()` is timed: on a real run the
-forward and backward pass come on top, the same for all. The optimizers take turns in every round, and a round's times
-are divided by AdamW's of the same round; medians of the rounds. AdaMuon is pytorch_optimizer's. Writes results.json,
-table.md and steps.svg beside this file.
+The parameters are a Transformer++'s of about so many millions, the gradients random, and only `step()` is timed: on a
+real run the forward and backward pass come on top, the same for all. The optimizers take turns in every round, and a
+round's times are divided by AdamW's and Muon's of the same round; medians of the rounds. AdaMuon is
+pytorch_optimizer's. Writes results.json, table.md and steps.svg beside this file.
 """
 
 from __future__ import annotations

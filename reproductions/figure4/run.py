@@ -1,13 +1,13 @@
-"""The curved valley of NL Eq. 53 under momentum and delta momentum (NL Figure 4), over a grid of what the paper leaves out.
+"""The valley of NL Eq. 53 under momentum and delta momentum (NL Figure 4), over a grid of what the paper leaves out.
 
     python reproductions/figure4/run.py [--quick]
 
 psi(r, theta) = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2), whose minimum is (0, 0). The paper gives
-neither k, alpha and omega nor the rates. Every function of a grid is minimised by every method with every setting of the method's
-grid, in float64. Steps to convergence: after how many steps the point stays within 0.01 of the minimum. Each
-method is judged at its best setting for the function, at the one setting that is best for all functions, and beside momentum at
-equal settings.
-Writes results.json, table.md, valley.svg and ratios.svg beside this file; takes about ten minutes on one core.
+neither k, alpha and omega nor the rates. Every function of a grid is minimised by every method with every setting of
+the method's grid, in float64. Steps to convergence: after how many steps the point stays within 0.01 of the minimum.
+Each method is judged at its best setting for the function, at the one setting that is best for all functions, and
+beside momentum at equal settings. Writes results.json, table.md, valley.svg and ratios.svg beside this file; takes
+about ten minutes on one core.
 """
 
 from __future__ import annotations
