@@ -49,9 +49,14 @@ def train(name: str, rate: float, seed: int, sets: tuple[Set, Set, Set], patch: 
     model = VisionTransformer(images.shape[-1], patch)
     optimizer = build(name, model, lr=rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4,
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        steps,
+        pct_start=WARMUP,
+        div_factor=25,
+        final_div_factor=0.4,
         cycle_momentum=False,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(seed)
     start, losses, order = time.perf_counter(), [], torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -121,7 +126,8 @@ def table(grids: dict[str, list[Row]], best: dict[str, list[Row]]) -> str:
         train, test, right, seconds = ([r[k] for r in rows] for k in ("train", "test", "test_accuracy", "seconds"))
         lines.append(
             f"| `{name}` | {rows[0]['rate']:.3g} | {statistics.mean(train):.4f} | {statistics.mean(test):.4f} "
-            f"({', '.join(f'{v:.4f}' for v in test)}) | {statistics.mean(right):.2%} | {statistics.median(seconds):.0f} |"
+            f"({', '.join(f'{v:.4f}' for v in test)}) | {statistics.mean(right):.2%} | "
+            f"{statistics.median(seconds):.0f} |"
         )
     lines += ["", "| optimizer (seed 0) | validation loss by lr |", "| --- | --- |"]
     for name, rows in grids.items():

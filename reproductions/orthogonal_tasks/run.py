@@ -181,7 +181,7 @@ def main() -> None:
     (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (HERE / "table.md").write_text(table(rows))
     shown = [r for r in rows if r["setting"] == SETTINGS[2].name]
-    series = [Series(r["optimizer"], range(TASKS + 1), r["first_task"], i) for i, r in enumerate(shown)]
+    series = [Series(r["optimizer"], range(TASKS + 1), r["first_task"], i, dashed=i >= 6) for i, r in enumerate(shown)]
     chart = line_chart(series, x_label="tasks trained", y_label="loss of the first task, over that of zero weights")
     (HERE / "forgetting.svg").write_text(chart)
     print(table(rows))
