@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "chunk.h"
 #include "memories.h"
@@ -76,50 +77,52 @@ struct Loop {
     }
 };
 
-// What the forward pass leaves of a chunk, for the backward pass or for the chunk's own next steps.
+// What the forward pass leaves of a chunk, for the backward pass or for the chunk's own next steps; and beside it what
+// is cheap to make again, in memory that all chunks share.
 template <class T>
 struct Kept {
-    T *W[most_layers], *S[most_layers];                // running weights and surprise before the chunk
-    T *raw, *unit, *scale, *z[most_layers];            // of the generated memories: values, normalised, 1 / length, z_l
-    T *eta, *alpha;                                    // generated logits
+    T *W[most_layers], *S[most_layers];      // running weights and surprise before the chunk
+    T *raw, *scale, *z[most_layers];         // of the generated memories: values, 1 / length, z_l
+    T *eta, *alpha;                          // generated logits
     T *log_a, *lr[most_layers], *e[most_layers];
-    T *H[most_layers], *recalled[most_layers], *g[most_layers], *zv[most_layers];  // of the lesson
-    T *E[most_layers], *R[most_layers], *Tm[most_layers], *QW[most_layers], *QS[most_layers];
-    T *query[most_layers], *answer[most_layers];       // of the layers' reads
+    T *recalled[most_layers], *g[most_layers], *zv[most_layers], *E[most_layers];
+    T* answer[most_layers];                  // of the reads of layers before the last
+    T *unit, *H[most_layers], *query[most_layers];  // shared: raw normalised, act(recalled), act(answer)
 
-    Kept(const Loop<T>& s, Pieces<T>& p) {
+    Kept(const Loop<T>& s, Pieces<T>& own, Pieces<T>& shared) {
         const int64_t C = s.longest(), L = s.layers;
         for (int64_t l = 0; l < L; l++) {
-            W[l] = p.take(s.numbers(l));
-            S[l] = s.momentum ? p.take(s.numbers(l)) : nullptr;
+            W[l] = own.take(s.numbers(l));
+            S[l] = s.momentum ? own.take(s.numbers(l)) : nullptr;
         }
-        raw = p.take(s.generated() * C * s.K), unit = p.take(s.generated() * C * s.K);
-        scale = p.take(s.generated() * C), eta = p.take(C), alpha = p.take(C), log_a = p.take(C);
+        raw = own.take(s.generated() * C * s.K), unit = shared.take(s.generated() * C * s.K);
+        scale = own.take(s.generated() * C), eta = own.take(C), alpha = own.take(C), log_a = own.take(C);
         for (int64_t l = 0; l < L; l++) {
             const int64_t of_layer = s.stack(l) * C * s.wide(l), hidden = s.memories * C * s.hidden;
-            lr[l] = p.take(C), e[l] = s.erases() ? p.take(C) : nullptr;
-            H[l] = l ? p.take(hidden) : nullptr, z[l] = zv[l] = nullptr;
-            if (l < L - 1) z[l] = p.take(s.generated() * C * s.hidden), zv[l] = p.take(hidden);
-            recalled[l] = p.take(of_layer), g[l] = p.take(of_layer), E[l] = p.take(of_layer);
-            R[l] = s.split && s.erases() ? p.take(of_layer) : nullptr;
-            Tm[l] = s.momentum && s.erases() ? p.take(of_layer) : nullptr;
-            QW[l] = p.take(C * s.outputs(l)), QS[l] = s.momentum ? p.take(C * s.outputs(l)) : nullptr;
-            query[l] = l ? p.take(C * s.hidden) : nullptr, answer[l] = l < L - 1 ? p.take(C * s.hidden) : nullptr;
+            lr[l] = own.take(C), e[l] = s.erases() ? own.take(C) : nullptr;
+            recalled[l] = own.take(of_layer), g[l] = own.take(of_layer), E[l] = own.take(of_layer);
+            z[l] = zv[l] = answer[l] = nullptr;
+            if (l < L - 1) z[l] = own.take(s.generated() * C * s.hidden), answer[l] = own.take(C * s.hidden);
+            if (l < L - 1 && s.self_targets) zv[l] = own.take(hidden);
+            H[l] = l ? shared.take(hidden) : nullptr, query[l] = l ? shared.take(C * s.hidden) : nullptr;
         }
     }
 
-    static size_t room(const Loop<T>& s) {
-        Pieces<T> p;
-        Kept(s, p);
-        return p.used;
+    static size_t room(const Loop<T>& s) { return rooms(s).first; }
+    static size_t shared_room(const Loop<T>& s) { return rooms(s).second; }
+
+    static std::pair<size_t, size_t> rooms(const Loop<T>& s) {
+        Pieces<T> own, shared;
+        Kept(s, own, shared);
+        return {own.used, shared.used};
     }
 
     // Chunks that a problem has memory for: without a backward pass to come two are enough.
     static int64_t slots(const Loop<T>& s) { return s.keep ? s.chunks() : std::min<int64_t>(s.chunks(), 2); }
 
-    static Kept of(const Loop<T>& s, int64_t i, int64_t n) {
-        Pieces<T> p{s.kept + (i * slots(s) + n % slots(s)) * room(s)};
-        return Kept(s, p);
+    static Kept of(const Loop<T>& s, int64_t i, int64_t n, T* shared) {
+        Pieces<T> own{s.kept + (i * slots(s) + n % slots(s)) * room(s)}, beside{shared};
+        return Kept(s, own, beside);
     }
 };
 
@@ -164,7 +167,7 @@ struct LoopChunk {
         a.log_b = s.momentum ? s.log_b + at : nullptr;
         a.W = k.W[l], a.S = k.S[l], a.recalled = s.fresh(n) && s.erases() ? k.recalled[l] : nullptr;
         a.q = l ? k.query[l] : vectors(query_role), a.y = l < s.layers - 1 ? k.answer[l] : s.y + at * s.K;
-        a.E = k.E[l], a.R = s.fresh(n) ? nullptr : k.R[l], a.Tm = k.Tm[l], a.QW = k.QW[l], a.QS = k.QS[l];
+        a.E = k.E[l];
         return a;
     }
 };

@@ -53,6 +53,32 @@ struct BackwardChunk : LoopChunk<T> {
         return b;
     }
 
+    // Makes again what the forward pass did not keep.
+    void prepare() {
+        for (int64_t t = 0; t < s.generated() * C; t++) {
+            const T *in = k.raw + t * s.K, r = k.scale[t], bound = static_cast<T>(unit_bound);
+            T* out = k.unit + t * s.K;
+#pragma omp simd
+            for (int64_t j = 0; j < s.K; j++) out[j] = r * std::min(std::max(in[j], -bound), bound);
+        }
+        for (int64_t l = 1; l < s.layers; l++) {
+            activations(k.answer[l - 1], k.query[l]);
+            for (int64_t m = 0; m < s.memories; m++)
+                for (int64_t t = 0; t < C; t++) {
+                    const int64_t row = m * C + t;
+                    const T* in = l > 1 ? k.recalled[l - 1] + row * s.hidden : k.recalled[0] + t * s.rows() + m * s.hidden;
+                    T* out = k.H[l] + row * s.hidden;
+#pragma omp simd
+                    for (int64_t j = 0; j < s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
+                }
+        }
+    }
+
+    void activations(const T* in, T* out) const {
+#pragma omp simd
+        for (int64_t j = 0; j < C * s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
+    }
+
     void write() {
         const int64_t L = s.layers;
         T* d_query = d.vectors[query_role];
@@ -156,10 +182,11 @@ void loop_backward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& hel
     const int64_t L = s.layers, N = s.chunks();
     Pieces<T> count;
     Upstream<T>(s, count);
-    size_t room = count.used;
+    size_t room = count.used + Kept<T>::shared_room(s) + 16;
     for (int64_t l = 0; l < L; l++) room += s.numbers(l) + 16;
     held.reset(room);
     Upstream<T> d(s, held);
+    T* shared = held.take(Kept<T>::shared_room(s));
     T* first[most_layers];
     for (int64_t l = 0; l < L; l++) {
         first[l] = held.take(s.numbers(l));
@@ -169,8 +196,9 @@ void loop_backward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& hel
         s.d_last_surprise[l] ? s.load(s.d_last_surprise, i, l, d.S[l]) : zero(d.S[l], s.numbers(l));
     }
     for (int64_t n = N - 1; n >= 0; n--) {
-        const Kept<T> k = Kept<T>::of(s, i, n);
+        const Kept<T> k = Kept<T>::of(s, i, n, shared);
         BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.fresh(n) ? k.W : first, mem);
+        chunk.prepare();
         chunk.write();
         chunk.lesson();
         chunk.rates();

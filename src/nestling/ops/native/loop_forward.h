@@ -78,20 +78,21 @@ struct ForwardChunk : LoopChunk<T> {
 template <class T, int KIND>
 void loop_forward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
     const int64_t L = s.layers, N = s.chunks(), C = s.longest();
-    size_t room = s.memories * C * s.K + C * s.gates + 16;
+    size_t room = s.memories * C * s.K + C * s.gates + 16 + Kept<T>::shared_room(s);
     for (int64_t l = 0; l < L; l++) room += 3 * (s.numbers(l) + 16);
     held.reset(room);
+    T* shared = held.take(Kept<T>::shared_room(s));
     T *first[most_layers], *last[most_layers], *last_s[most_layers];
     for (int64_t l = 0; l < L; l++) {
         first[l] = held.take(s.numbers(l)), last[l] = held.take(s.numbers(l)), last_s[l] = held.take(s.numbers(l));
         if (s.split) s.load(s.start, i, l, first[l]);
-        const Kept<T> k = Kept<T>::of(s, i, 0);
+        const Kept<T> k = Kept<T>::of(s, i, 0, shared);
         s.load(s.split ? s.running : s.start, i, l, k.W[l]);
         if (s.momentum) s.load(s.surprise, i, l, k.S[l]);
     }
     T* spare = held.take(s.memories * C * s.K + C * s.gates);
     for (int64_t n = 0; n < N; n++) {
-        const Kept<T> k = Kept<T>::of(s, i, n), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n);
+        const Kept<T> k = Kept<T>::of(s, i, n, shared), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n, shared);
         ForwardChunk<T, KIND> chunk(s, i, n, k, s.fresh(n) ? k.W : first, mem, spare);
         chunk.generate();
         chunk.rates();

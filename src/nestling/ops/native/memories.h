@@ -94,22 +94,36 @@ struct Work {
         }
     }
 
+    // act(z) and act'(z).
+    void activations(Rows<T> z, T* out, T* slopes) const {
+        for (int64_t t = 0; t < C; t++) {
+            const T* in = z[t];
+            T *o = out + t * s.hidden, *slope = slopes + t * s.hidden;
+#pragma omp simd
+            for (int64_t j = 0; j < s.hidden; j++) {
+                const Point<T> a = act<T, KIND>(in[j]);
+                o[j] = a.value, slope[j] = a.slope;
+            }
+        }
+    }
+
     // The reverse of `pass`. dz[L - 1] holds the gradient of z_{L-1}; with `key`, dz[l] of earlier layers and dH[l], the
     // gradient of act(z_{l-1}), hold what else comes back to them. Adds to dx and to the bank's dW.
     void chain(int64_t b, int64_t m, const T* x, const Rows<T>* z, T* const* dz, const T* const* dH, bool key, T* dx) const {
         for (int64_t l = L - 1; l > 0; l--) {
             const int64_t out = s.outputs(l), at = s.offset(b, m, l), hidden = s.hidden;
             const T* more = key ? dH[l] : nullptr;
-            activations(z[l - 1], h);
+            activations(z[l - 1], h, y);
             matmul<T>({dz[l], out, 1}, {s.W[l] + at, hidden}, dh, hidden, C, hidden, out, {});
             matmul<T>({dz[l], 1, out}, {h, hidden}, s.dW[l] + at, hidden, out, hidden, C, {.add = true});
             if (more) add_scaled(dh, T(1), more, C * hidden);
-            if (!key) zero(dz[l - 1], C * hidden);
-            for (int64_t t = 0; t < C; t++) {
-                const T *in = z[l - 1][t], *d = dh + t * hidden;
-                T* o = dz[l - 1] + t * hidden;
+            T* o = dz[l - 1];
+            if (key) {
 #pragma omp simd
-                for (int64_t j = 0; j < hidden; j++) o[j] += d[j] * act<T, KIND>(in[j]).slope;
+                for (int64_t j = 0; j < C * hidden; j++) o[j] += dh[j] * y[j];
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < C * hidden; j++) o[j] = dh[j] * y[j];
             }
         }
         linear_back(s.offset(b, m, 0), s.hidden, x, dz[0], s.hidden, dx);
