@@ -22,9 +22,6 @@ struct Backward {
         work = mem.take(C * C), work2 = mem.take(C * C);
         dA = zeros(mem, C * C), dB = zeros(mem, C * C), dD = zeros(mem, C * C);
         dA0 = zeros(mem, C), dB0 = zeros(mem, C), dd0 = zeros(mem, C), de = zeros(mem, C);
-        zero(dx, C * K);
-        zero(dP, C * V);
-        zero(dE, C * V);
     }
 
     static T* zeros(Scratch<T>& mem, int64_t n) {
@@ -41,11 +38,9 @@ struct Backward {
 
     void advance() {
         const int64_t l = C - 1, n = V * K;
-        zero(dW, n);
-        if (c.momentum) zero(dS, n);
         if (s.dW2) {
             const T* d = s.dW2 + c.bm * n;
-            add_scaled(dW, c.A0[l], d, n);
+            scaled(dW, c.A0[l], d, n);
             dA0[l] += dot(c.W, d, n);
             at_inputs(d);
             for (int64_t t = 0; t < C; t++) {
@@ -63,11 +58,17 @@ struct Backward {
                 dA[l * C + t] -= to_a;
                 if (c.momentum) dD[l * C + t] -= to_d;
             }
-            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
+            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true});
             if (c.momentum) {
-                add_scaled(dS, c.d0[l], d, n);
+                scaled(dS, c.d0[l], d, n);
                 dd0[l] += dot(c.S, d, n);
             }
+        } else {
+            zero(dW, n);
+            if (c.momentum) zero(dS, n);
+            zero(dx, C * K);
+            zero(dP, C * V);
+            zero(dE, C * V);
         }
         if (c.momentum && s.dS2) {
             const T* d = s.dS2 + c.bm * n;
