@@ -35,7 +35,7 @@ class _Chunk(torch.autograd.Function):
         plain, *tensors, options = arguments
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
-        x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
+        x, g, *_, weight, surprise, _, q = inputs
         stack = x.shape[len(batch) : -2]
         memories = stack.numel()
         _check(inputs, batch, stack, options[0])
