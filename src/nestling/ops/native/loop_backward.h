@@ -66,7 +66,8 @@ struct BackwardChunk : LoopChunk<T> {
             for (int64_t m = 0; m < s.memories; m++)
                 for (int64_t t = 0; t < C; t++) {
                     const int64_t row = m * C + t;
-                    const T* in = l > 1 ? k.recalled[l - 1] + row * s.hidden : k.recalled[0] + t * s.rows() + m * s.hidden;
+                    const int64_t from = l > 1 ? row * s.hidden : t * s.rows() + m * s.hidden;
+                    const T* in = k.recalled[l - 1] + from;
                     T* out = k.H[l] + row * s.hidden;
 #pragma omp simd
                     for (int64_t j = 0; j < s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;

@@ -52,7 +52,8 @@ struct ForwardChunk : LoopChunk<T> {
         mem.reset(bank.room());
         // What of the stack is padding holds zeros.
         const int64_t used = s.memories * s.hidden + s.gates, row = s.rows();
-        for (int64_t t = 0; t < C; t++) zero(k.recalled[0] + t * row + used, row - used), zero(k.g[0] + t * row + used, row - used);
+        for (T* stacked : {k.recalled[0], k.g[0]})
+            for (int64_t t = 0; t < C; t++) zero(stacked + t * row + used, row - used);
         InnerOne<T, KIND>(bank, p, 0, mem).run(false);
     }
 

@@ -1,8 +1,8 @@
 // A bank of memories (nestling/memory/bank.py) at the first weights of a chunk: one memory at its inputs, and back.
 //
 // Layer 0 of all memories is one stacked weight [rows, K], memory m at rows m * hidden, the gates after the last;
-// layer l > 0 is [M, out, hidden]. Memory m at x: z_0 = W_0 x, z_l = W_l act(z_{l-1}), output z_{L-1} + x (a matrix, L = 1:
-// z_0).
+// layer l > 0 is [M, out, hidden]. Memory m at x: z_0 = W_0 x, z_l = W_l act(z_{l-1}), output z_{L-1} + x; of a matrix, with
+// L = 1, z_0.
 #pragma once
 
 #include <cmath>

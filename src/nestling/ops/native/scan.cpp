@@ -86,7 +86,8 @@ void run(const int64_t* sizes, void* const* t, bool back) {
 }  // namespace
 
 extern "C" {
-// Tensors: x, g, l, e, log a, q; weights before every chunk (the first given), last weights, y, and E, which is kept; for the backward pass dy and the gradient of the last weights, then the gradients of x, g, l, e, log a, q, W.
+// Tensors: x, g, l, e, log a, q; weights before every chunk (the first given), last weights, y, and E, which is kept; for
+// the backward pass dy and the gradient of the last weights, then the gradients of x, g, l, e, log a, q, W.
 void nestling_scan(const int64_t* sizes, void* const* tensors, int is_double, int back) {
     is_double ? run<double>(sizes, tensors, back) : run<float>(sizes, tensors, back);
 }
