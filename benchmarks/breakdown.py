@@ -14,8 +14,7 @@ from benchmarks.timing import Subject
 
 # Part -> the operations that belong to it, by the profiler's names. Compiled ones include the Python around the call.
 PARTS = {
-    "chunks, compiled": ("_Chunk", "_ChunkBackward"),
-    "reads and inner gradients, compiled": ("_Read", "_ReadBackward", "_Inner", "_InnerBackward"),
+    "all chunks, compiled": ("_Loop", "_LoopBackward"),
     "normalisation and convolution, compiled": ("_Normalize", "_NormalizeBackward", "_ShortConv", "_ShortConvBackward"),
     "projections of the layer": ("aten::mm", "aten::addmm"),
 }

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.bank_loop import BankLoop
 from nestling.layers.chunks import Span, learn_chunk, scan_chunks
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
-from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.bank import BankState, MemoryBank, Rates
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
@@ -172,29 +173,45 @@ class LongTermMemory(nn.Module):
         q, k, v = (split_heads(s, c.head_dim) for s in F.silu(streams.to(dtype)).split(c.hidden_size, -1))
         tokens = {"q": safe_normalize(q), "k": safe_normalize(k), "v": _limit_length(v)}
         heads = logits.unflatten(-1, (len(c.gates), -1)).permute(2, 0, 3, 1)
+        # What the paper calls theta is eta to `chunk_rates`, and its eta is the momentum.
         gates = dict(zip(c.gates, heads, strict=True))
         bias = dict(zip(c.gates, self.rate_bias.to(dtype), strict=True))
+        tokens["eta"] = gates["theta"]
+        if c.use_retention:
+            tokens["alpha"] = gates["alpha"]
         if c.momentum:
-            gates["eta"] = F.logsigmoid(gates["eta"] + bias["eta"][:, None])
+            tokens["log_b"] = F.logsigmoid(gates["eta"] + bias["eta"][:, None])
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
         scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
         rule = rate_rule(c, c.max_erase, c.chunk_size)
 
-        def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
-            valid = grid.valid_slots(*span, part["k"].device)
-            rates = chunk_rates(rule, Gates(part["theta"], part.get("alpha"), part.get("eta"), valid), scales)
-            if c.ascend:
-                rates = replace(rates, inner_lr=[-lr for lr in rates.inner_lr])
-            for _ in range(1, c.inner_steps):
-                _, bank = learn_chunk(c, self.bank, bank, part["k"], part["v"], rates, None, self_targets=False)
-                bank = BankState(bank.running, bank.running, bank.surprise)
-                keep = torch.zeros_like(rates.decay.log_retention)
-                rates = replace(rates, decay=replace(rates.decay, log_retention=keep))
-            y, bank = learn_chunk(c, self.bank, bank, part["k"], part["v"], rates, part["q"], self_targets=False)
-            assert y is not None
-            return y, grid.cross(bank, span[1], c.chunk_size)
+        def plain(tokens: dict[str, Tensor], scales: Scales, bank: BankState) -> tuple[Tensor, BankState]:
+            def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
+                valid = grid.valid_slots(*span, part["k"].device)
+                gates = Gates(part["eta"], part.get("alpha"), part.get("log_b"), valid)
+                y, bank = self._chunk(part, chunk_rates(rule, gates, scales), bank)
+                return y, grid.cross(bank, span[1], c.chunk_size)
 
-        return scan_chunks(tokens | gates, state.position, lengths, c.chunk_size, state.bank, run)
+            return scan_chunks(tokens, state.position, lengths, c.chunk_size, bank, run)
+
+        if c.ascend or c.inner_steps > 1:
+            return plain(tokens, scales, state.bank)
+        loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
+        return loop.run(plain, tokens, scales, state.bank, state.position, lengths)
+
+    def _chunk(self, tokens: dict[str, Tensor], rates: Rates, bank: BankState) -> tuple[Tensor, BankState]:
+        """Answers of one chunk and the memories after it, their chunk's start unchanged."""
+        c, k, v = self.config, tokens["k"], tokens["v"]
+        if c.ascend:
+            rates = replace(rates, inner_lr=[-lr for lr in rates.inner_lr])
+        for _ in range(1, c.inner_steps):
+            _, bank = learn_chunk(c, self.bank, bank, k, v, rates, None, self_targets=False)
+            bank = BankState(bank.running, bank.running, bank.surprise)
+            keep = torch.zeros_like(rates.decay.log_retention)
+            rates = replace(rates, decay=replace(rates.decay, log_retention=keep))
+        y, bank = learn_chunk(c, self.bank, bank, k, v, rates, tokens["q"], self_targets=False)
+        assert y is not None
+        return y, bank
 
 
 def _limit_length(v: Tensor) -> Tensor:

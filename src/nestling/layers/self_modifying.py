@@ -9,12 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.chunks import (
-    Span,
-    learn_chunk,
-    run_checkpointed,
-    scan_chunks,
-)
+from nestling.layers.bank_loop import BankLoop
+from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
 from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
@@ -206,16 +202,24 @@ class SelfModifyingTitans(SequenceLayer):
             weights = self.fixed.init_state(streams.shape[0], False, dtype).start
             tokens |= self.fixed.read(weights, parts[0], names, unit=True)
 
-        scales = self._scales(dtype)
+        c, scales = self.config, self._scales(dtype)
 
-        def run(
-            span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
-        ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
-            return self._chunk(span, tokens, scales, banks, grid)
+        def plain(
+            tokens: dict[str, Tensor], scales: Scales, main: BankState, own: BankState | None = None
+        ) -> tuple[Tensor, BankState, BankState | None]:
+            def run(
+                span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
+            ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
+                return self._chunk(span, tokens, scales, banks, grid)
 
-        banks = (state.main, state.own)
-        o, (main, own) = scan_chunks(tokens, state.position, lengths, self.config.outer_chunk, banks, run)
-        return o, main, own
+            o, banks = scan_chunks(tokens, state.position, lengths, c.outer_chunk, (main, own), run)
+            return o, *banks
+
+        if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks:
+            return plain(tokens, scales, state.main, state.own)
+        loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
+        o, main = loop.run(lambda *given: plain(*given)[:2], tokens, scales, state.main, state.position, lengths)
+        return o, main, None
 
     def _scales(self, dtype: torch.dtype) -> Scales:
         """What the rates learn across sequences, the same in all chunks."""
@@ -260,7 +264,7 @@ class SelfModifyingTitans(SequenceLayer):
             names = () if bank is None else tuple(n for n in bank.deep + bank.gates if n != "memory")
             if names and bank is not None and state is not None:
                 made |= bank.read(state.start, tokens["u"], names, unit=True)
-        del made["u"]
+        made.pop("u", None)
         return made
 
     def _step(

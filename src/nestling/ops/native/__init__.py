@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
+from nestling.ops.native.loop import TOKENS, LoopShape, LoopTensors, native_loop
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
 from nestling.ops.native.rates import RateRule, native_rates
@@ -21,11 +22,15 @@ from nestling.ops.native.short_conv import native_short_conv
 __all__ = [
     "MAX_CHUNK",
     "MAX_LAYERS",
+    "TOKENS",
     "BankShape",
+    "LoopShape",
+    "LoopTensors",
     "RateRule",
     "fits",
     "native_chunk",
     "native_inner",
+    "native_loop",
     "native_normalize",
     "native_rates",
     "native_read",

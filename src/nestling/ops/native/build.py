@@ -79,7 +79,12 @@ def _load(file: Path) -> ctypes.CDLL:
     loaded.nestling_normalize.argtypes = [ctypes.c_void_p, *[ctypes.c_double] * 2, ctypes.c_void_p, *[ctypes.c_int] * 2]
     loaded.nestling_rates.argtypes = loaded.nestling_normalize.argtypes
     loaded.nestling_scan.argtypes = loaded.nestling_short_conv.argtypes = loaded.nestling_chunk.argtypes
-    for name in ("chunk", "memories", "normalize", "rates", "scan", "short_conv"):
+    loaded.nestling_loop.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2]
+    loaded.nestling_loop_room.argtypes, loaded.nestling_loop_room.restype = (
+        [ctypes.c_void_p, ctypes.c_int],
+        ctypes.c_int64,
+    )
+    for name in ("chunk", "loop", "memories", "normalize", "rates", "scan", "short_conv"):
         getattr(loaded, f"nestling_{name}").restype = None
     return loaded
 

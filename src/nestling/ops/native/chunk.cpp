@@ -19,7 +19,7 @@ void run(const int64_t* sizes, void* const* t, bool backward) {
     s.valid = static_cast<const uint8_t*>(*t++);
     const T** carried[] = {&s.W, &s.S, &s.recalled, &s.q};
     for (const T** p : carried) *p = static_cast<const T*>(*t++);
-    T** results[] = {&s.y, &s.W2, &s.S2, &s.E, &s.R, &s.Tm, &s.QW, &s.QS};
+    T** results[] = {&s.y, &s.W2, &s.S2, &s.E};
     for (T** p : results) *p = static_cast<T*>(*t++);
     if (backward) {
         const T** upstream[] = {&s.dy, &s.dW2, &s.dS2};

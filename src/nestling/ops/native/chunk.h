@@ -17,8 +17,8 @@ struct Args {
     const T *x, *g, *lr, *erase, *log_a, *log_b;
     const uint8_t* valid;
     const T *W, *S, *recalled, *q;
-    T *y, *W2, *S2;         // results
-    T *E, *R, *Tm, *QW, *QS;  // kept for the backward pass: e u, X W^T, X S^T, q W^T, q S^T
+    T *y, *W2, *S2;        // results
+    T* E;                  // kept for the backward pass: e u, or with no momentum P
     const T *dy, *dW2, *dS2;
     T *dx, *dg, *dlr, *derase, *dlog_a, *dlog_b, *dW, *dS, *drecalled, *dq;
 };
@@ -26,7 +26,7 @@ struct Args {
 // Numbers that either direction needs as working memory.
 inline size_t chunk_room(int64_t C, int64_t K, int64_t V) {
     const int64_t side = C > V ? C : V, other = K > V ? K : V;
-    return 12 * C * C + 7 * C * V + 2 * K * V + C * K + side * other + 16 * C + 16 * 64;
+    return 12 * C * C + 7 * C * V + 2 * K * V + 2 * C * K + side * other + 16 * C + 16 * 64;
 }
 
 // What both directions compute first: rates, decay products, steps P = l g, the Gram matrix and its shifted products.

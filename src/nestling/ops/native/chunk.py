@@ -35,24 +35,17 @@ class _Chunk(torch.autograd.Function):
         plain, *tensors, options = arguments
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
-        x, g, _, erase, _, log_b, _, weight, surprise, recalled, q = inputs
+        x, g, *_, weight, surprise, _, q = inputs
         stack = x.shape[len(batch) : -2]
         memories = stack.numel()
         _check(inputs, batch, stack, options[0])
         numbers = [batch.numel(), memories, *x.shape[-2:], g.shape[-1], *map(int, options), torch.get_num_threads()]
 
         read: Any = None if q is None else x.new_empty(*batch, x.shape[-2], options[0])
-        momentum, erases = log_b is not None, erase is not None
         results: list[Any] = [read, torch.empty_like(weight), None if surprise is None else torch.empty_like(surprise)]
-        kept = [
-            torch.empty_like(g),
-            torch.empty_like(g) if erases and recalled is None else None,
-            torch.empty_like(g) if erases and momentum else None,
-            None if read is None else torch.empty_like(read),
-            torch.empty_like(read) if momentum and read is not None else None,
-        ]
-        _call(numbers, [*inputs, *results, *kept], weight.dtype, backward=False)
-        ctx.save_for_backward(*tensors, *kept)
+        kept = torch.empty_like(g)
+        _call(numbers, [*inputs, *results, kept], weight.dtype, backward=False)
+        ctx.save_for_backward(*tensors, kept)
         ctx.numbers, ctx.plain, ctx.options = numbers, plain, options
         ctx.set_materialize_grads(False)
         return results[0], results[1], results[2]
@@ -60,7 +53,7 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        tensors, kept = saved[:11], saved[11:]
+        tensors, kept = saved[:11], saved[11]
         if torch.is_grad_enabled():
             return None, *through_torch(ctx.plain, (*tensors, *ctx.options), upstream)[:11], None
         batch = tensors[2].shape[:-1]
@@ -77,7 +70,7 @@ class _Chunk(torch.autograd.Function):
             None if q is None else (torch.empty_like(q) if upstream[0] is not None else torch.zeros_like(q)),
         ]
         coming = [None if t is None else t.contiguous() for t in upstream]
-        _call(ctx.numbers, [*inputs, None, None, None, *kept, *coming, *found], weight.dtype, backward=True)
+        _call(ctx.numbers, [*inputs, None, None, None, kept, *coming, *found], weight.dtype, backward=True)
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found
         if memories != 1:
             rates = [None if r is None else r.sum(-2) for r in rates]

@@ -9,24 +9,19 @@ struct Backward {
     Chunk<T> c;
     const Args<T>& s;
     const int64_t C, K, V, Q;
-    const T *E, *R, *Tm;
-    T *dx, *dP, *dE, *dW, *dS, *dA, *dB, *dD, *dA0, *dB0, *dd0, *de, *work, *work2, *rows, *rows2, *wide;
+    const T* E;
+    T *dx, *dP, *dE, *dW, *dS, *dA, *dB, *dD, *dA0, *dB0, *dd0, *de, *work, *work2, *rows, *rows2, *back, *wide;
 
     Backward(const Args<T>& args, int64_t index, Scratch<T>& mem)
         : c(args, index, mem), s(args), C(args.C), K(args.K), V(args.V), Q(args.Q) {
         E = s.E + c.bm * C * V;
-        R = s.recalled ? s.recalled + c.bm * C * V : (s.R ? s.R + c.bm * C * V : nullptr);
-        Tm = s.Tm ? s.Tm + c.bm * C * V : nullptr;
         dx = s.dx + c.bm * C * K, dW = s.dW + c.bm * V * K, dS = c.momentum ? s.dS + c.bm * V * K : nullptr;
         dP = s.dg + c.bm * C * V;  // becomes dg at the end
-        dE = mem.take(C * V), rows = mem.take(C * V), rows2 = mem.take(C * V);
+        dE = mem.take(C * V), rows = mem.take(C * V), rows2 = mem.take(C * V), back = mem.take(C * K);
         wide = mem.take((C > V ? C : V) * (K > V ? K : V));
         work = mem.take(C * C), work2 = mem.take(C * C);
         dA = zeros(mem, C * C), dB = zeros(mem, C * C), dD = zeros(mem, C * C);
         dA0 = zeros(mem, C), dB0 = zeros(mem, C), dd0 = zeros(mem, C), de = zeros(mem, C);
-        zero(dx, C * K);
-        zero(dP, C * V);
-        zero(dE, C * V);
     }
 
     static T* zeros(Scratch<T>& mem, int64_t n) {
@@ -43,11 +38,9 @@ struct Backward {
 
     void advance() {
         const int64_t l = C - 1, n = V * K;
-        zero(dW, n);
-        if (c.momentum) zero(dS, n);
         if (s.dW2) {
             const T* d = s.dW2 + c.bm * n;
-            add_scaled(dW, c.A0[l], d, n);
+            scaled(dW, c.A0[l], d, n);
             dA0[l] += dot(c.W, d, n);
             at_inputs(d);
             for (int64_t t = 0; t < C; t++) {
@@ -65,11 +58,17 @@ struct Backward {
                 dA[l * C + t] -= to_a;
                 if (c.momentum) dD[l * C + t] -= to_d;
             }
-            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true, .add = true});
+            matmul<T>({rows2, V, 1}, {d, K}, dx, K, C, K, V, {.negate = true});
             if (c.momentum) {
-                add_scaled(dS, c.d0[l], d, n);
+                scaled(dS, c.d0[l], d, n);
                 dd0[l] += dot(c.S, d, n);
             }
+        } else {
+            zero(dW, n);
+            if (c.momentum) zero(dS, n);
+            zero(dx, C * K);
+            zero(dP, C * V);
+            zero(dE, C * V);
         }
         if (c.momentum && s.dS2) {
             const T* d = s.dS2 + c.bm * n;
@@ -116,8 +115,8 @@ struct Backward {
         zero(dq, C * K);
         const int64_t lag = s.before ? 1 : 0;
         const T* dy = s.dy + c.b * C * Q;
-        start_term(dy, s.QW + c.b * C * Q, c.A0, dA0, T(1), lag, c.W, dW, dq);
-        if (c.momentum) start_term(dy, s.QS + c.b * C * Q, c.d0, dd0, T(0), lag, c.S, dS, dq);
+        start_term(dy, Q, c.q, dq, nullptr, c.A0, dA0, T(1), lag, c.W, dW);
+        if (c.momentum) start_term(dy, Q, c.q, dq, nullptr, c.d0, dd0, T(0), lag, c.S, dS);
         bool both = c.momentum && c.erases;
         if (c.momentum) read_sum(dy, c.P, c.D, dD, dP, work2, false);
         if (c.erases || !c.momentum) read_sum(dy, E, c.A, dA, dE, work2, both);
@@ -125,16 +124,21 @@ struct Backward {
         matmul<T>({work2, 1, C}, {c.q, K}, dx, K, C, K, C, {.upper = true, .add = true});
     }
 
-    // y += start * (q weight^T), over the read outputs.
+    // z += e * start * (in weight^T) with e = 1 where it is null, from dz [C, out].
     void start_term(
-        const T* dy, const T* product, const T* start, T* dstart, T first, int64_t lag, const T* weight, T* dweight, T* dq
+        const T* dz, int64_t out, const T* in, T* din, const T* e, const T* start, T* dstart, T first, int64_t lag,
+        const T* weight, T* dweight
     ) {
+        matmul<T>({dz, out, 1}, {weight, K}, back, K, C, K, out, {});
         for (int64_t t = 0; t < C; t++) {
-            if (t >= lag) dstart[t - lag] += dot(dy + t * Q, product + t * Q, Q);
-            scaled(rows + t * Q, c.shifted(start, t, lag, first), dy + t * Q, Q);
+            const T along = dot(back + t * K, in + t * K, K), scale = e ? e[t] : T(1);
+            const T factor = c.shifted(start, t, lag, first);
+            if (t >= lag) dstart[t - lag] += scale * along;
+            if (e) de[t] += factor * along;
+            add_scaled(din + t * K, scale * factor, back + t * K, K);
+            scaled(rows + t * out, scale * factor, dz + t * out, out);
         }
-        matmul<T>({rows, Q, 1}, {weight, K}, dq, K, C, K, Q, {.add = true});
-        matmul<T>({rows, 1, Q}, {c.q, K}, dweight, K, Q, K, C, {.add = true});
+        matmul<T>({rows, 1, out}, {in, K}, dweight, K, out, K, C, {.add = true});
     }
 
     // The triangular solve and its right-hand side; leaves d(l g) of the direct path in dP.
@@ -164,43 +168,42 @@ struct Backward {
         matmul<T>({dG, 1, C}, {c.x, K}, dx, K, C, K, C, {.upper = true, .add = true});
     }
 
-    // right = e * inner, inner = sh(A0) R + sh(d0) T - (sh(D) * G) P. On entry dE is the gradient of `right`.
+    // right = e * (sh(A0) R + sh(d0) X S^T - (sh(D) * G) P), R = X W^T; dE is the gradient of `right`.
     void right_side(T* dG) {
-        T* inner = rows;
-        if (c.momentum) {
-            c.masked(work2, c.D, c.G, 1);
-            matmul<T>({work2, C, 1}, {c.P, V}, inner, V, C, V, C, {.lower = true, .negate = true});
-        }
-        for (int64_t t = 0; t < C; t++) {
-            T start = c.shifted(c.A0, t, 1, T(1)), start_m = c.momentum ? c.shifted(c.d0, t, 1, T(0)) : T(0);
-            de[t] += start * dot(R + t * V, dE + t * V, V);
-            if (c.momentum) de[t] += dot(inner + t * V, dE + t * V, V) + start_m * dot(Tm + t * V, dE + t * V, V);
-            scaled(dE + t * V, c.e[t], dE + t * V, V);  // from here the gradient of `inner`
-            if (t) dA0[t - 1] += dot(dE + t * V, R + t * V, V);
-            if (t && c.momentum) dd0[t - 1] += dot(dE + t * V, Tm + t * V, V);
-            scaled(rows2 + t * V, start, dE + t * V, V);
-        }
         if (s.drecalled) {
-            std::copy(rows2, rows2 + C * V, s.drecalled + c.bm * C * V);
+            recalled();
         } else {
-            matmul<T>({rows2, V, 1}, {c.W, K}, dx, K, C, K, V, {.add = true});
-            matmul<T>({rows2, 1, V}, {c.x, K}, dW, K, V, K, C, {.add = true});
+            start_term(dE, V, c.x, dx, c.e, c.A0, dA0, T(1), 1, c.W, dW);
         }
         if (!c.momentum) return;
-        matmul<T>({work2, 1, C}, {dE, V}, dP, V, C, V, C, {.upper = true, .negate = true, .add = true});
-        for (int64_t t = 0; t < C; t++) scaled(rows2 + t * V, c.shifted(c.d0, t, 1, T(0)), dE + t * V, V);
-        matmul<T>({rows2, V, 1}, {c.S, K}, dx, K, C, K, V, {.add = true});
-        matmul<T>({rows2, 1, V}, {c.x, K}, dS, K, V, K, C, {.add = true});
+        start_term(dE, V, c.x, dx, c.e, c.d0, dd0, T(0), 1, c.S, dS);
         transpose(c.P, V, C, V, wide);
         matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
         for (int64_t t = 1; t < C; t++) {
-            const T *d = work2 + t * C, *before = c.D + (t - 1) * C, *gram = c.G + t * C;
-            T *o = dG + t * C, *dd = dD + (t - 1) * C;
-#pragma omp simd
+            const T e = c.e[t], *d = work2 + t * C, *before = c.D + (t - 1) * C, *gram = c.G + t * C;
+            T sum = 0, *o = dG + t * C, *dd = dD + (t - 1) * C;
+#pragma omp simd reduction(+ : sum)
             for (int64_t r = 0; r < t; r++) {
-                o[r] += d[r] * before[r];
-                dd[r] += d[r] * gram[r];
+                sum += d[r] * before[r] * gram[r];
+                o[r] += e * d[r] * before[r];
+                dd[r] += e * d[r] * gram[r];
             }
+            de[t] += sum;
+        }
+        c.masked(work2, c.D, c.G, 1);
+        for (int64_t t = 0; t < C; t++) scaled(work2 + t * C, c.e[t], work2 + t * C, t);
+        matmul<T>({work2, 1, C}, {dE, V}, dP, V, C, V, C, {.upper = true, .negate = true, .add = true});
+    }
+
+    // R is at hand, and what it comes from is somebody else's.
+    void recalled() {
+        const T* R = s.recalled + c.bm * C * V;
+        T* d = s.drecalled + c.bm * C * V;
+        for (int64_t t = 0; t < C; t++) {
+            const T along = dot(R + t * V, dE + t * V, V), start = c.shifted(c.A0, t, 1, T(1));
+            if (t) dA0[t - 1] += c.e[t] * along;
+            de[t] += start * along;
+            scaled(d + t * V, c.e[t] * start, dE + t * V, V);
         }
     }
 

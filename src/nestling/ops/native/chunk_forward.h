@@ -8,16 +8,16 @@ void chunk_forward(const Args<T>& s, int64_t index, Scratch<T>& mem) {
     Chunk<T> c(s, index, mem);
     const int64_t C = c.C, K = c.K, V = c.V, Q = c.Q, lag = s.before ? 1 : 0;
     T* E = s.E + c.bm * C * V;
-    T *R = s.R ? s.R + c.bm * C * V : nullptr, *Tm = s.Tm ? s.Tm + c.bm * C * V : nullptr;
-    const T* recalled = s.recalled ? s.recalled + c.bm * C * V : R;
     T *Wt = mem.take(K * V), *St = mem.take(K * V), *work = mem.take(C * C), *tot = mem.take(C * V);
-    if (R || c.reads) transpose(c.W, K, V, K, Wt);
+    T *product = mem.take(C * V), *past = mem.take(C * V);
+    const T* recalled = s.recalled ? s.recalled + c.bm * C * V : product;
+    if ((c.erases && !s.recalled) || c.reads) transpose(c.W, K, V, K, Wt);
     if (c.momentum && (c.erases || c.reads)) transpose(c.S, K, V, K, St);
 
     if (c.erases) {
-        if (R) matmul<T>({c.x, K, 1}, {Wt, V}, R, V, C, V, K, {});
+        if (!s.recalled) matmul<T>({c.x, K, 1}, {Wt, V}, product, V, C, V, K, {});
         if (c.momentum) {
-            matmul<T>({c.x, K, 1}, {St, V}, Tm, V, C, V, K, {});
+            matmul<T>({c.x, K, 1}, {St, V}, past, V, C, V, K, {});
             c.masked(work, c.D, c.G, 1);
             matmul<T>({work, C, 1}, {c.P, V}, E, V, C, V, C, {.lower = true, .negate = true});
         }
@@ -26,9 +26,9 @@ void chunk_forward(const Args<T>& s, int64_t index, Scratch<T>& mem) {
             const T e = c.e[t], *recall = recalled + t * V;
             T* o = E + t * V;
             if (c.momentum) {
-                const T* past = Tm + t * V;
+                const T* pushed = past + t * V;
 #pragma omp simd
-                for (int64_t v = 0; v < V; v++) o[v] = e * (start * recall[v] + o[v] + start_m * past[v]);
+                for (int64_t v = 0; v < V; v++) o[v] = e * (start * recall[v] + o[v] + start_m * pushed[v]);
             } else {
                 const T* step = c.P + t * V;
 #pragma omp simd
@@ -44,12 +44,12 @@ void chunk_forward(const Args<T>& s, int64_t index, Scratch<T>& mem) {
     }
 
     if (c.reads) {
-        T *y = s.y + c.b * C * Q, *QW = s.QW + c.b * C * Q, *QS = s.QS ? s.QS + c.b * C * Q : nullptr;
-        matmul<T>({c.q, K, 1}, {Wt, V}, QW, Q, C, Q, K, {});
-        if (c.momentum) matmul<T>({c.q, K, 1}, {St, V}, QS, Q, C, Q, K, {});
+        T* y = s.y + c.b * C * Q;
+        matmul<T>({c.q, K, 1}, {Wt, V}, y, Q, C, Q, K, {});
+        if (c.momentum) matmul<T>({c.q, K, 1}, {St, V}, past, Q, C, Q, K, {});
         for (int64_t t = 0; t < C; t++) {
-            scaled(y + t * Q, c.shifted(c.A0, t, lag, T(1)), QW + t * Q, Q);
-            if (c.momentum) add_scaled(y + t * Q, c.shifted(c.d0, t, lag, T(0)), QS + t * Q, Q);
+            scaled(y + t * Q, c.shifted(c.A0, t, lag, T(1)), y + t * Q, Q);
+            if (c.momentum) add_scaled(y + t * Q, c.shifted(c.d0, t, lag, T(0)), past + t * Q, Q);
         }
         if (c.momentum) {
             c.masked(work, c.D, c.Mq, lag);

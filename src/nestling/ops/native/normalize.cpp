@@ -1,46 +1,23 @@
-// x / sqrt(|x|^2 + eps^2) over rows, entries beyond `bound` counted as `bound` (nestling/ops/normalize.py).
+// Normalisation of many rows.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include "normalize.h"
 
 namespace {
 
 template <class T>
 void forward(int64_t rows, int64_t width, T eps, T bound, const T* x, T* y, T* scale, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 32768)
-    for (int64_t i = 0; i < rows; i++) {
-        const T* in = x + i * width;
-        T *out = y + i * width, sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < width; j++) {
-            const T v = std::min(std::max(in[j], -bound), bound);
-            out[j] = v;
-            sum += v * v;
-        }
-        const T r = 1 / std::sqrt(sum + eps * eps);
-        scale[i] = r;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) out[j] *= r;
-    }
+    for (int64_t i = 0; i < rows; i++) scale[i] = normalize_row(width, eps, bound, x + i * width, y + i * width);
 }
 
-// With y = r x: dx = r (dy - y (y . dy)); 0 where x was cut.
 template <class T>
 void backward(
     int64_t rows, int64_t width, T bound, const T* x, const T* y, const T* scale, const T* dy, T* dx, int64_t threads
 ) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 32768)
     for (int64_t i = 0; i < rows; i++) {
-        const T *in = x + i * width, *unit = y + i * width, *up = dy + i * width, r = scale[i];
-        T *out = dx + i * width, along = 0;
-#pragma omp simd reduction(+ : along)
-        for (int64_t j = 0; j < width; j++) along += unit[j] * up[j];
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            const T d = r * (up[j] - unit[j] * along);
-            out[j] = std::abs(in[j]) > bound ? T(0) : d;
-        }
+        const int64_t at = i * width;
+        normalize_row_back(width, bound, x + at, y + at, scale[i], dy + at, dx + at);
     }
 }
 

@@ -13,7 +13,7 @@ from nestling.ops.native.build import expect, kernel, pointers, sizes
 from nestling.ops.native.second_order import through_torch
 
 MAX_LAYERS = 32  # most_layers of rates.cpp
-_KINDS = ("online", "erase", "free", "dot")
+KINDS = ("online", "erase", "free", "dot")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _checked(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 def _call(rule: RateRule, inputs: list[Any], others: Sequence[Tensor | None], back: bool) -> None:
     eta, share = inputs[0], inputs[6]
-    numbers = sizes(*eta.shape, len(share), _KINDS.index(rule.kind), rule.online_only)
+    numbers = sizes(*eta.shape, len(share), KINDS.index(rule.kind), rule.online_only)
     tensors = pointers([*inputs, *others])
     double = int(eta.dtype == torch.float64)
     kernel().nestling_rates(numbers, rule.max_erase, rule.floor, tensors, double, int(back))

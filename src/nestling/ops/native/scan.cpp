@@ -11,7 +11,7 @@ template <class T>
 struct Sequence {
     int64_t problems, tokens, size, K, V, before, threads;
     const T *x, *g, *lr, *erase, *log_a, *q;
-    T *starts, *last, *y, *E, *R, *QW;
+    T *starts, *last, *y, *E;
     const T *dy, *d_last;
     T *dx, *dg, *dlr, *derase, *dlog_a, *dq, *d_weight;
 
@@ -27,7 +27,7 @@ struct Sequence {
         a.lr = lr + at, a.erase = erase ? erase + at : nullptr, a.log_a = log_a + at;
         T* weights = starts + (i * chunks() + n) * V * K;
         a.W = weights, a.W2 = n + 1 < chunks() ? weights + V * K : last + i * V * K;
-        a.y = y + at * V, a.E = E + at * V, a.QW = QW + at * V, a.R = R ? R + at * V : nullptr;
+        a.y = y + at * V, a.E = E + at * V;
         return a;
     }
 };
@@ -68,7 +68,7 @@ void run(const int64_t* sizes, void* const* t, bool back) {
     for (int64_t* p : to) *p = *sizes++;
     const T** inputs[] = {&s.x, &s.g, &s.lr, &s.erase, &s.log_a, &s.q};
     for (const T** p : inputs) *p = static_cast<const T*>(*t++);
-    T** results[] = {&s.starts, &s.last, &s.y, &s.E, &s.R, &s.QW};
+    T** results[] = {&s.starts, &s.last, &s.y, &s.E};
     for (T** p : results) *p = static_cast<T*>(*t++);
     if (back) {
         s.dy = static_cast<const T*>(*t++), s.d_last = static_cast<const T*>(*t++);
@@ -86,8 +86,8 @@ void run(const int64_t* sizes, void* const* t, bool back) {
 }  // namespace
 
 extern "C" {
-// Tensors: x, g, l, e, log a, q; weights before every chunk (the first given), last weights, y, and what is kept (E, X W^T,
-// q W^T); for the backward pass dy and the gradient of the last weights, then the gradients of x, g, l, e, log a, q, W.
+// Tensors: x, g, l, e, log a, q; weights before every chunk (the first given), last weights, y, and E, which is kept; for
+// the backward pass dy and the gradient of the last weights, then the gradients of x, g, l, e, log a, q, W.
 void nestling_scan(const int64_t* sizes, void* const* tensors, int is_double, int back) {
     is_double ? run<double>(sizes, tensors, back) : run<float>(sizes, tensors, back);
 }

@@ -43,10 +43,10 @@ class _Scan(torch.autograd.Function):
         starts = weight.new_empty(*batch, -(-tokens // chunk_size), out, width)
         starts[..., 0, :, :] = weight
         last, y = torch.empty_like(weight), torch.empty_like(g)
-        kept = [torch.empty_like(g), torch.empty_like(g) if erase is not None else None, torch.empty_like(g)]
-        _call(ctx.numbers, [x, g, lr, erase, log_a, q, starts, last, y, *kept], x.dtype, back=False)
+        kept = torch.empty_like(g)
+        _call(ctx.numbers, [x, g, lr, erase, log_a, q, starts, last, y, kept], x.dtype, back=False)
         ctx.plain = plain
-        ctx.save_for_backward(*tensors, starts, *kept)
+        ctx.save_for_backward(*tensors, starts, kept)
         ctx.set_materialize_grads(False)
         return y, last
 
@@ -55,7 +55,7 @@ class _Scan(torch.autograd.Function):
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, None, None, *through_torch(ctx.plain, saved[:7], (dy, d_last))
-        inputs, (starts, *kept) = _checked(saved[:7]), saved[7:]
+        inputs, (starts, kept) = _checked(saved[:7]), saved[7:]
         # Without an upstream gradient of y nothing writes the queries' gradient.
         found = [
             None if t is None else (torch.zeros_like(t) if i == 5 else torch.empty_like(t))
@@ -63,7 +63,7 @@ class _Scan(torch.autograd.Function):
         ]
         coming = [None if t is None else t.contiguous() for t in (dy, d_last)]
         # Neither the last weights nor y are read again; the chunks' pointers into them stay unused.
-        tensors = [*inputs[:6], starts, starts, kept[0], *kept, *coming, *found]
+        tensors = [*inputs[:6], starts, starts, kept, kept, *coming, *found]
         _call(ctx.numbers, tensors, inputs[0].dtype, back=True)
         return None, None, None, *found
 

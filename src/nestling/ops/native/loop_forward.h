@@ -1,0 +1,108 @@
+// The forward pass of the loop over chunks.
+#pragma once
+
+#include "chunk_forward.h"
+#include "loop.h"
+#include "memory_lesson.h"
+#include "memory_read.h"
+#include "normalize.h"
+
+template <class T, int KIND>
+struct ForwardChunk : LoopChunk<T> {
+    using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at;
+    const T* const* start;
+    Scratch<T>& mem;
+    T* spare;  // [memories, C, K] and [C, gates]: what nobody reads again
+
+    ForwardChunk(
+        const Loop<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m, T* room
+    )
+        : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room) {}
+
+    void generate() {
+        if (!s.generated() && !s.gates) return;
+        const Bank<T> bank = s.bank(this->n, start);
+        Read<T> r{};
+        T* gates = spare + s.memories * C * s.K;
+        r.x = s.u + at * s.K, r.values = k.raw, r.gate_values = gates;
+        std::copy_n(k.z, s.layers, r.z);
+        r.z[s.layers - 1] = spare;
+        mem.reset(bank.room());
+        read_one<T, KIND>(bank, r, 0, mem, false);
+        for (int64_t t = 0; t < s.generated() * C; t++)
+            k.scale[t] = normalize_row<T>(s.K, unit_eps, unit_bound, k.raw + t * s.K, k.unit + t * s.K);
+        for (auto [role, to] : {std::pair{eta_role, k.eta}, std::pair{alpha_role, k.alpha}})
+            for (int64_t t = 0; s.made[role] >= 0 && t < C; t++) to[t] = gates[t * s.gates + s.made[role]];
+    }
+
+    void rates() {
+        T share[most_layers], hidden[most_layers], *lr[most_layers], *e[most_layers];
+        rates::forward(this->rate_args(share, hidden, lr, e), 0, 0);
+        if (!s.fold) return;
+        for (int64_t t = 0; t < C; t++) k.e[0][t] = k.lr[0][t] + (s.rates_erase() ? k.e[0][t] : T(0));
+    }
+
+    void lesson() {
+        const Bank<T> bank = s.bank(this->n, start);
+        Inner<T> p{};
+        p.key = this->vectors(key_role), p.value = this->vectors(value_role);
+        std::copy_n(k.H, s.layers, p.H), std::copy_n(k.recalled, s.layers, p.recalled);
+        std::copy_n(k.g, s.layers, p.g), std::copy_n(k.zv, s.layers, p.zv);
+        p.zv[s.layers - 1] = spare;
+        mem.reset(bank.room());
+        // What of the stack is padding holds zeros.
+        const int64_t used = s.memories * s.hidden + s.gates, row = s.rows();
+        for (T* stacked : {k.recalled[0], k.g[0]})
+            for (int64_t t = 0; t < C; t++) zero(stacked + t * row + used, row - used);
+        InnerOne<T, KIND>(bank, p, 0, mem).run(false);
+    }
+
+    void write(T* const* W2, T* const* S2) {
+        for (int64_t l = 0; l < s.layers; l++) {
+            if (l) {
+                const T* in = k.answer[l - 1];
+                T* out = k.query[l];
+#pragma omp simd
+                for (int64_t j = 0; j < C * s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
+            }
+            Args<T> a = this->write_args(l);
+            a.W2 = W2[l], a.S2 = S2[l];
+            for (int64_t m = 0; m < a.memories; m++) {
+                mem.reset(chunk_room(C, a.K, a.V));
+                chunk_forward(a, m, mem);
+            }
+        }
+        if (s.layers > 1) add_scaled(s.y + at * s.K, T(1), this->vectors(query_role), C * s.K);
+    }
+};
+
+template <class T, int KIND>
+void loop_forward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
+    const int64_t L = s.layers, N = s.chunks(), C = s.longest();
+    size_t room = s.memories * C * s.K + C * s.gates + 16 + Kept<T>::shared_room(s);
+    for (int64_t l = 0; l < L; l++) room += 3 * (s.numbers(l) + 16);
+    held.reset(room);
+    T* shared = held.take(Kept<T>::shared_room(s));
+    T *first[most_layers], *last[most_layers], *last_s[most_layers];
+    for (int64_t l = 0; l < L; l++) {
+        first[l] = held.take(s.numbers(l)), last[l] = held.take(s.numbers(l)), last_s[l] = held.take(s.numbers(l));
+        if (s.split) s.load(s.start, i, l, first[l]);
+        const Kept<T> k = Kept<T>::of(s, i, 0, shared);
+        s.load(s.split ? s.running : s.start, i, l, k.W[l]);
+        if (s.momentum) s.load(s.surprise, i, l, k.S[l]);
+    }
+    T* spare = held.take(s.memories * C * s.K + C * s.gates);
+    for (int64_t n = 0; n < N; n++) {
+        const Kept<T> k = Kept<T>::of(s, i, n, shared), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n, shared);
+        ForwardChunk<T, KIND> chunk(s, i, n, k, s.fresh(n) ? k.W : first, mem, spare);
+        chunk.generate();
+        chunk.rates();
+        chunk.lesson();
+        chunk.write(n + 1 < N ? next.W : last, n + 1 < N ? next.S : last_s);
+        for (int64_t l = 0; n == N - 1 && l < L; l++) {
+            s.store(last[l], i, l, s.last);
+            if (s.momentum) s.store(last_s[l], i, l, s.last_surprise);
+            if (s.last_start[0]) s.store(k.W[l], i, l, s.last_start);
+        }
+    }
+}

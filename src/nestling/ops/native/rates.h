@@ -1,0 +1,127 @@
+// Rates of a chunk from the logits of its gates, and their gradients (nestling/layers/rates.py has the formulas).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace rates {
+
+enum Kind { online, erase, free_of_erase, dot };
+
+template <class T>
+struct Args {
+    int64_t rows, heads, tokens, layers, kind, online_only;
+    T max_erase, floor;
+    const T *eta, *alpha, *log_b;
+    const uint8_t* valid;  // [rows, tokens]
+    const T *eta_bias, *alpha_bias, *share, *hidden;
+    T *log_a, **lr, **e;  // e is null without erase
+    const T *d_log_a, **d_lr, **d_e;
+    T *d_eta, *d_alpha, *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden;
+};
+
+template <class T>
+T sigmoid(T x) {
+    const T small = std::exp(-std::abs(x));
+    return (x >= 0 ? T(1) : small) / (1 + small);
+}
+
+// One token of one head: the values every formula shares.
+template <class T>
+struct Token {
+    // base: e_t of the last layer; step, rate: l_t before the share, without and with momentum's part
+    T eta, present, log_a, keep, full, left, pass, base, step, rate;
+
+    Token(const Args<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) {
+        eta = sigmoid(s.eta[at] + s.eta_bias[head]);
+        present = !s.valid || s.valid[row * s.tokens + t] ? T(1) : T(0);
+        log_a = 0;
+        if (s.alpha) {
+            const T z = s.alpha[at] + s.alpha_bias[head];
+            log_a = (std::min(z, T(0)) - std::log1p(std::exp(-std::abs(z)))) / 16;
+        }
+        keep = s.alpha ? std::exp(log_a) : T(1);
+        full = s.max_erase * eta * present;
+        left = -std::expm1(log_a);
+        pass = s.log_b ? -std::expm1(s.log_b[at]) : T(1);
+        base = 0;
+        const T last = s.share[(s.layers - 1) * s.heads + head];
+        switch (s.kind) {
+            case online: base = full * keep / (s.online_only ? T(1) : 1 + last), step = base; break;
+            case erase: base = keep * full, step = keep * std::min(full, 2 - full); break;
+            case free_of_erase: step = eta * present * (s.alpha ? std::max(left, s.floor) : s.floor); break;
+            default: step = eta * present;
+        }
+        rate = step * pass;
+    }
+};
+
+template <class T>
+void forward(const Args<T>& s, int64_t row, int64_t head) {
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const int64_t at = (row * s.heads + head) * s.tokens + t;
+        const Token<T> k(s, row, head, t, at);
+        s.log_a[at] = k.log_a;
+        for (int64_t l = 0; l < s.layers; l++) {
+            const bool last = l == s.layers - 1;
+            s.lr[l][at] = k.rate * (last && s.kind == online && s.online_only ? T(1) : s.share[l * s.heads + head]);
+            if (s.e) s.e[l][at] = last ? k.base : k.base * s.hidden[l * s.heads + head];
+        }
+    }
+}
+
+template <class T>
+void backward(const Args<T>& s, int64_t row, int64_t head) {
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const int64_t at = (row * s.heads + head) * s.tokens + t;
+        const Token<T> k(s, row, head, t, at);
+        T d_rate = 0, d_base = 0, d_full = 0, d_keep = 0, d_eta = 0;
+        T d_log_a = s.d_log_a ? s.d_log_a[at] : T(0);
+        for (int64_t l = 0; l < s.layers; l++) {
+            const int64_t of = l * s.heads + head;
+            const bool last = l == s.layers - 1, whole = last && s.kind == online && s.online_only;
+            if (s.d_lr[l]) {
+                d_rate += s.d_lr[l][at] * (whole ? T(1) : s.share[of]);
+                if (!whole) s.d_share[of] += s.d_lr[l][at] * k.rate;
+            }
+            if (!s.e || !s.d_e[l]) continue;
+            d_base += s.d_e[l][at] * (last ? T(1) : s.hidden[of]);
+            if (!last) s.d_hidden[of] += s.d_e[l][at] * k.base;
+        }
+        if (s.log_b) s.d_log_b[at] = d_rate * k.step * (k.pass - 1);
+        d_rate *= k.pass;
+        switch (s.kind) {
+            case online: {
+                const int64_t of = (s.layers - 1) * s.heads + head;
+                const T split = s.online_only ? T(1) : 1 + s.share[of], d = (d_base + d_rate) / split;
+                if (!s.online_only) s.d_share[of] -= d * k.base;
+                d_full = d * k.keep, d_keep = d * k.full;
+                break;
+            }
+            case erase: {
+                const T least = std::min(k.full, 2 - k.full), slope = k.full < 1 ? T(1) : k.full > 1 ? T(-1) : T(0);
+                d_full = (d_base + d_rate * slope) * k.keep;
+                d_keep = d_base * k.full + d_rate * least;
+                break;
+            }
+            case free_of_erase:
+                d_eta = d_rate * k.present * (s.alpha ? std::max(k.left, s.floor) : s.floor);
+                if (s.alpha && k.left >= s.floor) d_log_a -= d_rate * k.eta * k.present * k.keep;
+                break;
+            default: d_eta = d_rate * k.present;
+        }
+        d_eta += d_full * s.max_erase * k.present;
+        d_log_a += d_keep * k.keep;
+        const T z = d_eta * k.eta * (1 - k.eta);
+        s.d_eta[at] = z;
+        s.d_eta_bias[head] += z;
+        if (!s.alpha) continue;
+        // The derivative of log sigmoid(z) is sigmoid(-z).
+        const T d = d_log_a / 16 * sigmoid(-(s.alpha[at] + s.alpha_bias[head]));
+        s.d_alpha[at] = d;
+        s.d_alpha_bias[head] += d;
+    }
+}
+
+}  // namespace rates
