@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.mappings import block
 from nestling.ops.native.memories import ACTIVATIONS, BankShape
 from nestling.ops.native.rates import KINDS, RateRule
 from nestling.ops.native.second_order import through_torch
 
 VECTORS, GATES = ("k", "v", "q"), ("eta", "alpha")
-_LARGE_PAGE = 2 << 20
 TOKENS = ("u", *VECTORS, *GATES, "log_b")
 
 
@@ -120,7 +118,7 @@ class _Loop(torch.autograd.Function):
                        *shape.made]  # fmt: skip
         ctx.constants = (ctypes.c_double * 3)(bank.clip, shape.rates.max_erase, shape.rates.floor)
         double = int(q.dtype == torch.float64)
-        kept = _block(kernel().nestling_loop_room(sizes(*ctx.numbers), double), q)
+        kept = block(kernel().nestling_loop_room(sizes(*ctx.numbers), double), q)
         partial = time > shape.first and (time - shape.first) % shape.chunk != 0
         results = [
             *(torch.empty_like(w) for w in given.start),
@@ -157,21 +155,6 @@ class _Loop(torch.autograd.Function):
         _call(ctx, tensors, kept.dtype, back=True)
         scales = [None if t is None else (t.sum(0).T if t.dim() == 3 else t.sum(0)) for t in sums]
         return None, None, None, *tokens, *scales, *weights
-
-
-def _block(numbers: int, like: Tensor) -> Tensor:
-    """`[numbers]` of `like`'s dtype, uninitialised or zero, in a mapping of its own where it is large.
-
-    A mapping goes back to the system as soon as the backward pass is through, where an allocator's heap would be left
-    with holes; and its large pages are ready several times sooner than small ones.
-    """
-    size = numbers * like.element_size()
-    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(numbers)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=like.dtype)
 
 
 def _checked(shape: LoopShape, given: LoopTensors) -> LoopTensors:
