@@ -13,14 +13,13 @@ some steps on scikit-learn's digits and writes nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
+from tune import Row, Runs, grid_table
 from vit import Set, VisionTransformer, digits, mnist  # beside this file
 
 from nestling.optim import build
@@ -29,10 +28,7 @@ from nestling.plotting.curves import Series, line_chart
 HERE = Path(__file__).parent
 RUNS = HERE / "results.jsonl"
 STARTS = {"adamw": 1e-3, "muon": 2e-3, "m3": 2e-3, "delta_momentum": 0.1, "sgd": 0.1}
-SEEDS = (0, 1, 2)
 BATCH, EPOCHS, WEIGHT_DECAY, WARMUP = 128, 6, 0.05, 0.1
-
-Row = dict[str, Any]
 
 
 def evaluate(model: VisionTransformer, data: Set) -> tuple[float, float]:
@@ -72,48 +68,12 @@ def train(name: str, rate: float, seed: int, sets: tuple[Set, Set, Set], patch: 
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    row: Row = {"optimizer": name, "rate": rate, "seed": seed, "steps": len(losses), "diverged": len(losses) < steps}
+    row: Row = {"steps": len(losses), "diverged": len(losses) < steps}
     for part, data in (("train", (images, labels)), ("validation", valid), ("test", test)):
         row[part], row[f"{part}_accuracy"] = evaluate(model, data)
     row["losses"] = [statistics.mean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
     row["seconds"] = round(time.perf_counter() - start, 1)
-    print(f"{name:15} lr {rate:.3g} seed {seed}: validation {row['validation']:.4f}", flush=True)
     return row
-
-
-class Runs:
-    """Finished runs, a line each."""
-
-    def __init__(self, sets: tuple[Set, Set, Set], patch: int, steps: int) -> None:
-        self.arguments = (sets, patch, steps)
-        self.rows: list[Row] = []
-        if RUNS.exists():
-            self.rows = [json.loads(line) for line in RUNS.read_text().splitlines()]
-
-    def get(self, name: str, rate: float, seed: int) -> Row:
-        """The run, trained now unless it is there."""
-        wanted = (name, float(f"{rate:.6g}"), seed)
-        for row in self.rows:
-            if (row["optimizer"], row["rate"], row["seed"]) == wanted:
-                return row
-        row = train(*wanted, *self.arguments)
-        self.rows.append(row)
-        with RUNS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
-
-    def tune(self, name: str) -> list[Row]:
-        """Seed 0 at every rate tried, by rate."""
-        found = [self.get(name, STARTS[name] * factor, SEEDS[0]) for factor in (0.5, 1.0, 2.0)]
-        while (best := min(found, key=_quality)) in (found[0], found[-1]):
-            up = best is found[-1]
-            more = self.get(name, best["rate"] * (2.0 if up else 0.5), SEEDS[0])
-            found = [*found, more] if up else [more, *found]
-        return found
-
-
-def _quality(row: Row) -> float:
-    return float("inf") if row["diverged"] else row["validation"]
 
 
 def table(grids: dict[str, list[Row]], best: dict[str, list[Row]]) -> str:
@@ -129,10 +89,7 @@ def table(grids: dict[str, list[Row]], best: dict[str, list[Row]]) -> str:
             f"({', '.join(f'{v:.4f}' for v in test)}) | {statistics.mean(right):.2%} | "
             f"{statistics.median(seconds):.0f} |"
         )
-    lines += ["", "| optimizer (seed 0) | validation loss by lr |", "| --- | --- |"]
-    for name, rows in grids.items():
-        lines.append(f"| `{name}` | " + ", ".join(f"{r['rate']:.3g}: {r['validation']:.4f}" for r in rows) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *grid_table(grids)]) + "\n"
 
 
 def main() -> None:
@@ -151,9 +108,10 @@ def main() -> None:
     if args.mnist is None:
         parser.error("--mnist DIR is needed (or --quick)")
     sets = mnist(args.mnist)
-    runs = Runs(sets, 7, EPOCHS * (len(sets[0][0]) // BATCH))
-    grids = {name: runs.tune(name) for name in STARTS}
-    best = {n: [runs.get(n, min(g, key=_quality)["rate"], seed) for seed in SEEDS] for n, g in grids.items()}
+    steps = EPOCHS * (len(sets[0][0]) // BATCH)
+    runs = Runs(RUNS, lambda name, rate, seed: train(name, rate, seed, sets, 7, steps))
+    grids = {name: runs.tune(name, start) for name, start in STARTS.items()}
+    best = {name: runs.seeds(grid) for name, grid in grids.items()}
     (HERE / "table.md").write_text(table(grids, best))
     lines = []
     for i, (name, rows) in enumerate(best.items()):
