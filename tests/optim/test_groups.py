@@ -124,7 +124,7 @@ def test_muon_is_torchs() -> None:
             for o in optimizers:
                 o.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # torch iterates in bfloat16
 
 
 def test_unknown_names() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2] / "reproductions"
 @pytest.mark.parametrize(
     ("folder", "shown"),
     [
-        ("figure4", "delta momentum"),
+        ("figure4", "Eq. 49 to the letter"),
         ("orthogonal_tasks", "forgotten"),
         ("figure11", "m3: training loss"),
         ("figure12", "delta_momentum"),
