@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.optimizers import Float32Muon
 from nestling import NestlingForCausalLM, presets
 from nestling.optim import NAMES, build, matrix_groups
 from nestling.optim.groups import decaying
@@ -112,7 +113,7 @@ def test_muon_is_torchs() -> None:
     decayed = [p for p in other.parameters() if p.dim() > 1 and id(p) not in ids]
     rest = [p for p in other.parameters() if p.dim() < 2]
     alone = [
-        torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Float32Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(decayed, 0.02, betas=(0.8, 0.9), weight_decay=0.1),
         torch.optim.AdamW(rest, 0.02, betas=(0.8, 0.9), weight_decay=0.0),
     ]
@@ -124,7 +125,7 @@ def test_muon_is_torchs() -> None:
             for o in optimizers:
                 o.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # torch iterates in bfloat16
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4)  # a step moves by 2e-2
 
 
 def test_unknown_names() -> None:
