@@ -105,12 +105,14 @@ def test_by_name(name: str) -> None:
 
 
 def test_muon_is_torchs() -> None:
-    """Matrices take torch.optim.Muon's step and the rest AdamW's, as the two would alone."""
+    """Matrices take torch.optim.Muon's step and the rest AdamW's, as the two would alone; it takes no kernels."""
     model, other = Network(), Network()
+    for network in (model, other):
+        network.convolution.weight.requires_grad_(False)
     optimizer = build("muon", model, lr=0.02, weight_decay=0.1, betas=(0.8, 0.9))
     matrices = [other.first.weight, other.second.weight]
     ids = {id(p) for p in matrices}
-    decayed = [p for p in other.parameters() if p.dim() > 1 and id(p) not in ids]
+    decayed = [p for p in other.parameters() if p.requires_grad and p.dim() > 1 and id(p) not in ids]
     rest = [p for p in other.parameters() if p.dim() < 2]
     alone = [
         Float32Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
