@@ -1,4 +1,4 @@
-"""A small ViT under AdamW, Muon, M3, delta momentum and SGD (NL Figure 11, at small scale), each tuned.
+"""A small ViT under AdamW, Muon, M3 and delta momentum (NL Figure 11, at small scale), each tuned.
 
     python reproductions/figure11/run.py --mnist DIR [--quick]
 
@@ -27,7 +27,7 @@ from nestling.plotting.curves import Series, line_chart
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results.jsonl"
-STARTS = {"adamw": 1e-3, "muon": 2e-3, "m3": 2e-3, "delta_momentum": 0.1, "sgd": 0.1}
+STARTS = {"adamw": 1e-3, "muon": 2e-3, "m3": 2e-3, "delta_momentum": 0.1}
 BATCH, EPOCHS, WEIGHT_DECAY, WARMUP = 128, 6, 0.05, 0.1
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from nestling.ops import native
 from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
 from nestling.optim.matrices import as_rows
 from nestling.optim.memories import Memories
@@ -113,6 +114,8 @@ def write_rows_(
     scale: Scale,
 ) -> None:
     """m_r <- kept m_r - e_r (m_r . k_r) k_r + v_r for every row, in place; `value is key` saves a pass over memory."""
+    if all(native.fits(t) and t.is_contiguous() and t.dtype == m.dtype for t in (m, key, value)):
+        return native.native_delta_rows_(m, key, value, kept, delta, scale)
     square = torch.linalg.vector_norm(key, dim=-1).square()  # faster than a product of the key with itself
     erased = _strength(square, delta, scale) * torch.linalg.vecdot(m, key)
     m.mul_(kept)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
+from nestling.ops.native.delta_rows import native_delta_rows_
 from nestling.ops.native.loop import TOKENS, LoopShape, LoopTensors, native_loop
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
@@ -29,6 +30,7 @@ __all__ = [
     "RateRule",
     "fits",
     "native_chunk",
+    "native_delta_rows_",
     "native_inner",
     "native_loop",
     "native_normalize",
