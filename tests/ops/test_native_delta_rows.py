@@ -28,7 +28,7 @@ def test_compiled_rows_are_torchs(
         calls = []
         original = native.native_delta_rows_
         with monkeypatch.context() as patch:
-            patch.setattr(native, "native_delta_rows_", lambda *a, of=original: calls.append(of(*a)))
+            patch.setattr(native, "native_delta_rows_", lambda *a, of=original, seen=calls: seen.append(of(*a)))
             write_rows_(compiled, key, value, 0.9, 0.7, scale)
             assert len(calls) == 1
             patch.setattr(native, "fits", lambda *_: False)
