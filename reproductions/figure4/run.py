@@ -188,7 +188,7 @@ def picture(constants: Tensor, steps: dict[str, Tensor], count: int) -> None:
         panels.append((shown, ways))
     (HERE / "valley.svg").write_text(valley_chart(panels))
     ratio = steps[COMPARED].flatten(0, 1).amin(0) / steps[METHODS[0].name].flatten(0, 1).amin(0)
-    (HERE / "ratios.svg").write_text(ratio_chart(constants, ratio))
+    (HERE / "ratios.svg").write_text(ratio_chart(constants, ratio.masked_fill(ratio == 0, math.nan)))
 
 
 def main() -> None:
