@@ -17,12 +17,12 @@ from nestling.plotting.curves import COLORS, STYLE
 
 def valley_chart(panels: list[tuple[tuple[float, float, float], dict[str, Tensor]]]) -> str:
     """Contours of psi and the ways of the optimizers, a panel for every function, SVG."""
-    r, theta = np.meshgrid(np.linspace(-5, 5, 300), np.linspace(-6, 6, 300))
+    r, theta = np.meshgrid(np.linspace(-5, 5, 100), np.linspace(-6, 6, 100))
     with rc_context(STYLE):
         figure = Figure(figsize=(10.4, 4.8), layout="constrained")
         for axes, ((k, alpha, omega), ways) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             psi = r**2 + k * (r - theta + alpha * np.sin(omega * r)) ** 2
-            levels = np.geomspace(0.02, psi.max(), 24)
+            levels = np.geomspace(0.02, psi.max(), 14)
             axes.contourf(r, theta, psi + 1e-3, levels=levels, norm=LogNorm(), cmap="Greys_r", alpha=0.55)
             for color, (name, way) in zip(COLORS, ways.items(), strict=False):
                 axes.plot(*way.T.numpy(), color=color, marker="o", markersize=2.5, linewidth=1.0, label=name)

@@ -9,16 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import LayerInputs, mean_gram, record_gram
+from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
+from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, check_reduction, mean_gram, record_gram
 from nestling.optim.memories import Memories
 from nestling.optim.shards import local, part_of, whole
 
-Reduction = Literal["mean", "sum"]
 Solver = Literal["exact", "step"]
 
 
-class DeltaGradientDescent(MemoryOptimizer):
+class DeltaGradientDescent(InputOptimizer):
     """W <- argmin of mean_i 1/2 |W x_i - u_i|^2 + 1/(2 lr) |W - W_t|^2 with u_i = -dL_i/dy_i (NL Eq. 56), for every
     `nn.Linear`.
 
@@ -69,20 +68,10 @@ class DeltaGradientDescent(MemoryOptimizer):
         check_range("erase", erase, 0.0)
         if solver not in ("exact", "step"):
             raise ValueError(f'solver must be "exact" or "step", got {solver!r}')
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        check_reduction(reduction)
         self.solver, self.reduction = solver, reduction
         self.layers = LayerInputs(model, record_gram)
         super().__init__(params, {**shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite), "erase": erase})
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's, and forgets the inputs."""
-        super().zero_grad(set_to_none)
-        self.layers.clear()
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self.layers.remove()
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
@@ -96,9 +85,6 @@ class DeltaGradientDescent(MemoryOptimizer):
             direction = delta_direction(w, whole(gradient, parameter), gram, float(group["lr"]), self.solver)
             results.append(part_of(direction, parameter))
         return results
-
-    def _stepped(self) -> None:
-        self.layers.clear()
 
 
 def delta_direction(

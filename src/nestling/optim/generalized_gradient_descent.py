@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,14 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
-from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import LayerInputs, Seen, record_pairs
+from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
+from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, Seen, check_reduction, record_pairs
 from nestling.optim.memories import Memories
 
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
 Retention = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
-Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def squared_distance(w: Tensor, start: Tensor) -> Tensor:
     return 0.5 * (w - start).square().sum()
 
 
-class GeneralizedGradientDescent(MemoryOptimizer):
+class GeneralizedGradientDescent(InputOptimizer):
     """W <- argmin of mean_i loss(W x_i, u_i) + Ret(W, W_t) / lr with u_i = f(x_i, W_t x_i, -dL_i/dy_i) (NL Definition
     5, Eq. 59-60).
 
@@ -109,8 +107,7 @@ class GeneralizedGradientDescent(MemoryOptimizer):
         """
         check_range("inner_steps", inner_steps, 1)
         check_range("objective.smoothness", objective.smoothness, 0.0)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        check_reduction(reduction)
         self.objective, self.target, self.retention = objective, target, retention
         self.inner_steps, self.reduction = inner_steps, reduction
         super().__init__(params, shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite))
@@ -120,15 +117,6 @@ class GeneralizedGradientDescent(MemoryOptimizer):
                 "that FSDP2 has spread; DeltaGradientDescent can"
             )
         self.layers = LayerInputs(model, record_pairs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's, and forgets the inputs."""
-        super().zero_grad(set_to_none)
-        self.layers.clear()
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self.layers.remove()
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
@@ -157,6 +145,3 @@ class GeneralizedGradientDescent(MemoryOptimizer):
                 (slope,) = torch.autograd.grad(loss, w)
             w = w.detach() - rate * slope
         return w
-
-    def _stepped(self) -> None:
-        self.layers.clear()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nestling.optim.base import MemoryOptimizer
 from nestling.optim.memories import working_dtype
 
 Record = Callable[["Seen", Tensor, Tensor], None]
+Reduction = Literal["mean", "sum"]
 
 
 @dataclass
@@ -96,7 +98,35 @@ class LayerInputs:
         self.record(seen, x[counted].to(dtype), gradient[counted].to(dtype))
 
 
-def mean_gram(seen: Seen, weight: Tensor, reduction: str) -> Tensor:
+class InputOptimizer(MemoryOptimizer):
+    """A memory optimizer whose rule needs the inputs of linear layers; what was recorded lasts until the step.
+
+    Attributes:
+        layers: what the layers saw; a subclass sets it before its first step.
+    """
+
+    layers: LayerInputs
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and forgets the inputs."""
+        super().zero_grad(set_to_none)
+        self.layers.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.layers.remove()
+
+    def _stepped(self) -> None:
+        self.layers.clear()
+
+
+def check_reduction(reduction: Reduction) -> None:
+    """Raise a ValueError for a reduction of the loss that is neither "mean" nor "sum"."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+
+
+def mean_gram(seen: Seen, weight: Tensor, reduction: Reduction) -> Tensor:
     """Sum of x x^T over all tokens, of all processes, over their number (for `reduction="mean"`)."""
     assert seen.gram is not None
     gram, tokens = seen.gram, torch.tensor(float(seen.tokens), device=seen.gram.device, dtype=torch.float64)

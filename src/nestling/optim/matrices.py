@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,8 +102,3 @@ class Orthogonalizer:
             y = y.to(full.dtype) * lr_ratio(y.shape[-2], y.shape[-1], self.adjust)
             results.append(part_of(y.reshape(full.shape), parameter))
         return results
-
-
-def on_whole(function: Callable[..., Tensor], parameter: Tensor, *parts: Tensor) -> Tensor:
-    """`function` of the whole tensors with those local parts, and the local part of its result."""
-    return part_of(function(*(whole(part, parameter) for part in parts)), parameter)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _LARGE_PAGE = 2 << 20
 _free: list[mmap.mmap] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # while it is held a collection of garbage may give a mapping back
 
 
 def block(numbers: int, like: Tensor) -> Tensor:
