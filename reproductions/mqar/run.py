@@ -154,9 +154,9 @@ def measure(
     return row
 
 
-def tuned(results: Results, preset: str, steps: int, ablation: str | None = None) -> float:
-    """The grid's best at seed 0."""
-    rows = [measure(results, preset, SEEDS[0], rate, steps, ablation) for rate in GRID]
+def tuned(results: Results, preset: str, steps: int) -> float:
+    """The grid's best at seed 0. An ablation takes its preset's, so that it changes one thing."""
+    rows = [measure(results, preset, SEEDS[0], rate, steps) for rate in GRID]
     return float(max(rows, key=_quality)["rate"])
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
     if args.ablations:
         names = [(preset, change) for change, (preset, _) in ABLATIONS.items()]
-    rates = {name: tuned(results, name[0], args.steps, name[1]) for name in names}
+    rates = {name: tuned(results, name[0], args.steps) for name in names}
     for seed in args.seeds:
         for (preset, ablation), rate in rates.items():
             measure(results, preset, seed, rate, args.steps, ablation)
