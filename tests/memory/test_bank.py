@@ -65,3 +65,20 @@ def test_initial_state(momentum: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.start, state.running, strict=True))
     sum(t.sum() for t in state.running).backward()
     assert all(p.grad is not None for p in bank.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_gate_scale_leaves_the_first_fast_weights_and_lengthens_the_optimizers_steps(depth: int) -> None:
+    banks = []
+    for scale in (1.0, 16.0):
+        torch.manual_seed(0)
+        banks.append(MemoryBank(("memory", "k"), ("eta",), 2, 4, depth, 3, "silu", gate_scale=scale).double())
+    states = [bank.init_state(2, False, torch.float64) for bank in banks]
+    for plain, scaled in zip(states[0].start, states[1].start, strict=True):
+        torch.testing.assert_close(plain, scaled)
+    for state in states:
+        sum(t.square().sum() for t in state.start).backward()
+    plain, scaled = (bank.initial[0].grad for bank in banks)
+    torch.testing.assert_close(scaled[:, -1], 16 * plain[:, -1])
+    torch.testing.assert_close(scaled[:, :-1], plain[:, :-1])
+    torch.testing.assert_close(banks[0].initial[0][:, -1], 16 * banks[1].initial[0][:, -1])

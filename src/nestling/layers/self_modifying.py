@@ -88,7 +88,7 @@ class SelfModifyingTitans(SequenceLayer):
     def _bank(self, names: list[str]) -> MemoryBank:
         c = self.config
         deep, gates = (tuple(n for n in names if n in group) for group in (DEEP, GATES))
-        return MemoryBank(deep, gates, c.num_heads, self.head_dim, c.layers, c.expansion, c.activation)
+        return MemoryBank(deep, gates, c.num_heads, self.head_dim, c.layers, c.expansion, c.activation, c.gate_scale)
 
     def reset_parameters(self) -> None:
         """Retentions from 0.958 to 0.9998 over the heads, rates at mid-range, the convolution near identity."""

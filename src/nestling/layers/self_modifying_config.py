@@ -38,6 +38,9 @@ class SelfModifyingConfig(Rule):
         hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
             the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
             the layer after it.
+        gate_scale: how much faster than other weights the optimizer moves the gates' initial fast weights (see
+            `MemoryBank`). Adam's steps of one size take a logit to +-4 in the time it takes others to be learned, where
+            1 - e_t is -0.97; counting over hundreds of tokens needs it nearer to -1 than any short training asks for.
         use_retention: a_t from M_alpha; without it a_t = 1 and there is no alpha memory.
         conv_size: width of the causal convolution (4 in NL section 8.3); 1 is none.
         output_gate: multiply the normalised output by silu(x W_g).
@@ -65,6 +68,7 @@ class SelfModifyingConfig(Rule):
     max_erase: float = 2.0
     inner_lr_scale: float | None = None
     hidden_erase_scale: float = 0.1
+    gate_scale: float = 1.0
     use_retention: bool = True
     conv_size: int = 4
     output_gate: bool = True
@@ -108,6 +112,8 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
         if not 0 < self.share < 1:
             raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
+        if self.gate_scale <= 0:
+            raise ValueError(f"gate_scale is positive, not {self.gate_scale}")
         if not 0 < self.hidden_erase_scale < 1:
             raise ValueError(f"hidden_erase_scale is in (0, 1), not {self.hidden_erase_scale}")
 

@@ -82,6 +82,8 @@ class MemoryBank(nn.Module):
         depth: layers of a deep memory.
         expansion: hidden width over `width`.
         activation: "silu", "gelu" or "relu".
+        gate_scale: factor on the gates' initial fast weights, whose parameters start smaller by it. It leaves the first
+            logits as they are and makes the optimizer's steps on them so much longer.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class MemoryBank(nn.Module):
         depth: int,
         expansion: int,
         activation: str,
+        gate_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.deep, self.gates = deep, gates
+        self.deep, self.gates, self.gate_scale = deep, gates, gate_scale
         self.width, self.depth, self.activation = width, depth, activation
         self.hidden = width if depth == 1 else width * expansion
         count = len(deep)
@@ -112,6 +115,8 @@ class MemoryBank(nn.Module):
         for i, weight in enumerate(self.initial):
             last = i == self.depth - 1 and self.depth > 1
             nn.init.normal_(weight, std=(0.5 if last else 1.0) / math.sqrt(weight.shape[-1]))
+        with torch.no_grad():
+            self.initial[0][:, len(self.deep) * self.hidden :] /= self.gate_scale
 
     def init_state(self, batch_size: int, momentum: bool, dtype: torch.dtype) -> BankState:
         """The meta-learned fast weights, one copy a row; gradients reach the parameters through it.
@@ -124,6 +129,7 @@ class MemoryBank(nn.Module):
         scale = torch.full((first.shape[1], 1), math.sqrt(self.width), dtype=dtype, device=first.device)
         if self.depth == 1:
             scale[: len(self.deep) * self.hidden] = 1.0
+        scale[len(self.deep) * self.hidden :] *= self.gate_scale
         weights = [first * scale, *deeper]
         rows = [w.expand(batch_size, *w.shape) for w in weights]
         surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
