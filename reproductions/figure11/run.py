@@ -118,7 +118,7 @@ def main() -> None:
         mean = [statistics.mean(values) for values in zip(*(r["losses"] for r in rows), strict=True)]
         lines.append(Series(name, [10 * (j + 1) for j in range(len(mean))], mean, i))
     (HERE / "losses.svg").write_text(
-        line_chart(lines, x_label="step", y_label="training loss, nats (mean of the seeds)")
+        line_chart(lines, x_label="step (mean of the seeds)", y_label="training loss, nats")
     )
     print(table(grids, best))
 
