@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.ops import native
@@ -274,3 +275,39 @@ def test_it_can_be_turned_off(monkeypatch) -> None:
         assert build.library() is None
     finally:
         build.library.cache_clear()
+
+
+class Bfloat16Products(TorchFunctionMode):
+    """Rounds what enters a product of float32 tensors, as hardware with bfloat16 products does, and counts them."""
+
+    NAMES = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "baddbmm_", "addmm", "mm", "linear"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.NAMES:
+            self.count += 1
+            args = tuple(a.bfloat16().float() if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_products_in_bfloat16_on_request(memory) -> None:
+    """Then PyTorch makes the products; the solve and the state stay in float32, and the answer is near."""
+    config = SelfModifyingConfig(hidden_size=32, num_heads=2, chunk_size=16, memory=memory, momentum=True)
+    layer, x = SelfModifyingTitans(config), torch.randn(2, 75, 32)
+    exact, _ = layer(x)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not native.fits(x, x) and native.fits(x) and native.fits(x.double(), x.double())
+        with Bfloat16Products() as products:
+            y, state = layer(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert products.count > 20
+    assert all(t.dtype == torch.float32 for _, t in state.main.tensors())
+    error = float((y - exact).norm() / exact.norm())
+    assert 1e-4 < error < 0.05

@@ -46,12 +46,17 @@ _MAX_WIDTH = 512
 
 
 def fits(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether compiled code can take `x` `[..., C, K]` and `weight` `[..., out, in]`: on the CPU, of cache size."""
+    """Whether compiled code can take `x` `[..., C, K]` and `weight` `[..., out, in]`: on the CPU, of cache size.
+
+    Its products are in float32, so those of float32 tensors are left to PyTorch where it was asked for bfloat16
+    (`torch.set_float32_matmul_precision("medium")`).
+    """
     return (
         _plain(x)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and (weight is None or (_plain(weight) and x.dtype == weight.dtype and _small(x, weight)))
+        and (weight is None or x.dtype == torch.float64 or torch.get_float32_matmul_precision() != "medium")
         and library() is not None
     )
 
