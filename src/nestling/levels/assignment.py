@@ -119,8 +119,3 @@ def _existing(model: nn.Module, continuum: Mapping[str, set[str]]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     own = f"the levels {', '.join(continuum)} and " if continuum else ""
     return f"{own}the parameters {shown}"
-
-
-def stream_levels(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters of every level that a model's configuration gives a period, fastest first."""
-    return {}
