@@ -73,13 +73,14 @@ class AssociativeMemory:
         P_t = P_{t-1} - P_{t-1} k_t k_t^T P_{t-1} / (1 + k_t^T P_{t-1} k_t),        P_0 = I / ridge
         M_t = M_{t-1} + (v_t - M_{t-1} k_t) (P_t k_t)^T
 
-    so that M_t minimises sum_s |M k_s - v_s|^2 + ridge |M|^2 over everything written (NL section 4: the inner objective is
-    solved, not descended). The same M comes out in whatever order the classes arrive: this level forgets nothing. A class
-    not met yet is a row of zeros, which is the exact solution for it, so classes are added as they come.
-    `rule="delta"` is the plain delta rule (DeltaNet) in place of it, P_t k_t replaced by rate * k_t / |k_t|^2, for comparison.
+    so that M_t minimises sum_s |M k_s - v_s|^2 + ridge |M|^2 over everything written (NL section 4: the inner objective
+    is solved, not descended). The same M comes out in whatever order the classes arrive: this level forgets nothing. A
+    class not met yet is a row of zeros, which is the exact solution for it, so classes are added as they come.
+    `rule="delta"` is the plain delta rule (DeltaNet) in place of it, P_t k_t replaced by rate * k_t / |k_t|^2, for
+    comparison.
 
-    With `expansion` n, keys are first mapped to n features max(0, R k), R fixed and random (NL Eq. 51: a richer feature map
-    holds more associations than d). A constant 1 is always appended to the key.
+    With `expansion` n, keys are first mapped to n features max(0, R k), R fixed and random (NL Eq. 51: a richer feature
+    map holds more associations than d). A constant 1 is always appended to the key.
 
     Kept are n (or d) numbers for a class and their square in all, whatever the number of examples.
 

@@ -17,10 +17,10 @@ class ElasticWeightConsolidation:
 
         strength / 2 * sum_i sum_j F_ij (theta_j - theta_ij)^2                        (Kirkpatrick et al. 2017, Eq. 3)
 
-    F_i is the mean over examples of the squared gradient of one example's log-likelihood at its given label (the empirical
-    Fisher). Only the sums of F_i and of F_i theta_i are kept, which give the same gradient: the memory does not grow with
-    the tasks. With `decay` it is the online variant (Schwarz et al. 2018): F <- decay * F + F_i, and the centre is always
-    the last solution.
+    F_i is the mean over examples of the squared gradient of one example's log-likelihood at its given label (the
+    empirical Fisher). Only the sums of F_i and of F_i theta_i are kept, which give the same gradient: the memory does
+    not grow with the tasks. With `decay` it is the online variant (Schwarz et al. 2018): F <- decay * F + F_i, and the
+    centre is always the last solution.
 
     Args:
         parameters: by name; what is penalised.
@@ -89,7 +89,9 @@ def diagonal_fisher(parameters: Mapping[str, Tensor], losses: Iterable[Tensor]) 
             if gradient is not None:
                 square.addcmul_(gradient, gradient)
                 if not torch.isfinite(gradient).all():
-                    raise NonFiniteGradientError(f"the gradient of {name} is not finite; the example or model is broken")
+                    raise NonFiniteGradientError(
+                        f"the gradient of {name} is not finite; the example or model is broken"
+                    )
         count += 1
     if not count:
         raise ValueError("losses is empty: the Fisher information is a mean over at least one example")

@@ -70,14 +70,16 @@ class MemoryClassifier:
         """For every text the `count` classes of the highest scores, the highest first, and these scores."""
         scores = self.memory.scores(self.keys(texts))
         top = scores.topk(min(count, scores.shape[1]), -1)
-        return [([self.memory.classes[i] for i in row.tolist()], s) for row, s in zip(top.indices, top.values, strict=True)]
+        return [
+            ([self.memory.classes[i] for i in row.tolist()], s) for row, s in zip(top.indices, top.values, strict=True)
+        ]
 
 
 class InContext:
     """The frozen model with as many examples before the question as fit.
 
-    One example of every class in random order, then a second one, and so on while they fit; the label is found by greedy
-    descent in the trie of all classes seen.
+    One example of every class in random order, then a second one, and so on while they fit; the label is found by
+    greedy descent in the trie of all classes seen.
 
     Args:
         scorer, prompts: of the model.
@@ -131,9 +133,7 @@ class CandidateReader:
             texts: what is asked.
             shown: examples for each, in the order they are read in.
         """
-        rows = [
-            tuple([*self.prompts.context(s), *self.prompts.prompt(t)]) for t, s in zip(texts, shown, strict=True)
-        ]
+        rows = [(*self.prompts.context(s), *self.prompts.prompt(t)) for t, s in zip(texts, shown, strict=True)]
         new = [i for i, row in enumerate(rows) if row not in self.known]
         tries = [self.prompts.trie(dict.fromkeys(x.label for x in shown[i])) for i in new]
         for i, label in zip(new, self.scorer.best([rows[i] for i in new], tries), strict=True):
@@ -173,8 +173,8 @@ class Retrieval:
 class ExternalLearner:
     """InCA (Momeni et al. 2025): class means narrow the choice to a few classes, the model decides in context.
 
-    InCA describes a class by a summary that a large model wrote; a small model cannot write one, so the first text of the
-    class stands for it. That is one text kept for each class.
+    InCA describes a class by a summary that a large model wrote; a small model cannot write one, so the first text of
+    the class stands for it. That is one text kept for each class.
 
     Args:
         means: the external learner.

@@ -131,16 +131,16 @@ class TrainedClassifier:
 class LevelsWithMemory:
     """Levels and an associative memory: what is new is known at once, and what it means is learned slowly.
 
-    The fastest level is an `AssociativeMemory` M over keys k(x) from below the blocks that learn; its objective is solved
-    exactly after every text. The other levels are MLPs with periods of their own (NL Eq. 71), trained on the label's
-    log-likelihood. The answer is the label that both support:
+    The fastest level is an `AssociativeMemory` M over keys k(x) from below the blocks that learn; its objective is
+    solved exactly after every text. The other levels are MLPs with periods of their own (NL Eq. 71), trained on the
+    label's log-likelihood. The answer is the label that both support:
 
         argmax_{c in top(M k(x))}  log p_theta(c | x) + weight * (M k(x))_c
 
-    The memory does not forget and its keys do not drift (the blocks below the levels stand still), but it is linear; the
-    levels are not, but move on. The read biases the label trie, and it narrows the choice to the classes the memory
-    thinks possible, so that a language model that prefers recent labels cannot give one that nothing speaks for. No text
-    is kept.
+    The memory does not forget and its keys do not drift (the blocks below the levels stand still), but it is linear;
+    the levels are not, but move on. The read biases the label trie, and it narrows the choice to the classes the memory
+    thinks possible, so that a language model that prefers recent labels cannot give one that nothing speaks for. No
+    text is kept.
 
     Args:
         levels: the model with its levels.

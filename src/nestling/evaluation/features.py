@@ -21,9 +21,9 @@ from nestling.evaluation.label_trie import pad_left
 class TextFeatures:
     """Hidden states of a model that reads the question about a text, after chosen blocks, side by side.
 
-    Of each block two vectors: the mean over the text's own tokens, and the state at the question's last token, where the
-    model is about to answer. What stands before the text in the prompt takes the part of the attention sink, whose state
-    is large and says nothing, and is left out of the mean.
+    Of each block two vectors: the mean over the text's own tokens, and the state at the question's last token, where
+    the model is about to answer. What stands before the text in the prompt takes the part of the attention sink, whose
+    state is large and says nothing, and is left out of the mean.
 
     They are those of the model as it was when they were asked for first: what is known is not computed again. A method
     that trains the blocks below one of `layers` calls `prepare` for all texts, and sets `frozen`, before it begins.
@@ -65,7 +65,9 @@ class TextFeatures:
         if not missing:
             return
         if self.frozen:
-            raise ValueError(f"{len(missing)} texts have no features, and the model may have changed: prepare them first")
+            raise ValueError(
+                f"{len(missing)} texts have no features, and the model may have changed: prepare them first"
+            )
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             self.known |= dict(zip(map(_key, part), self._run(part), strict=True))

@@ -22,7 +22,7 @@ class LabelPrompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_tokens: int = 48) -> None:
         self.tokenizer, self.labels, self.max_tokens = tokenizer, tuple(labels), max_tokens
         self.before, self.after, self.end = (self._encode(part) for part in ("Text: ", "\nLabel:", "\n"))
-        first, bos = list(tokenizer("a")["input_ids"])[0], tokenizer.bos_token_id
+        first, bos = next(iter(tokenizer("a")["input_ids"])), tokenizer.bos_token_id
         self.start = [first] if first == bos else []
         self.answers = [[*self._encode(" " + label), *self.end] for label in self.labels]
 

@@ -1,4 +1,4 @@
-"""Text classification as a stream of tasks with classes of their own: CLINC150, DBpedia-70, any CSV of text and label."""
+"""Text classification as a stream of tasks of new classes: CLINC150, DBpedia-70, any CSV of text and label."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def read_clinc150(path: str | Path) -> ClassificationSet:
 def read_dbpedia70(path: str | Path, seed: int = 0) -> ClassificationSet:
     """DBpedia's second-level classes from files without a head whose lines are `l1,l2,text`.
 
-    All CSV files of a folder are pooled and split anew (see `split_rows`). A class's label is the second column: its name
-    where the files hold names (underscores and inner capitals made spaces), else its number, "31", as a word: the numbers
-    say nothing of what the class is about, so a model cannot know an answer before it has learned it.
+    All CSV files of a folder are pooled and split anew (see `split_rows`). A class's label is the second column: its
+    name where the files hold names (underscores and inner capitals made spaces), else its number, "31", as a word: the
+    numbers say nothing of what the class is about, so a model cannot know an answer before it has learned it.
 
     Args:
         path: the folder, or one file.
@@ -107,7 +107,7 @@ def read_dbpedia70(path: str | Path, seed: int = 0) -> ClassificationSet:
 
 
 def read_csv(path: str | Path, seed: int = 0) -> ClassificationSet:
-    """Any set whose first line is `text,label` (other columns are passed over, the order is free), split by `split_rows`.
+    """Any set with the columns text and label in its first line (others are passed over), split by `split_rows`.
 
     A label stands for itself, with underscores and inner capitals made spaces.
 
@@ -130,8 +130,8 @@ def read_csv(path: str | Path, seed: int = 0) -> ClassificationSet:
 def split_rows(pairs: Iterable[tuple[str, str]], seed: int) -> dict[str, list[tuple[str, str]]]:
     """Own split of a set that has none: of every class a fifth for the test and a fifth for validation.
 
-    A class of n different texts gives max(1, n // 5) to the test and, from three texts on, as many to validation. Classes
-    of one text are left out, and so is every repetition of a text.
+    A class of n different texts gives max(1, n // 5) to the test and, from three texts on, as many to validation.
+    Classes of one text are left out, and so is every repetition of a text.
 
     Args:
         pairs: text and label.
@@ -167,9 +167,9 @@ def class_tasks(
 ) -> list[ClassTask]:
     """Cut the classes into tasks of `size`, the last one taking what remains.
 
-    The order of the classes and the choice of the texts depend on the seed and on the part, so that settings chosen with
-    `part="validation"` were chosen on another order and on other questions. A class that has no text to ask in that part
-    is left out.
+    The order of the classes and the choice of the texts depend on the seed and on the part, so that settings chosen
+    with `part="validation"` were chosen on another order and on other questions. A class that has no text to ask in
+    that part is left out.
 
     Args:
         data: the set.
@@ -209,7 +209,7 @@ def joined(tasks: Sequence[ClassTask], seed: int = 0) -> list[ClassTask]:
 
 
 def synthetic_set(classes: int = 8, texts: int = 20, seed: int = 0) -> ClassificationSet:
-    """Texts of three words, two of them drawn from the five words that only their class has; for tests and quick runs."""
+    """Texts of three words, two of them of the five words that only their class has; for tests and quick runs."""
     generator = random.Random(f"synthetic {seed}")
     names = ["red", "blue", "green", "black", "white", "pink", "gold", "grey", "brown", "lime", "teal", "plum"]
     if not 2 <= classes <= len(names):
@@ -234,7 +234,9 @@ def _numbered(name: str, spoken: dict[str, str], rows: dict[str, list[tuple[str,
         raise UserError(f"{name} has labels that are empty, or that differ in underscores or capitals only")
     known = {text for text, _ in rows["train"]}
     parts = {
-        part: tuple(LabelledText(t, order[c]) for t, c in rows[part] if c in order and (part == "train" or t not in known))
+        part: tuple(
+            LabelledText(t, order[c]) for t, c in rows[part] if c in order and (part == "train" or t not in known)
+        )
         for part in ("train", "val", "test")
     }
     return ClassificationSet(name, labels, parts["train"], parts["val"], parts["test"])
