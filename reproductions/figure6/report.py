@@ -17,7 +17,7 @@ DRAWN = ("levels_memory", "memory", "external_learner", "replay_large", "lora", 
 
 
 def write_report(rows: list[Row], name: str, folder: Path) -> None:
-    """`name`-table.md, `name`-accuracy.svg and `name`-matrix.svg from the test rows of a set; the newest sizes count."""
+    """`name`-table.md, `name`-accuracy.svg and `name`-matrix.svg of a set's test rows with the newest row's sizes."""
     mine = [row for row in rows if row["set"] == name and row["part"] == "test" and not row["diverged"]]
     if not mine:
         return
@@ -55,11 +55,14 @@ def _table(found: dict[str, list[Row]], sizes: dict[str, int], model: str) -> st
     for method, own in sorted(found.items(), key=lambda item: -statistics.mean(r["final"] for r in item[1])):
         final = [row["final"] for row in own]
         spread = f" ({100 * statistics.stdev(final):.1f})" if len(final) > 1 else ""
-        average, forgetting, seconds = (statistics.mean(r[k] for r in own) for k in ("average", "forgetting", "seconds"))
+        average, forgetting, seconds = (
+            statistics.mean(r[k] for r in own) for k in ("average", "forgetting", "seconds")
+        )
         settings = ", ".join(f"{key} {value:g}" for key, value in own[0]["options"].items())
         lines.append(
-            f"| `{method}` | {METHODS[method].kept} | {settings} | {len(own)} | {100 * statistics.mean(final):.1f}%{spread} "
-            f"| {100 * average:.1f}% | {100 * forgetting:.1f}% | {seconds:.0f} |"
+            f"| `{method}` | {METHODS[method].kept} | {settings} | {len(own)} "
+            f"| {100 * statistics.mean(final):.1f}%{spread} | {100 * average:.1f}% "
+            f"| {100 * forgetting:.1f}% | {seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -5,17 +5,17 @@
     python reproductions/figure6/run.py --quick
 
 Tasks of 15 classes (--classes) come one after the other; each training text is seen once, and after each task all
-classes seen are asked, without a hint at the task. Every class has --per-class training and --test-per-class test texts.
-Answers are labels: `Text: ...`, `Label:` and then a path of the label trie.
+classes seen are asked, without a hint at the task. Every class has --per-class training texts and --test-per-class
+test texts. Answers are labels: `Text: ...`, `Label:` and then a path of the label trie.
 
 Settings of a method are chosen from the grid in methods.py by the accuracy at the end of a validation stream: the first
 --tune-tasks tasks of another order of classes (and another choice of training texts), asked about validation texts. No
 test text is asked before the settings stand. Joint training, the upper bound, sees all texts in one shuffled pass.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
-stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model are
-kept in --cache. SET-table.md, SET-accuracy.svg and SET-matrix.svg are written from all results there are. `--quick` runs
-every method once on a tiny random model and a synthetic set, and writes nothing.
+stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
+are kept in --cache. SET-table.md, SET-accuracy.svg and SET-matrix.svg are written from all results there are. `--quick`
+runs every method once on a tiny random model and a synthetic set, and writes nothing.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Experiment:
         learner = METHODS[method].build(setup, options)
         try:
             result = run_class_incremental(learner, tasks)
-        except FloatingPointError:  # a rate of the grid that is too high
+        except ArithmeticError:  # a rate or strength of the grid that is too high
             return {"final": 0.0, "average": 0.0, "forgetting": 0.0, "diverged": True}
         return result.to_json() | {"diverged": False}
 
@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-class", type=int, default=10, help="training texts")
     parser.add_argument("--test-per-class", type=int, default=3)
     parser.add_argument("--tune-tasks", type=int, default=4, help="tasks of the validation stream")
-    parser.add_argument("--layers", nargs="*", type=int, help="whose states are features (default: at 40%% and 60%%)")
+    parser.add_argument("--layers", nargs="*", type=int, help="whose states are features (default: at 27%% and 40%%)")
     parser.add_argument("--blocks", type=int, help="from the top, that hold levels (default: the upper third)")
     parser.add_argument("--max-tokens", type=int, default=48, help="of a text")
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
@@ -206,7 +206,7 @@ def main() -> None:
         Path(args.model).name,
         LabelPrompts(tokenizer, data.labels, args.max_tokens),
         sizes,
-        args.layers or [round(0.4 * depth), round(0.6 * depth)],
+        args.layers or [round(0.27 * depth), round(0.4 * depth)],
         args.blocks or math.ceil(depth / 3),
         args.cache,
         HERE / "results.jsonl",

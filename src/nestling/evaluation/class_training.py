@@ -101,7 +101,7 @@ class TrainedClassifier:
 
     def _step(self, pairs: Sequence[Pair]) -> None:
         self.optimizer.zero_grad()
-        loss = answer_loss(self.scorer.model, *zip(*pairs, strict=True), self.scorer.pad)  # type: ignore[arg-type]
+        loss = answer_loss(self.scorer.model, [p for p, _ in pairs], [a for _, a in pairs], self.scorer.pad)
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not finite: the learning rate is too high")
         loss.backward()

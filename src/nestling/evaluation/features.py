@@ -19,11 +19,11 @@ from nestling.evaluation.label_trie import pad_left
 
 
 class TextFeatures:
-    """Hidden states of a model that reads the question about a text, after chosen blocks, side by side.
+    """Hidden states of a model that reads the question about a text: means over the text's own tokens after chosen
+    blocks, side by side.
 
-    Of each block two vectors: the mean over the text's own tokens, and the state at the question's last token, where
-    the model is about to answer. What stands before the text in the prompt takes the part of the attention sink, whose
-    state is large and says nothing, and is left out of the mean.
+    What stands before the text in the prompt takes the part of the attention sink, whose state is large and says
+    nothing, and is left out of the mean.
 
     They are those of the model as it was when they were asked for first: what is known is not computed again. A method
     that trains the blocks below one of `layers` calls `prepare` for all texts, and sets `frozen`, before it begins.
@@ -45,7 +45,7 @@ class TextFeatures:
         self.model, self.prompts = model, prompts
         depth = int(model.config.num_hidden_layers) + 1
         self.layers = [layer % depth for layer in layers]
-        self.width = 2 * int(model.config.hidden_size) * len(self.layers)
+        self.width = int(model.config.hidden_size) * len(self.layers)
         self.frozen = False
         self.known: dict[str, Tensor] = {}
         self.path: Path | None = None
@@ -96,12 +96,8 @@ class TextFeatures:
         )
         states = torch.cat([out.hidden_states[layer].float() for layer in self.layers], -1)
         before, after = len(self.prompts.start) + len(self.prompts.before), len(self.prompts.after)
-        found = []
-        for row, state in zip(rows, states, strict=True):
-            own = state[-len(row) + before : -after]
-            mean = own.mean(0) if len(own) else state[-1]
-            found.append(torch.cat((mean, state[-1])))
-        return found
+        own = [state[-len(row) + before : -after] for row, state in zip(rows, states, strict=True)]
+        return [part.mean(0) if len(part) else state[-1] for part, state in zip(own, states, strict=True)]
 
 
 def _key(text: str) -> str:
