@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nestling.plotting.curves import Series, line_chart
+from nestling.plotting.matrix import matrix_chart
 from nestling.plotting.page import Chart, Section, html_page
 from nestling.plotting.scatter import Point, scatter_chart
 
@@ -60,3 +61,14 @@ def test_scatter_has_a_panel_a_group_and_a_mark_a_name() -> None:
     assert chart == scatter_chart(points, x_label="state, KiB", y_label="accuracy, %")
     with pytest.raises(ValueError, match="at least one point"):
         scatter_chart([], x_label="x", y_label="y")
+
+
+def test_a_matrix_writes_its_values_and_leaves_blanks() -> None:
+    """Percent in the fields, nothing for NaN, a panel a title."""
+    rows = [[0.25, float("nan")], [0.5, 1.0]]
+    svg = matrix_chart({"levels": rows, "means": rows}, x_label="asked", y_label="after")
+    texts = [text.strip() for text in ElementTree.fromstring(svg).itertext() if text.strip()]
+    for wanted, count in (("25", 2), ("50", 2), ("100", 2), ("levels", 1), ("means", 1), ("asked", 2), ("nan", 0)):
+        assert texts.count(wanted) == count
+    with pytest.raises(ValueError, match="at least one matrix"):
+        matrix_chart({}, x_label="", y_label="")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2] / "reproductions"
         ("figure11", "m3: training loss"),
         ("figure12", "delta_momentum"),
         ("mqar", "after 2 steps"),
+        ("figure6", "test seed 0 levels_memory"),
     ],
 )
 def test_quick(folder: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

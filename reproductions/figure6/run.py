@@ -1,0 +1,222 @@
+"""Class-incremental learning with a causal language model (NL section 9.1, Figure 6, at small scale).
+
+    python reproductions/figure6/run.py --set clinc150 --data DIR --model PATH [--methods NAME ...] [--seeds 0 1 2]
+    python reproductions/figure6/run.py --csv FILE --model PATH
+    python reproductions/figure6/run.py --quick
+
+Tasks of 15 classes (--classes) come one after the other; each training text is seen once, and after each task all
+classes seen are asked, without a hint at the task. Every class has --per-class training texts and --test-per-class
+test texts. Answers are labels: `Text: ...`, `Label:` and then a path of the label trie.
+
+Settings of a method are chosen from the grid in methods.py by the accuracy at the end of a validation stream: the first
+--tune-tasks tasks of another order of classes (and another choice of training texts), asked about validation texts. No
+test text is asked before the settings stand. Joint training, the upper bound, sees all texts in one shuffled pass.
+
+Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
+stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
+are kept in --cache. SET-table.md, SET-accuracy.svg and SET-matrix.svg are written from all results there are. `--quick`
+runs every method once on a tiny random model and a synthetic set, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, Options, Setup  # beside this file
+from report import write_report
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from nestling.evaluation.class_incremental import run_class_incremental
+from nestling.evaluation.features import TextFeatures
+from nestling.evaluation.label_prompts import LabelPrompts
+from nestling.tasks.classification import (
+    ClassificationSet,
+    ClassTask,
+    class_tasks,
+    joined,
+    read_clinc150,
+    read_csv,
+    read_dbpedia70,
+    synthetic_set,
+)
+from nestling.training.tokenization import byte_tokenizer
+
+HERE = Path(__file__).parent
+VALIDATION_SEED = 1000
+READERS = {"clinc150": read_clinc150, "dbpedia70": read_dbpedia70}
+Row = dict[str, Any]
+
+
+@dataclass
+class Experiment:
+    """One set, one model, and the runs on them.
+
+    Attributes:
+        data: the set.
+        model: pre-trained; every run gets a copy.
+        name: of the model, for the results.
+        prompts: of the model.
+        sizes: `classes`, `per_class`, `test_per_class`, `tune_tasks`.
+        layers: whose states are features.
+        blocks: from the top, that hold levels.
+        cache: folder of features.
+        path: of the results.
+    """
+
+    data: ClassificationSet
+    model: PreTrainedModel
+    name: str
+    prompts: LabelPrompts
+    sizes: dict[str, int]
+    layers: list[int]
+    blocks: int
+    cache: Path
+    path: Path
+
+    def __post_init__(self) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: list[Row] = [json.loads(line) for line in lines]
+
+    def tasks(self, part: Any, seed: int) -> list[ClassTask]:
+        """The stream of a part and seed."""
+        limits = {"train_limit": self.sizes["per_class"], "test_limit": self.sizes["test_per_class"]}
+        found = class_tasks(self.data, self.sizes["classes"], seed, part=part, **limits)
+        return found[: self.sizes["tune_tasks"]] if part == "validation" else found
+
+    def run(self, method: str, options: Options, part: str, seed: int) -> Row:
+        """The result of a method, measured now unless it is there."""
+        name = {"set": self.data.name, "model": self.name, "method": method, "options": options, "part": part}
+        name |= {"seed": seed, "sizes": self.sizes, "layers": self.layers, "blocks": self.blocks}
+        for row in self.rows:
+            if all(row[key] == value for key, value in name.items()):
+                return row
+        tasks = self.tasks(part, seed)
+        if METHODS[method].kept == "joint":
+            tasks = joined(tasks, seed)
+        features = TextFeatures(self.model, self.prompts, self.layers, self.cache)
+        start = time.perf_counter()
+        features.prepare([x.text for task in tasks for x in (*task.train, *task.test)])
+        features.frozen = True
+        prepared = time.perf_counter()
+        classes = sum(len(task.classes) for task in tasks)
+        setup = Setup(copy.deepcopy(self.model), self.prompts, features, self.blocks, (classes, 3 * classes), seed)
+        torch.manual_seed(seed)
+        result = self._measure(method, options, setup, tasks)
+        result["seconds"] = round(time.perf_counter() - prepared, 1)
+        result["feature_seconds"] = round(prepared - start, 1)
+        self.rows.append(name | result)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        told = f"final {result['final']:.3f}, forgetting {result['forgetting']:.3f} in {result['seconds']:.0f} s"
+        print(f"{self.data.name} {part} seed {seed} {method} {options or ''}: {told}", flush=True)
+        return self.rows[-1]
+
+    def _measure(self, method: str, options: Options, setup: Setup, tasks: list[ClassTask]) -> Row:
+        learner = METHODS[method].build(setup, options)
+        try:
+            result = run_class_incremental(learner, tasks)
+        except ArithmeticError:  # a rate or strength of the grid that is too high
+            return {"final": 0.0, "average": 0.0, "forgetting": 0.0, "diverged": True}
+        return result.to_json() | {"diverged": False}
+
+    def chosen(self, method: str) -> Options:
+        """The settings with the highest final accuracy on the validation stream, the earlier of equals."""
+        grid = METHODS[method].grid
+        if len(grid) == 1:
+            return grid[0]
+        return max(grid, key=lambda options: self.run(method, options, "validation", VALIDATION_SEED)["final"])
+
+
+def load(source: str) -> tuple[PreTrainedModel, Any]:
+    """Model in float32 and tokenizer, from a Hugging Face folder or name, or a GGUF file."""
+    where, options = source, {}
+    if source.endswith(".gguf"):
+        where, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(where, **options)
+
+
+def quick() -> None:
+    """Every method on a tiny random model."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
+    data = synthetic_set(6, 12)
+    prompts = LabelPrompts(byte_tokenizer(), data.labels)
+    sizes = {"classes": 2, "per_class": 6, "test_per_class": 2, "tune_tasks": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        made = Experiment(data, model, "tiny", prompts, sizes, [1], 3, cache, cache / "results.jsonl")
+        for method in METHODS:
+            made.run(method, METHODS[method].grid[0], "test", 0)
+        made.chosen("memory")
+        write_report(made.rows, data.name, cache)
+        print((cache / f"{data.name}-table.md").read_text())
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--set", choices=list(READERS))
+    source.add_argument("--csv", type=Path, help="any set with the columns text and label")
+    parser.add_argument("--data", type=Path, help="folder of --set")
+    parser.add_argument("--model", help="Hugging Face folder or name, or a GGUF file")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--classes", type=int, default=15, help="of a task")
+    parser.add_argument("--per-class", type=int, default=10, help="training texts")
+    parser.add_argument("--test-per-class", type=int, default=3)
+    parser.add_argument("--tune-tasks", type=int, default=4, help="tasks of the validation stream")
+    parser.add_argument("--layers", nargs="*", type=int, help="whose states are features (default: at 27%% and 40%%)")
+    parser.add_argument("--blocks", type=int, help="from the top, that hold levels (default: the upper third)")
+    parser.add_argument("--max-tokens", type=int, default=48, help="of a text")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if not args.quick and (args.model is None or (args.csv is None and (args.set is None or args.data is None))):
+        parser.error("--model PATH and either --csv FILE or --set NAME --data DIR are needed (or --quick)")
+    return args
+
+
+def main() -> None:
+    """Settings by validation, then all methods and seeds, then the report."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        quick()
+        return
+    data = read_csv(args.csv) if args.csv else READERS[args.set](args.data)
+    model, tokenizer = load(args.model)
+    depth = model.config.num_hidden_layers
+    sizes = {name: getattr(args, name) for name in ("classes", "per_class", "test_per_class", "tune_tasks")}
+    made = Experiment(
+        data,
+        model,
+        Path(args.model).name,
+        LabelPrompts(tokenizer, data.labels, args.max_tokens),
+        sizes,
+        args.layers or [round(0.27 * depth), round(0.4 * depth)],
+        args.blocks or math.ceil(depth / 3),
+        args.cache,
+        HERE / "results.jsonl",
+    )
+    for method in args.methods:
+        options = made.chosen(method)
+        for seed in args.seeds:
+            made.run(method, options, "test", seed)
+    write_report(made.rows, data.name, HERE)
+
+
+if __name__ == "__main__":
+    main()

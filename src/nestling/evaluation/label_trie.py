@@ -1,0 +1,253 @@
+"""Answers that are one of given labels: their exact probabilities, all in one pass, or the best by greedy descent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+SCORED_POSITIONS = 512
+"""Positions whose logits over the whole vocabulary are held at once: 100 MB at 49,152 words."""
+
+
+class LabelTrie:
+    """The prefix tree of the labels' tokens. Node 0 is the root; a node's parent has a lower number than it.
+
+    Args:
+        sequences: tokens by class; none empty, none the beginning of another one (let all end with an end token).
+
+    Raises:
+        ValueError: no sequences, an empty one, or one that is the beginning of another one.
+
+    Attributes:
+        classes: in the order given.
+        tokens, parents, depths: of every node; those of the root are -1, -1 and 0.
+        children: node by token, of every node.
+        leaves: the last node of every class, in the order of `classes`.
+        below: the classes below every node.
+    """
+
+    def __init__(self, sequences: Mapping[int, Sequence[int]]) -> None:
+        if not sequences:
+            raise ValueError("a label trie needs at least one label")
+        self.classes = tuple(sequences)
+        self.tokens, self.parents, self.depths = [-1], [-1], [0]
+        self.children: list[dict[int, int]] = [{}]
+        self.below: list[list[int]] = [[]]
+        self.leaves = [self._insert(label, list(tokens)) for label, tokens in sequences.items()]
+        bad = [c for c, leaf in zip(self.classes, self.leaves, strict=True) if self.children[leaf] or leaf == 0]
+        if bad or len(set(self.leaves)) < len(self.leaves):
+            raise ValueError(f"a label is empty or begins another one (classes {bad}); end each with an end token")
+        self.inner = [node for node in range(1, len(self.tokens)) if self.children[node]]
+
+    def _insert(self, label: int, tokens: list[int]) -> int:
+        node = 0
+        self.below[0].append(label)
+        for token in tokens:
+            if token not in self.children[node]:
+                self.children[node][token] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(self.depths[node] + 1)
+                self.children.append({})
+                self.below.append([])
+            node = self.children[node][token]
+            self.below[node].append(label)
+        return node
+
+
+class LabelScorer:
+    """Scores labels as continuations of prompts with a causal language model.
+
+    `scores` appends to a prompt every inner node of the trie at once: each sees the prompt and its own ancestors and
+    stands at the position it would have in its label, so that one pass gives the exact log-probability of every label.
+    It needs a model that takes `position_ids` and a four-dimensional `attention_mask` (transformers' Llama family).
+    `greedy` needs neither; it feeds a token at a time with the model's cache.
+
+    Args:
+        model: `model(input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep)`.
+        pad: a token to fill with; its value is of no consequence.
+        batch: prompts at a time, sorted by length.
+    """
+
+    def __init__(self, model: torch.nn.Module, pad: int = 0, batch: int = 16) -> None:
+        self.model, self.pad, self.batch = model, pad, batch
+
+    @torch.no_grad()
+    def scores(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: LabelTrie | Sequence[LabelTrie],
+        prefix: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Log-probability in nats of every label after every prompt, summed over its tokens.
+
+        Args:
+            prompts: tokens, none empty.
+            tries: one for all, or one for each.
+            prefix: tokens before all prompts, run once (examples in context).
+
+        Returns:
+            For each prompt a float32 tensor in the order of its trie's `classes`.
+        """
+        each = [tries] * len(prompts) if isinstance(tries, LabelTrie) else list(tries)
+        past = self._run_prefix(prefix)
+        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        widest = max((len(trie.inner) + 1 for trie in each), default=1)
+        for rows in _batches(prompts, max(1, min(self.batch, SCORED_POSITIONS // widest))):
+            logits = self._tree_logits([prompts[i] for i in rows], [each[i] for i in rows], past, len(prefix))
+            for i, row in zip(rows, logits, strict=True):
+                found[i] = _path_sums(row, each[i])
+        return found
+
+    def best(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: LabelTrie | Sequence[LabelTrie],
+        prefix: Sequence[int] = (),
+    ) -> list[int]:
+        """The class with the highest log-probability after every prompt; arguments as those of `scores`."""
+        each = [tries] * len(prompts) if isinstance(tries, LabelTrie) else list(tries)
+        found = self.scores(prompts, each, prefix)
+        return [trie.classes[int(row.argmax())] for trie, row in zip(each, found, strict=True)]
+
+    @torch.no_grad()
+    def greedy(self, prompts: Sequence[Sequence[int]], trie: LabelTrie, prefix: Sequence[int] = ()) -> list[int]:
+        """The class reached from the root by the most probable child, until one class is left.
+
+        Costs a pass over the prompt and a token for every step that parts classes; it may miss the best label.
+        """
+        past = self._run_prefix(prefix)
+        answers = [-1] * len(prompts)
+        for rows in _batches(prompts, self.batch):
+            for i, label in zip(rows, self._descend([prompts[i] for i in rows], trie, past, len(prefix)), strict=True):
+                answers[i] = label
+        return answers
+
+    def _descend(self, prompts: list[Sequence[int]], trie: LabelTrie, past: Any, before: int) -> list[int]:
+        tokens, mask = pad_left(prompts, self.pad)
+        mask = torch.cat((torch.ones(len(prompts), before, dtype=mask.dtype), mask), 1)
+        cache = _repeated(past, len(prompts))
+        nodes = [0] * len(prompts)
+        while True:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            nodes = [_step(trie, node, row) for node, row in zip(nodes, out.logits[:, -1], strict=True)]
+            if all(len(trie.below[node]) == 1 for node in nodes):
+                return [trie.below[node][0] for node in nodes]
+            tokens = torch.tensor([[trie.tokens[node]] for node in nodes])
+            mask = torch.cat((mask, torch.ones(len(prompts), 1, dtype=mask.dtype)), 1)
+
+    def _tree_logits(self, prompts: list[Sequence[int]], tries: list[LabelTrie], past: Any, before: int) -> Tensor:
+        """`[rows, 1 + widest, vocabulary]`: after the prompt, then after every inner node of the row's trie."""
+        head, real = pad_left(prompts, self.pad)
+        width, widest = head.shape[1], max(len(trie.inner) for trie in tries)
+        tail = torch.full((len(prompts), widest), self.pad)
+        sees = torch.eye(width + widest, dtype=torch.bool).repeat(len(prompts), 1, 1)
+        sees[:, :width, :width] |= real[:, None, :].bool() & torch.ones(width, width).tril().bool()
+        positions = torch.zeros(len(prompts), width + widest, dtype=torch.long)
+        positions[:, :width] = (real.cumsum(-1) - 1).clamp(min=0)
+        for row, trie in enumerate(tries):
+            place = {node: width + i for i, node in enumerate(trie.inner)}
+            for node, i in place.items():
+                tail[row, i - width] = trie.tokens[node]
+                positions[row, i] = len(prompts[row]) - 1 + trie.depths[node]
+                sees[row, i, :width] = real[row].bool()
+                if (parent := trie.parents[node]) != 0:
+                    sees[row, i] |= sees[row, place[parent]]
+        sees = torch.cat((torch.ones(len(prompts), width + widest, before, dtype=torch.bool), sees), -1)
+        dtype = next(self.model.parameters()).dtype
+        bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        out = self.model(
+            input_ids=torch.cat((head, tail), 1),
+            attention_mask=bias[:, None],
+            position_ids=positions + before,
+            past_key_values=_repeated(past, len(prompts)),
+            use_cache=past is not None,
+            logits_to_keep=widest + 1,
+        )
+        return out.logits.float()
+
+    @torch.no_grad()
+    def _run_prefix(self, prefix: Sequence[int]) -> Any:
+        if not prefix:
+            return None
+        return self.model(input_ids=torch.tensor([list(prefix)]), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def answer_loss(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int = 0
+) -> Tensor:
+    """Mean over the rows of an answer's negative log-probability in nats, summed over its tokens; differentiable.
+
+    The sum, not the mean over tokens: it is the quantity that answers are chosen by.
+    """
+    longest = max(map(len, answers))
+    tokens, mask = pad_left([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad)
+    targets = torch.full((len(prompts), longest), IGNORE)
+    for row, answer in enumerate(answers):
+        targets[row, longest - len(answer) :] = torch.tensor(list(answer))
+    out = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    )
+    logits = out.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / len(
+        prompts
+    )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens `[rows, longest]` that end together, and the mask of what is not filling, both int64."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
+
+
+def _step(trie: LabelTrie, node: int, logits: Tensor) -> int:
+    """The most probable child; a node with one class below it stays where it is."""
+    if len(trie.below[node]) == 1:
+        return node
+    tokens = list(trie.children[node])
+    return trie.children[node][tokens[int(logits[tokens].argmax())]]
+
+
+def _path_sums(logits: Tensor, trie: LabelTrie) -> Tensor:
+    """Log-probabilities of the labels from the logits after the prompt and after each inner node."""
+    log_normalisers = logits.logsumexp(-1)
+    rows = {node: i for i, node in enumerate((0, *trie.inner))}
+    total = torch.zeros(len(trie.tokens))
+    for node in range(1, len(trie.tokens)):
+        row = rows[trie.parents[node]]
+        total[node] = total[trie.parents[node]] + logits[row, trie.tokens[node]] - log_normalisers[row]
+    return total[trie.leaves]
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _repeated(past: Any, rows: int) -> Any:
+    """A copy of a cache of one row for several."""
+    if past is None:
+        return None
+    cache = copy.deepcopy(past)
+    cache.batch_repeat_interleave(rows)
+    return cache
