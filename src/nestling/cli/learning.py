@@ -29,7 +29,7 @@ from nestling.continual.snapshots import Snapshot
 from nestling.continual.store import MemoryStore
 from nestling.continual.study import Autosave, Progress, Text, frozen_loss, learn_text, text_digest, tokens_read
 from nestling.errors import UserError
-from nestling.levels.assignment import stream_levels
+from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents
 
 DEFAULT_LEVELS = "*.mlp.*=256"
@@ -195,7 +195,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
             return Learner.restore(model, saved)
         learner = Learner(
             model,
-            parse_levels(model, settings.levels),
+            choose_levels(model, settings.levels),
             settings.optimizer,
             lr=settings.lr,
             rate_exponent=settings.rate_exponent,
@@ -215,7 +215,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
     return learner
 
 
-def parse_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
+def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
     """`"fast=256,slow=1024"` as levels; None for a model's own.
 
     Raises:
@@ -224,13 +224,7 @@ def parse_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | 
     own = stream_levels(model)
     if spec is None and own:
         return None
-    levels: dict[str, Level | int] = {}
-    for part in (spec or DEFAULT_LEVELS).split(","):
-        name, equals, period = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not name or not period.isdecimal() or not int(period) or name in levels:
-            raise UserError(f"--levels {spec}: write NAME=TOKENS,..., each once, as in fast=256,slow=1024")
-        levels[name] = int(period)
-    return levels
+    return dict(parse_levels(spec or DEFAULT_LEVELS, unit="tokens"))
 
 
 @contextmanager
