@@ -12,7 +12,6 @@ import typer
 
 from nestling import __version__
 from nestling.cli.convert_command import convert
-from nestling.cli.convert_command import convert
 from nestling.cli.evaluate_command import evaluate
 from nestling.cli.generate_command import generate
 from nestling.cli.inspect_command import inspect
@@ -38,7 +37,6 @@ app.command()(train)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(read)
-app.command()(convert)
 app.command()(learn)
 app.add_typer(memory, name="memory")
 app.command()(inspect)

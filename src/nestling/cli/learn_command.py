@@ -20,9 +20,13 @@ def learn(
     ],
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Files or directories of text; - is standard input.", show_default=False),
+        typer.Argument(
+            metavar="PATH...", help="Files or directories of text; - is standard input.", show_default=False
+        ),
     ],
-    memory: Annotated[Path, typer.Option(metavar="PATH", help="The memory: new, or to go on from.", show_default=False)],
+    memory: Annotated[
+        Path, typer.Option(metavar="PATH", help="The memory: new, or to go on from.", show_default=False)
+    ],
     levels: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +39,9 @@ def learn(
     lr: Annotated[float, typer.Option(help="Learning rate of the fastest level.", rich_help_panel=LEARNING)] = 1e-4,
     rate_exponent: Annotated[
         float,
-        typer.Option(help="A slower level's rate is multiplied by (its period / fastest)^this.", rich_help_panel=LEARNING),
+        typer.Option(
+            help="A slower level's rate is multiplied by (its period / fastest)^this.", rich_help_panel=LEARNING
+        ),
     ] = -0.5,
     optimizer: Annotated[
         str, typer.Option(metavar="NAME", help="As in nestling train.", rich_help_panel=LEARNING)
@@ -49,10 +55,13 @@ def learn(
     ] = None,
     retention: Annotated[
         float,
-        typer.Option(help="Kept part of the difference to the base at each update; 1 keeps all.", rich_help_panel=LEARNING),
+        typer.Option(
+            help="Kept part of the difference to the base at each update; 1 keeps all.", rich_help_panel=LEARNING
+        ),
     ] = 1.0,
     replay: Annotated[
-        int, typer.Option(min=0, help="Earlier pieces kept, one learned again with each chunk.", rich_help_panel=LEARNING)
+        int,
+        typer.Option(min=0, help="Earlier pieces kept, one learned again with each chunk.", rich_help_panel=LEARNING),
     ] = 0,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Forward pass in bfloat16; weights stay float32.", rich_help_panel=LEARNING)
@@ -85,7 +94,9 @@ def learn(
     sources = {name: command.get_parameter_source(name) for name in values}
     settings = LearnSettings(
         **values,
-        given=frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"),
+        given=frozenset(
+            name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"
+        ),
     )
     if lr < 0:
         raise UserError(f"--lr {lr:g}: a learning rate is 0 or more")

@@ -281,7 +281,9 @@ def _save(session: Session, note: str, stopped: bool) -> Snapshot:
 
 
 def _report(session: Session, seconds: float) -> None:
-    table = Table(title=f"loss in nats; before and after: first {session.measure:,} tokens" if session.measure else None)
+    table = Table(
+        title=f"loss in nats; before and after: first {session.measure:,} tokens" if session.measure else None
+    )
     table.add_column("document", overflow="fold")
     measured = ("before", "while", "after") if session.measure else ("while",)
     for heading in ("tokens", *measured):
@@ -314,9 +316,8 @@ def _check_given(settings: LearnSettings, saved: Memory) -> None:
     """
     own = settings_from(saved.settings["learner"])
     replay = own.options.replay.capacity if own.options.replay else 0
-    levels = ",".join(f"{name}={level.period}" for name, level in own.levels.items())
     values: dict[str, Any] = {
-        "levels": levels,
+        "levels": {name: level.period for name, level in own.levels.items()},
         "lr": own.lr,
         "rate_exponent": own.rate_exponent,
         "optimizer": own.optimizer,
@@ -328,11 +329,11 @@ def _check_given(settings: LearnSettings, saved: Memory) -> None:
         "seed": own.options.seed,
     }
     for name in sorted(settings.given):
-        wanted = getattr(settings, name)
+        wanted = parse_levels(settings.levels or "", unit="tokens") if name == "levels" else getattr(settings, name)
         if wanted != values[name]:
             raise UserError(
-                f"--{name.replace('_', '-')} {wanted}: this memory was begun with {values[name]}, and goes on with that; "
-                "leave the option out, or begin another memory"
+                f"--{name.replace('_', '-')} {wanted}: this memory was begun with {values[name]}, and goes on with "
+                "that; leave the option out, or begin another memory"
             )
 
 

@@ -65,7 +65,7 @@ def print_memory(console: Console, path: Path, memory: Memory, index: Index | No
         for s in index.snapshots[-ROWS:]:
             number = f"{s.number} (head)" if s.number == index.head else str(s.number)
             parent = "" if s.parent is None else str(s.parent)
-            table.add_row(number, parent, s.time, f"{s.tokens:,}", f"{s.bytes:,}", escape(s.note))
+            table.add_row(number, parent, _minute(s.time), f"{s.tokens:,}", f"{s.bytes:,}", escape(s.note))
         console.print(table)
 
 
@@ -75,7 +75,7 @@ def print_documents(console: Console, documents: Sequence[DocumentRecord]) -> No
     for d in documents[-ROWS:]:
         loss = f"{d.loss:.4f}" if math.isfinite(d.loss) else ""
         whole = "to the end" if d.finished else "in part"
-        table.add_row(escape(d.name or "(tokens)"), f"{d.tokens:,}", loss, whole, escape(d.started))
+        table.add_row(escape(d.name or "(tokens)"), f"{d.tokens:,}", loss, whole, _minute(d.started))
     console.print(table)
 
 
@@ -170,6 +170,11 @@ def _table(*headings: str, title: str | None = None) -> Table:
         text = not place or heading in ("time", "note", "read", "begun")
         table.add_column(heading, justify="left" if text else "right", overflow="fold")
     return table
+
+
+def _minute(time: str) -> str:
+    """ISO 8601 to the minute, in UTC."""
+    return escape(time[:16].replace("T", " "))
 
 
 def _rest(what: str, rows: Sequence[Any]) -> str:

@@ -114,7 +114,7 @@ def text_digest(text: str) -> str:
 
 
 def tokens_read(records: Iterable[DocumentRecord], digest: str) -> int | None:
-    """Tokens of a document that were learned from; None when it was finished. It may have been read in several parts."""
+    """Tokens of a document that were learned from, in one part or several; None when it was finished."""
     parts = [r for r in records if r.digest == digest]
     return None if any(r.finished for r in parts) else sum(r.tokens for r in parts)
 
