@@ -95,7 +95,22 @@ def edits(whole: bytes, chance: random.Random) -> bytes:
     def noise() -> bytes:
         return chance.randbytes(chance.randrange(200))
 
-    kinds = [flip, flip, flip_header, flip_header, shape, dtype, offsets, twice, length, deep, strings, cut, more, noise]
+    kinds = [
+        flip,
+        flip,
+        flip_header,
+        flip_header,
+        shape,
+        dtype,
+        offsets,
+        twice,
+        length,
+        deep,
+        strings,
+        cut,
+        more,
+        noise,
+    ]
     return chance.choice(kinds)()
 
 
@@ -137,7 +152,7 @@ SIGNED: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
     "loss": (lambda c, t: c["documents"][0].update(loss="1"), "no number"),
     "tokens": (lambda c, t: c["documents"][0].update(tokens=-5), "wrong kinds"),
     "scale": (lambda c, t: c["scales"].update({next(iter(t)): -1.0}), "not positive"),
-    "infinite scale": (lambda c, t: c["scales"].update({n: 1e300 for n in t}), "NaN or infinity"),
+    "infinite scale": (lambda c, t: c["scales"].update(dict.fromkeys(t, 1e300)), "NaN or infinity"),
     "NaN": (lambda c, t: t.update({n: v * torch.nan for n, v in t.items()}), "NaN or infinity"),
     "integers": (lambda c, t: t.update({n: v.to(torch.int64) for n, v in t.items()}), "torch.int64"),
     "half": (lambda c, t: t.update({"left/a": torch.ones(2, 3)}), "half of a low-rank"),
@@ -148,7 +163,9 @@ SIGNED: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", SIGNED)
-def test_a_valid_checksum_does_not_make_content_usable(written: tuple[Memory, bytes], tmp_path: Path, kind: str) -> None:
+def test_a_valid_checksum_does_not_make_content_usable(
+    written: tuple[Memory, bytes], tmp_path: Path, kind: str
+) -> None:
     """A hostile writer can compute checksums as well."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(written[1])
@@ -240,5 +257,5 @@ def test_snapshots_that_trade_places_are_noticed(store: MemoryStore, written: tu
     store.save(other, "three")
     one, three = (store.path / f"snapshot-000{n}.safetensors" for n in (1, 3))
     one.replace(three)
-    with pytest.raises(MemoryFileError, match="is not the file that memory.json names"):
+    with pytest.raises(MemoryFileError, match=r"is not the file that memory\.json names"):
         store.load()
