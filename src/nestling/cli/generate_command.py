@@ -83,6 +83,7 @@ def generate(
     )
     _write(printable(str(tokenizer.decode(written))[shown:]) + "\n")
     if save_memory is not None:
+        assert isinstance(model, NestlingForCausalLM)  # any other was refused above
         write_memory(state, save_memory, model)
         print(f"memory of {state.get_seq_length()} tokens written to {save_memory}", file=sys.stderr)
 

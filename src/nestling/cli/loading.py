@@ -192,7 +192,7 @@ def prompt_tokens(
             raise UserError(f"the tokenizer of {source} has no chat template; leave out --chat")
         turn = [{"role": "user", "content": prompt}]
         try:
-            ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            ids: Any = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # templates are programs of their own
             raise UserError(f"the chat template of {source} failed: {str(error)[:200]}; leave out --chat") from error
         return [int(i) for i in ids]
