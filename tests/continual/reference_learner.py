@@ -108,7 +108,7 @@ def learn(
     for number, pieces in enumerate(rows_of(documents, chunk, size, context), 1):
         leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
         each = [piece_losses(model, leaves, *piece) for piece in pieces]
-        for (before, tokens), found in zip(pieces, each, strict=True):
+        for (before, _), found in zip(pieces, each, strict=True):
             result.losses += [math.nan] * (not before) + found.tolist()
         if sum(len(tokens) for _, tokens in pieces) < chunk:
             break
