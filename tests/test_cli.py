@@ -231,7 +231,7 @@ def test_unfinished_and_damaged_models(place: Path, tmp_path: Path, capsys: pyte
 def test_a_memory_that_cannot_be_written_leaves_the_old_one(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nestling.memory import state
+    from nestling.memory import checked_file
 
     target = tmp_path / "memory"
     target.write_bytes(b"old")
@@ -239,7 +239,7 @@ def test_a_memory_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(checked_file, "save_file", full)
     capsys.readouterr()
     assert main(["read", str(place / "run"), str(place / "text.txt"), "--save-memory", str(target)]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Small models and texts for the tests of continual learning."""
+"""Small models and memories for the tests of continual learning."""
 
 from __future__ import annotations
 
@@ -6,38 +6,66 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCABULARY = 50
+from nestling.continual.fingerprint import base_fingerprint
+from nestling.continual.memory import DocumentRecord, LowRank, Memory
 
 
-def tiny_llama(seed: int = 1, dtype: torch.dtype = torch.float64, layers: int = 2) -> LlamaForCausalLM:
-    """A random Llama whose logits are of unit size, so that a difference anywhere shows."""
+def tiny_llama(seed: int = 0, vocabulary: int = 259, layers: int = 2) -> LlamaForCausalLM:
+    """Hidden 32, random weights large enough for its outputs to depend on them."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.normal_()
-        for name, p in model.named_parameters():
-            if p.dim() == 2 and "embed" not in name:
-                p.normal_(std=p.shape[1] ** -0.5)
-    return model.to(dtype)
+    return LlamaForCausalLM(config).eval()
 
 
-def text(n: int, seed: int = 0) -> Tensor:
-    """`n` random tokens."""
-    return torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(seed))
+def make_memory(model: LlamaForCausalLM, seed: int = 0, size: float = 0.01) -> Memory:
+    """Two levels by layer, every MLP weight moved, one of them by a difference of low rank."""
+    g = torch.Generator().manual_seed(seed)
+    names = [name for name, _ in model.named_parameters() if ".mlp." in name]
+    parameters = dict(model.named_parameters())
+    differences: dict[str, Tensor | LowRank] = {
+        name: size * torch.randn(parameters[name].shape, generator=g) for name in names[1:]
+    }
+    rows, columns = parameters[names[0]].shape
+    left, right = torch.randn(rows, 2, generator=g), torch.randn(2, columns, generator=g)
+    differences[names[0]] = LowRank(size * left, right)
+    return Memory(
+        fingerprint=base_fingerprint(model),
+        periods={"fast": 16, "slow": 64},
+        parameters={"fast": [n for n in names if ".1." in n], "slow": [n for n in names if ".0." in n]},
+        differences=differences,
+        documents=[
+            DocumentRecord("a.txt", "aa", 120, True, 2.5, "2026-01-01T00:00:00+00:00"),
+            DocumentRecord("b.txt", f"b{seed}", 7, False, float("nan"), "2026-01-02T00:00:00+00:00"),
+        ],
+        settings={"lr": 1e-3, "nested": {"a": [1, None, True]}},
+        tensors={"step": torch.tensor(3), "average": torch.randn(4, 5, generator=g), "ids": torch.arange(7)},
+    )
 
 
-def copy_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The parameters as they are."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def assert_same(a: Memory, b: Memory) -> None:
+    """The same bits, a NaN loss included."""
+    for field in ("fingerprint", "periods", "parameters", "settings"):
+        assert getattr(a, field) == getattr(b, field)
+    assert list(map(repr, a.documents)) == list(map(repr, b.documents))
+    assert a.differences.keys() == b.differences.keys() and a.tensors.keys() == b.tensors.keys()
+    for name, difference in a.differences.items():
+        other = b.differences[name]
+        if isinstance(difference, LowRank):
+            assert isinstance(other, LowRank)
+            assert torch.equal(difference.left, other.left) and torch.equal(difference.right, other.right)
+        else:
+            assert isinstance(other, Tensor) and torch.equal(difference, other)
+    for name, tensor in a.tensors.items():
+        assert tensor.dtype == b.tensors[name].dtype and torch.equal(tensor, b.tensors[name])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nestling.memory import state as state_module
+from nestling.memory import checked_file
 from nestling.memory.state import State, StateFileError
 
 
@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_module, "save_file", full_disk)
+    monkeypatch.setattr(checked_file, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make(rows=1).write_file(path, "model")
     assert path.read_bytes() == before

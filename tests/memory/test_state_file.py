@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nestling.memory import state as state_module
+from nestling.memory import checked_file
 from nestling.memory.state import State, StateFileError
 
 
@@ -225,7 +225,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_module if where == "save_file" else state_module.os, where, broken)
+        patch.setattr(checked_file if where == "save_file" else checked_file.os, where, broken)
         with pytest.raises(type(error)):
             make_state(seed=2).write_file(path, "a model")
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -15,6 +15,8 @@ from nestling.cli.convert_command import convert
 from nestling.cli.evaluate_command import evaluate
 from nestling.cli.generate_command import generate
 from nestling.cli.inspect_command import inspect
+from nestling.cli.learn_command import learn
+from nestling.cli.memory_command import memory
 from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
@@ -35,6 +37,8 @@ app.command()(train)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(read)
+app.command()(learn)
+app.add_typer(memory, name="memory")
 app.command()(inspect)
 app.command()(convert)
 

@@ -12,12 +12,21 @@ from nestling.errors import UserError
 
 
 def generate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A trained model.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A trained or converted model, any causal LM's directory, hub id or GGUF file."
+        ),
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    memory: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from this memory.")] = None,
+    memory: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A memory of nestling learn, or of nestling read; or one of each."),
+    ] = None,
     save_memory: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the memory of everything read and written here.")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn; print the answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 0.95,
@@ -25,13 +34,13 @@ def generate(
 ) -> None:
     """Continue a text, from a fresh memory or a saved one.
 
-    The prompt and its continuation go to standard output.
+    The prompt and its continuation go to standard output; with --chat the answer alone.
     """
+    from nestling import NestlingForCausalLM
     from nestling.cli.console import quiet_libraries
-    from nestling.cli.loading import check_memory_target, load_memory, load_model, reading_tokens
+    from nestling.cli.loading import check_memory_target, load_causal_lm, load_memories, prompt_tokens
     from nestling.cli.loading import save_memory as write_memory
     from nestling.evaluation.sampling import continue_text
-    from nestling.tasks.text import Document
     from nestling.training.progress import printable
     from nestling.training.tokenization import special_ids
 
@@ -39,11 +48,15 @@ def generate(
         raise UserError(f"--temperature {temperature:g} --top-p {top_p:g}: they must be at least 0, and in (0, 1]")
     check_memory_target(save_memory)
     quiet_libraries()
-    model, tokenizer = load_model(directory)
-    state = load_memory(memory, model)
+    model, tokenizer = load_causal_lm(source)
+    if save_memory is not None and not isinstance(model, NestlingForCausalLM):
+        raise UserError(f"--save-memory: a {type(model).__name__} keeps nothing that it reads; use nestling learn")
+    state = load_memories(memory or [], model)
     if state is not None and not prompt:
         raise UserError("--memory needs a --prompt of at least one character to go on with")
-    ids = reading_tokens(tokenizer, [Document("prompt", prompt)], continuing=state is not None)
+    if chat and not prompt:
+        raise UserError("--chat needs a --prompt")
+    ids = prompt_tokens(source, tokenizer, prompt, continuing=state is not None, chat=chat)
     written: list[int] = []
     shown = 0
 
@@ -55,10 +68,10 @@ def generate(
             _write(printable(text[shown:]))
             shown = len(text)
 
-    _write(printable(prompt))
+    _write("" if chat else printable(prompt))
     _, state = continue_text(
         model,
-        ids.tolist(),
+        ids,
         max_new_tokens,
         state=state,
         temperature=temperature,
@@ -70,6 +83,7 @@ def generate(
     )
     _write(printable(str(tokenizer.decode(written))[shown:]) + "\n")
     if save_memory is not None:
+        assert isinstance(model, NestlingForCausalLM)  # any other was refused above
         write_memory(state, save_memory, model)
         print(f"memory of {state.get_seq_length()} tokens written to {save_memory}", file=sys.stderr)
 

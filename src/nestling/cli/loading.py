@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import NestlingForCausalLM
+from nestling.continual.memory_file import is_memory_file
+from nestling.continual.store import load_memory as load_learned
 from nestling.errors import UserError
 from nestling.memory.state import StateFileError
 from nestling.models.cache import ModelState
+from nestling.models.pretrained import load_pretrained
 from nestling.tasks.text import Document
 from nestling.training.config import CONFIG_FILE, read_run
-from nestling.training.tokenization import encode_text, load_tokenizer, start_token
+from nestling.training.tokenization import encode_document, encode_text, load_tokenizer, start_token
 
 
 def load_model(directory: str | Path) -> tuple[NestlingForCausalLM, PreTrainedTokenizerBase]:
@@ -49,14 +54,59 @@ def load_model(directory: str | Path) -> tuple[NestlingForCausalLM, PreTrainedTo
     return model.eval(), load_tokenizer(path)
 
 
-def load_memory(file: Path | None, model: NestlingForCausalLM) -> ModelState | None:
-    """The memory in a file, for this model; None for no file.
+def load_causal_lm(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any causal language model and its tokenizer, ready to read; on a GPU where there is one.
+
+    Args:
+        source: the directory of a run, any Hugging Face directory, a GGUF file or a hub id.
 
     Raises:
-        UserError: a missing or damaged file, a memory of another model, or one of several rows.
+        UserError: nothing there, an unfinished run, or a damaged model.
     """
-    if file is None:
-        return None
+    path = Path(source)
+    if (path / CONFIG_FILE).exists():
+        return load_model(path)
+    model, tokenizer = load_pretrained(source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it and loses the signature
+    return model.eval(), tokenizer
+
+
+def load_memory(file: Path | None, model: PreTrainedModel) -> ModelState | None:
+    """As `load_memories`, of one file or none."""
+    return load_memories([] if file is None else [file], model)
+
+
+def load_memories(files: Sequence[Path], model: PreTrainedModel) -> ModelState | None:
+    """Put a learned memory into the model, and return the state to read on from; their formats tell them apart.
+
+    The learned memory goes first, whatever the order: a state belongs to the weights it was read with.
+
+    Args:
+        files: at most one memory of `nestling learn` (a directory of snapshots, or one file) and one state of
+            `nestling read`.
+        model: changed in place by a learned memory.
+
+    Returns:
+        the state; None where none was given.
+
+    Raises:
+        UserError: two of a kind, a missing or damaged file, a memory of another model, or a state of several rows.
+    """
+    learned = [file for file in files if file.is_dir() or is_memory_file(file)]
+    states = [file for file in files if file not in learned]
+    for kind, found in (("learned memories", learned), ("states", states)):
+        if len(found) > 1:
+            advice = "make one of them with nestling memory merge" if found is learned else "give one"
+            raise UserError(f"two {kind}, {found[0]} and {found[1]}: a model takes one; {advice}")
+    for file in learned:
+        load_learned(file).apply(model, keep_originals=False)
+    return _load_state(states[0], model) if states else None
+
+
+def _load_state(file: Path, model: PreTrainedModel) -> ModelState:
+    if not isinstance(model, NestlingForCausalLM):
+        raise UserError(f"{file} is no memory that a {type(model).__name__} can use; give one of nestling learn")
     try:
         state = ModelState.load(file, model)
     except FileNotFoundError as error:
@@ -110,6 +160,51 @@ def reading_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docum
             parts.append([first])
         parts.append(encode_text(tokenizer, document.text))
     return np.concatenate(parts).astype(np.int32)
+
+
+def document_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"]:
+    """A document as the model has seen documents: as in the run that trained it here, else as its tokenizer begins a
+    text; int64."""
+    if (Path(source) / CONFIG_FILE).exists():
+        ids = encode_document(tokenizer, text)
+    else:
+        ids = np.concatenate([_own_beginning(tokenizer), encode_text(tokenizer, text)])
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def prompt_tokens(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, prompt: str, *, continuing: bool, chat: bool
+) -> list[int]:
+    """A prompt to continue.
+
+    Args:
+        source: the model's.
+        tokenizer: the model's.
+        prompt: the text; with `chat` what the user says.
+        continuing: a state was given, so the prompt goes on from it and has no beginning token.
+        chat: put it in the tokenizer's chat template, for an answer to follow.
+
+    Raises:
+        UserError: a tokenizer without a chat template, or one that fails.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"the tokenizer of {source} has no chat template; leave out --chat")
+        turn = [{"role": "user", "content": prompt}]
+        try:
+            ids: Any = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates are programs of their own
+            raise UserError(f"the chat template of {source} failed: {str(error)[:200]}; leave out --chat") from error
+        return [int(i) for i in ids]
+    if (Path(source) / CONFIG_FILE).exists() or continuing:
+        return [int(i) for i in reading_tokens(tokenizer, [Document("prompt", prompt)], continuing)]
+    found = [*_own_beginning(tokenizer), *map(int, encode_text(tokenizer, prompt))]
+    return found or [start_token(tokenizer)]
+
+
+def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text by itself, a beginning token or nothing."""
+    return [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
 
 
 def trained_length(directory: str | Path) -> int:

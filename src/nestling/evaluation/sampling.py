@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestling.memory.state import State
+
 
 @torch.no_grad()
 def continue_text(
@@ -71,7 +73,7 @@ def continue_text(
             ids = torch.tensor([[token]], dtype=torch.long, device=device)
     finally:
         model.train(was_training)
-    return written, state.detach()
+    return written, state.detach() if isinstance(state, State) else state
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, never: Sequence[int]) -> int:

@@ -7,19 +7,16 @@ its fields and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from nestling.memory.checked_file import CheckedFileError, checksum, read_checked, write_checked
 
 FORMAT = "nestling-state"
 FORMAT_VERSION = "1"
@@ -102,19 +99,7 @@ class State:
         """
         header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": type(self).__name__}
         header |= {"fingerprint": fingerprint, "extra": json.dumps(metadata)}
-        payload = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors()}
-        header["sha256"] = _checksum(header, payload)
-        target = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(payload, scratch, metadata=header)
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(scratch, target)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        write_checked(path, header, dict(self.tensors()))
 
     def read_file(self, path: str | Path, fingerprint: str) -> Self:
         """A state like this one (the template) with the tensors of `path`.
@@ -140,7 +125,7 @@ class State:
             raise StateFileError(f"{path} mixes batch sizes {sorted(batch)}; the file is damaged")
         for name, template in wanted.items():
             _check_like(path, name, template, found[name])
-        if header.pop("sha256", None) != _checksum(header, found):
+        if header.pop("sha256", None) != checksum(header, found):
             raise StateFileError(f"{path} is damaged: its content does not have the checksum in its header")
         names = iter(wanted)
         return self.map(lambda t: found[next(names)].to(t.device if t.dtype != torch.int64 else "cpu"))
@@ -166,24 +151,13 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _walk(item, f"{name}.{i}")
 
 
-def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the header's strings and of the names, types, shapes and bytes of contiguous CPU tensors."""
-    shapes = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
-    digest = hashlib.sha256(json.dumps([header, shapes], sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _read_checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no state file at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
-        raise StateFileError(f"{path} is damaged or not a safetensors file: {error}") from error
+        header, found = read_checked(path)
+    except CheckedFileError as error:
+        raise StateFileError(str(error)) from error
     if header.get("format") != FORMAT:
         raise StateFileError(f"{path} is a safetensors file but not a nestling state")
     if header.get("version") != FORMAT_VERSION:

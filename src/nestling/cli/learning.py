@@ -1,0 +1,350 @@
+"""What `nestling learn` does."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as Bar
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from nestling.cli.console import quiet_libraries, stdout_console
+from nestling.cli.loading import document_tokens, load_causal_lm
+from nestling.continual.learner import Learner
+from nestling.continual.memory import Memory
+from nestling.continual.options import Level, Options, Replay, settings_from
+from nestling.continual.snapshots import Snapshot
+from nestling.continual.store import MemoryStore
+from nestling.continual.study import Autosave, Progress, Text, frozen_loss, learn_text, text_digest, tokens_read
+from nestling.errors import UserError
+from nestling.levels.assignment import parse_levels, stream_levels
+from nestling.tasks.text import Document, read_documents
+
+DEFAULT_LEVELS = "*.mlp.*=256"
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """The options of `nestling learn` that a new memory is begun with.
+
+    Attributes:
+        levels: NAME=PERIOD,...
+        given: names of the options on the command line, which must not contradict a memory that exists.
+        lr, rate_exponent, optimizer, context, rank, retention, replay, bf16, seed: see `Learner` and its `Options`.
+    """
+
+    levels: str | None
+    lr: float
+    rate_exponent: float
+    optimizer: str
+    context: int
+    rank: int | None
+    retention: float
+    replay: int
+    bf16: bool
+    seed: int
+    given: frozenset[str] = frozenset()
+
+
+@dataclass
+class Outcome:
+    """One document's line of the table.
+
+    Attributes:
+        name: of the document.
+        tokens: learned from in this run.
+        before, after: loss with the base weights and with what was learned; None where not measured.
+    """
+
+    name: str
+    tokens: int = 0
+    before: float | None = None
+    after: float | None = None
+    _total: float = 0.0
+    _scored: int = 0
+
+    @property
+    def during(self) -> float:
+        """Mean loss of this run's tokens, each before it was learned from; NaN before the first."""
+        return self._total / self._scored if self._scored else math.nan
+
+    def add(self, progress: Progress) -> None:
+        """Count a step."""
+        finite = progress.losses[torch.isfinite(progress.losses)]
+        self.tokens += progress.tokens
+        self._total += float(finite.double().sum())
+        self._scored += len(finite)
+
+
+class Stopped(Exception):
+    """Ctrl-C was pressed, and this is a good place to stop."""
+
+
+@dataclass
+class Session:
+    """One run of `nestling learn` at work.
+
+    Attributes:
+        learner, autosave, console: what it works with.
+        measure: tokens of each document that are read before and after; 0 for none.
+        check: raises `Stopped` when it is time to stop.
+        outcomes: a line for every document begun.
+    """
+
+    learner: Learner
+    autosave: Autosave
+    console: Console
+    measure: int
+    check: Callable[..., None]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def learn(self, text: Text) -> None:
+        """Learn from one document, from where it was left."""
+        start = tokens_read(self.learner.log.records, text.digest)
+        if start is None:
+            self.console.print(f"{text.name}: learned already, skipped", markup=False)
+            return
+        outcome = Outcome(text.name)
+        self.outcomes.append(outcome)
+        if start:
+            self.console.print(f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens", markup=False)
+        if self.measure:
+            with _base_weights(self.learner):
+                outcome.before = self._frozen(text)
+        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(Path(text.name).name, total=len(text.ids), completed=start)
+
+            def step(progress: Progress) -> None:
+                outcome.add(progress)
+                for line in progress.notes:
+                    self.console.print(f"{text.name}: {line}", markup=False)
+                bar.update(task, advance=progress.tokens, description=f"loss {outcome.during:.3f}")
+                self.check()
+
+            learn_text(self.learner, text, start, self.autosave, on_step=step)
+        if self.measure:
+            outcome.after = self._frozen(text)
+
+    def _frozen(self, text: Text) -> float:
+        return frozen_loss(self.learner.model, text.ids[: self.measure], self.learner.settings.context, self.check)
+
+
+def run(
+    source: str,
+    paths: Sequence[str],
+    place: Path,
+    settings: LearnSettings,
+    *,
+    save_tokens: int | None,
+    save_seconds: float,
+    measure: int,
+    note: str,
+) -> bool:
+    """Learn from texts into a memory, and report; returns whether it was interrupted.
+
+    Raises:
+        UserError: whatever the user can put right; a memory that exists is then as it was last saved.
+    """
+    store, console = MemoryStore(place), stdout_console()
+    documents = [document for path in paths for document in _documents(path)]
+    quiet_libraries()
+    with store.lock():
+        saved = store.load() if store.exists() else None
+        known = [] if saved is None else saved.documents
+        if not [d for d in documents if tokens_read(known, text_digest(d.text)) is not None]:
+            for document in documents:
+                console.print(f"{document.name}: learned already, skipped", markup=False)
+            return False
+        model, tokenizer = load_causal_lm(source)
+        texts = [Text(d.name, text_digest(d.text), document_tokens(source, tokenizer, d.text)) for d in documents]
+        learner = make_learner(model, saved, settings)
+        autosave = Autosave(store, save_tokens, save_seconds)
+        began = time.monotonic()
+        with interruptible() as check, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the learner's are printed as notes
+            session = Session(learner, autosave, console, measure, check)
+            stopped = _until_stopped(session, texts)
+            seconds = time.monotonic() - began
+            snapshot = _save(session, note, stopped)
+    _report(session, seconds)
+    _say_where(console, store, snapshot, learner, stopped)
+    return stopped
+
+
+def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSettings) -> Learner:
+    """A new learner, or that of a memory.
+
+    Raises:
+        UserError: settings that do not fit the model, or contradict the memory's.
+    """
+    try:
+        if saved is not None and "learner" in saved.settings:
+            _check_given(settings, saved)
+            return Learner.restore(model, saved)
+        learner = Learner(
+            model,
+            choose_levels(model, settings.levels),
+            settings.optimizer,
+            lr=settings.lr,
+            rate_exponent=settings.rate_exponent,
+            context=settings.context,
+            options=Options(
+                rank=settings.rank,
+                retention=settings.retention,
+                replay=Replay(settings.replay) if settings.replay else None,
+                bfloat16=settings.bf16,
+                seed=settings.seed,
+            ),
+        )
+        if saved is not None:
+            learner.load(saved)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return learner
+
+
+def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
+    """`"fast=256,slow=1024"` as levels; None for a model's own.
+
+    Raises:
+        UserError: not NAME=PERIOD,..., or a level twice.
+    """
+    own = stream_levels(model)
+    if spec is None and own:
+        return None
+    return dict(parse_levels(spec or DEFAULT_LEVELS, unit="tokens"))
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[..., None]]:
+    """A function that raises `Stopped` once Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def check(*_: object) -> None:
+        if pressed:
+            raise Stopped
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _documents(path: str) -> list[Document]:
+    if path != "-":
+        return read_documents(path)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8; convert it, for example with iconv -t UTF-8") from error
+    if not text.strip():
+        raise UserError("standard input holds no text")
+    return [Document("standard input", text)]
+
+
+def _until_stopped(session: Session, texts: Sequence[Text]) -> bool:
+    try:
+        for text in texts:
+            session.learn(text)
+    except Stopped:
+        return True
+    return False
+
+
+def _save(session: Session, note: str, stopped: bool) -> Snapshot:
+    store = session.autosave.store
+    if stopped:
+        session.autosave.save(session.learner)
+        return store.head()
+    names = ", ".join(Path(o.name).name for o in session.outcomes[:3]) + (", ..." if len(session.outcomes) > 3 else "")
+    return store.save(session.learner.memory(), note or f"learned {names}")
+
+
+def _report(session: Session, seconds: float) -> None:
+    table = Table(
+        title=f"loss in nats; before and after: first {session.measure:,} tokens" if session.measure else None
+    )
+    table.add_column("document", overflow="fold")
+    measured = ("before", "while", "after") if session.measure else ("while",)
+    for heading in ("tokens", *measured):
+        table.add_column(heading, justify="right")
+    for outcome in session.outcomes:
+        values = (outcome.before, outcome.during, outcome.after) if session.measure else (outcome.during,)
+        table.add_row(escape(outcome.name), f"{outcome.tokens:,}", *map(_number, values))
+    session.console.print(table)
+    tokens = sum(outcome.tokens for outcome in session.outcomes)
+    if tokens:
+        session.console.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+
+
+def _say_where(console: Console, store: MemoryStore, snapshot: Snapshot, learner: Learner, stopped: bool) -> None:
+    if waiting := learner.stream.filled:
+        console.print(f"{waiting:,} tokens wait in the memory for a full step of {learner.stream.chunk:,}")
+    console.print(
+        f"memory of {snapshot.tokens:,} tokens in {store.path}, snapshot {snapshot.number} ({snapshot.bytes:,} bytes)",
+        markup=False,
+    )
+    if stopped:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+
+
+def _check_given(settings: LearnSettings, saved: Memory) -> None:
+    """Options on the command line that a memory's own settings contradict.
+
+    Raises:
+        UserError: naming the first.
+    """
+    own = settings_from(saved.settings["learner"])
+    replay = own.options.replay.capacity if own.options.replay else 0
+    values: dict[str, Any] = {
+        "levels": {name: level.period for name, level in own.levels.items()},
+        "lr": own.lr,
+        "rate_exponent": own.rate_exponent,
+        "optimizer": own.optimizer,
+        "context": own.context,
+        "rank": own.options.rank,
+        "retention": own.options.retention,
+        "replay": replay,
+        "bf16": own.options.bfloat16,
+        "seed": own.options.seed,
+    }
+    for name in sorted(settings.given):
+        wanted = parse_levels(settings.levels or "", unit="tokens") if name == "levels" else getattr(settings, name)
+        if wanted != values[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {wanted}: this memory was begun with {values[name]}, and goes on with "
+                "that; leave the option out, or begin another memory"
+            )
+
+
+@contextmanager
+def _base_weights(learner: Learner) -> Iterator[None]:
+    learner.detach()
+    try:
+        yield
+    finally:
+        learner.apply()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,187 @@
+"""`nestling memory`: show, diff, fork, merge, rollback, prune, export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+memory = typer.Typer(
+    help="Look after what models learned: PATH is a directory of snapshots; where a memory is only read, an exported "
+    "file will do.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[Path, typer.Argument(metavar="PATH", help="A memory.", show_default=False)]
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The base model, to measure losses with.", show_default=False)
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="FILE", help="Text to measure on; may be given again.", show_default=False),
+]
+Measured = Annotated[int, typer.Option(min=2, metavar="N", help="Measure on the first N tokens of each text.")]
+
+
+@memory.command()
+def show(path: Source, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show levels, documents, size, how far each level and layer has moved, and the snapshots."""
+    from nestling.cli.console import stdout_console
+    from nestling.cli.memory_tables import description, print_memory
+    from nestling.continual.store import MemoryStore, load_memory
+
+    found = load_memory(path)
+    index = MemoryStore(path).index() if path.is_dir() else None
+    if as_json:
+        print(json.dumps(description(found, index), ensure_ascii=False))
+    else:
+        print_memory(stdout_console(), path, found, index)
+
+
+@memory.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A memory.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare two memories: how far each level has moved, how alike the directions are, which documents differ."""
+    from nestling.cli.console import stdout_console
+    from nestling.cli.memory_tables import print_comparison
+    from nestling.continual.merge import compare
+    from nestling.continual.store import load_memory
+
+    comparison = compare(load_memory(a), load_memory(b))
+    if as_json:
+        print(json.dumps(_finite(asdict(comparison)), ensure_ascii=False))
+    else:
+        print_comparison(stdout_console(), a, b, comparison)
+
+
+@memory.command()
+def fork(
+    path: Source,
+    target: Annotated[Path, typer.Argument(metavar="NEW", help="The new memory; must not exist.", show_default=False)],
+    at: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fork snapshot N. Default: the head.")] = None,
+) -> None:
+    """Begin a new memory with what another holds; both then go on apart."""
+    from nestling.cli.console import stdout_console
+    from nestling.continual import store
+
+    head = store.fork(path, target, at).head()
+    stdout_console().print(f"{target}: {head.note} ({head.tokens:,} tokens, {head.bytes:,} bytes)", markup=False)
+
+
+@memory.command()
+def merge(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A memory.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new memory; must not exist.", show_default=False)],
+    weight: Annotated[str, typer.Option(metavar="A,B", help="Weights of the two differences.")] = "0.5,0.5",
+    level: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=A,B", help="Other weights for a level; may be given again.", show_default=False),
+    ] = None,
+    model: Model = None,
+    text: Texts = None,
+    measure: Measured = 4096,
+) -> None:
+    """Make one memory of two that were learned apart: the weighted sum of their differences to the base model.
+
+    With --model and --text the losses of the base, A, B and the merge are shown. Forks of one memory are best merged
+    with weights that sum to 1; 1,1 adds up what was learned of different things.
+    """
+    from nestling.cli.console import stdout_console
+    from nestling.cli.memory_tables import base_and, check_measuring, check_new, parse_weights, print_losses
+    from nestling.continual.merge import merge as merge_memories
+    from nestling.continual.store import MemoryStore, load_memory
+
+    check_new(out)
+    check_measuring(model, text)
+    weights, by_level = parse_weights(weight, level or [])
+    one, two = load_memory(a), load_memory(b)
+    merged = merge_memories(one, two, weights, by_level)
+    console = stdout_console()
+    if model is not None:
+        print_losses(console, model, text or [], measure, base_and({"A": one, "B": two, "merged": merged}))
+    head = MemoryStore(out).save(merged, f"merge of {a} and {b}, weights {', '.join([weight, *(level or [])])}")
+    console.print(f"{out}: {head.note} ({head.bytes:,} bytes)", markup=False)
+
+
+@memory.command()
+def rollback(
+    path: Source,
+    to: Annotated[int | None, typer.Option(min=1, metavar="N", help="Snapshot. Default: the one before.")] = None,
+) -> None:
+    """Go back to an earlier snapshot, or forward again. Nothing is deleted."""
+    from nestling.cli.console import stdout_console
+    from nestling.continual.store import MemoryStore
+
+    head = MemoryStore(path).rollback(to)
+    stdout_console().print(f"{path}: now at snapshot {head.number}, {head.time}: {head.note}", markup=False)
+
+
+@memory.command()
+def prune(
+    path: Source, keep: Annotated[int, typer.Option(min=1, metavar="N", help="Snapshots to keep.", show_default=False)]
+) -> None:
+    """Delete all snapshots but the head and the N - 1 before it, for good."""
+    from nestling.cli.console import stdout_console
+    from nestling.continual.store import MemoryStore
+
+    gone = MemoryStore(path).prune(keep)
+    numbers = ", ".join(str(s.number) for s in gone) or "none"
+    stdout_console().print(f"{path}: deleted snapshots {numbers} ({sum(s.bytes for s in gone):,} bytes)", markup=False)
+
+
+@memory.command()
+def export(
+    path: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; .safetensors.", show_default=False)],
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="R", help="Limit every matrix to this rank.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    model: Model = None,
+    text: Texts = None,
+    measure: Measured = 4096,
+    at: Annotated[int | None, typer.Option(min=1, metavar="N", help="Export snapshot N. Default: the head.")] = None,
+) -> None:
+    """Write one file to use or to share: the differences without what only learning needs.
+
+    With --rank it states the share of the difference's energy (squared norm) that was kept, and with --model and --text
+    what that costs in loss.
+    """
+    from nestling.cli.console import stdout_console
+    from nestling.cli.memory_tables import base_and, check_export, check_measuring, print_losses
+    from nestling.continual.low_rank import for_use, limit_rank
+    from nestling.continual.memory import Memory
+    from nestling.continual.store import load_memory
+
+    check_export(path, out, dtype)
+    check_measuring(model, text)
+    found = load_memory(path, at)
+    small = for_use(found)
+    console = stdout_console()
+    if rank is not None:
+        limited = limit_rank(found, rank)
+        small = limited.memory
+        console.print(f"rank {rank} keeps {limited.energy:.2%} of the difference's energy")
+    size = small.save(out, dtype)
+    console.print(f"{out}: {size:,} bytes, {dtype}", markup=False)
+    if model is not None:
+        written = {"memory": found, "exported": Memory.load(out)}
+        print_losses(console, model, text or [], measure, base_and(written))
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,253 @@
+"""A memory on disk that grows: a directory of snapshots, of which one is the head.
+
+    PATH/memory.json                 names the head, and every snapshot's parent, time, note and size
+    PATH/snapshot-0001.safetensors   one file of `memory_file` each, never changed once written
+
+A save writes the snapshot, flushes it, and then replaces memory.json in one step, so whatever moment a process dies at,
+the head is a whole memory. Going back moves the head; nothing is lost until `prune`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nestling.continual.memory import Memory
+from nestling.continual.memory_file import MemoryFileError, read_fields, write_fields
+from nestling.continual.snapshots import INDEX, NAME, Index, Snapshot, read_index, snapshot_name, write_index
+
+LOCK = ".lock"
+PATIENCE = 10.0  # seconds; reading and writing an index takes milliseconds, so a longer wait is for a learner
+
+
+class MemoryStore:
+    """A directory of snapshots of one memory.
+
+    Readers need no lock: snapshots never change and memory.json is replaced in one step. Writers hold `lock`.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name a store; nothing is read or made until it is used.
+
+        Raises:
+            MemoryFileError: `path` is a file, or a directory of something else.
+        """
+        self.path = Path(path)
+        if self.path.is_file():
+            raise MemoryFileError(
+                f"{path} is a single memory file, which is only read; to go on from it, make a directory of it with: "
+                f"nestling memory fork {path} DIR"
+            )
+        if self.path.is_dir() and not self.exists() and self._holds_something_else():
+            raise MemoryFileError(f"{path} is a directory without {INDEX}, so not a memory; give another path")
+        self._lock = FileLock(self.path / LOCK)
+
+    def exists(self) -> bool:
+        """Whether anything has been saved."""
+        return (self.path / INDEX).exists()
+
+    def index(self) -> Index:
+        """The head and all snapshots.
+
+        Raises:
+            MemoryFileError: nothing saved here, or a damaged or hostile memory.json.
+        """
+        return read_index(self.path)
+
+    def head(self) -> Snapshot:
+        """The snapshot that learning goes on from.
+
+        Raises:
+            MemoryFileError: nothing saved here.
+        """
+        index = self.index()
+        return index.snapshot(index.head, self.path)
+
+    def load(self, number: int | None = None) -> Memory:
+        """The memory of a snapshot; the head's where no number is given.
+
+        Raises:
+            MemoryFileError: no such snapshot, or a file that is not what memory.json says.
+        """
+        index = self.index()
+        snapshot = index.snapshot(index.head if number is None else number, self.path)
+        fields, digest = read_fields(self._file(snapshot))
+        if digest != snapshot.sha256:
+            raise MemoryFileError(f"{self._file(snapshot)} is not the file that {INDEX} names; restore it from a copy")
+        return Memory(**fields)
+
+    @contextmanager
+    def lock(self, patience: float = PATIENCE) -> Iterator[None]:
+        """Keep other writers out; a process that holds it may take it again. The system frees it when a process dies.
+
+        Raises:
+            MemoryFileError: another process has it for longer than `patience` seconds, or no directory can be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise MemoryFileError(
+                f"{self.path} is being written by another process; wait for it, or fork the memory"
+            ) from error
+        except OSError as error:
+            raise MemoryFileError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def save(self, memory: Memory, note: str = "", *, autosave: bool = False) -> Snapshot:
+        """Write a snapshot and make it the head.
+
+        Args:
+            memory: what to save.
+            note: one line for people.
+            autosave: the next save takes the place of this one, so that saving often does not fill the disk.
+
+        Raises:
+            MemoryFileError: another writer, a full disk, or values that no file can hold; the head is as before.
+        """
+        return self._add(lambda file: write_fields(file, vars(memory)), memory, note, autosave)
+
+    def adopt(self, file: Path, memory: Memory, note: str) -> Snapshot:
+        """Take over another store's snapshot file, `memory` being what is in it; linked, not copied, where possible."""
+
+        def link(target: Path) -> str:
+            target.unlink(missing_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:
+                return write_fields(target, vars(memory))
+            return read_fields(target)[1]
+
+        return self._add(link, memory, note, False)
+
+    def rollback(self, to: int | None = None) -> Snapshot:
+        """Make an earlier (or later) snapshot the head; None goes to the head's parent. Deletes nothing.
+
+        Raises:
+            MemoryFileError: no such snapshot, or the head is the first.
+        """
+        with self.lock():
+            index = self.index()
+            number = index.snapshot(index.head, self.path).parent if to is None else to
+            if number is None:
+                raise MemoryFileError(f"snapshot {index.head} of {self.path} is the first; there is none before it")
+            snapshot = index.snapshot(number, self.path)
+            self.load(number)
+            write_index(self.path, replace(index, head=number))
+        return snapshot
+
+    def prune(self, keep: int) -> list[Snapshot]:
+        """Delete all but the head and the `keep - 1` snapshots before it; returns what was deleted.
+
+        Raises:
+            MemoryFileError: fewer than one to keep, or another writer.
+        """
+        if keep < 1:
+            raise MemoryFileError(f"--keep {keep}: the head is always kept, so give 1 or more")
+        with self.lock():
+            index = self.index()
+            kept = {s.number for s in index.line()[:keep]}
+            gone = [s for s in index.snapshots if s.number not in kept]
+            left = [s for s in index.snapshots if s.number in kept]
+            left = [s if s.parent in kept else replace(s, parent=None) for s in left]
+            write_index(self.path, Index(index.head, left))
+            self._sweep(left)
+        return gone
+
+    def _add(self, write: Callable[[Path], str], memory: Memory, note: str, autosave: bool) -> Snapshot:
+        with self.lock():
+            index = self.index() if self.exists() else Index(0, [])
+            self._sweep(index.snapshots)
+            parent, kept = index.head or None, list(index.snapshots)
+            if parent is not None and index.snapshot(parent, self.path).autosave:
+                replaced = index.snapshot(parent, self.path)
+                kept = [s for s in kept if s.number != parent]
+                kept = [replace(s, parent=replaced.parent) if s.parent == parent else s for s in kept]
+                parent = replaced.parent
+            number = max((s.number for s in index.snapshots), default=0) + 1
+            file = self.path / snapshot_name(number)
+            digest = write(file)
+            snapshot = Snapshot(
+                number=number,
+                parent=parent,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                note=note,
+                documents=len(memory.documents),
+                tokens=memory.tokens,
+                bytes=file.stat().st_size,
+                sha256=digest,
+                autosave=autosave,
+            )
+            write_index(self.path, Index(number, [*kept, snapshot]))
+            self._sweep([*kept, snapshot])
+        return snapshot
+
+    def _sweep(self, known: list[Snapshot]) -> None:
+        """Delete the snapshots that memory.json does not name: pruned, replaced, or left by a killed process."""
+        names = {snapshot_name(s.number) for s in known}
+        for file in self.path.glob("snapshot-*.safetensors"):
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+        for scratch in (*self.path.glob(".snapshot-*.tmp"), *self.path.glob(f".{INDEX}.*.tmp")):
+            scratch.unlink(missing_ok=True)
+
+    def _file(self, snapshot: Snapshot) -> Path:
+        file = self.path / snapshot_name(snapshot.number)
+        if file.is_symlink():
+            raise MemoryFileError(f"{file} is a symbolic link; a snapshot must be a file of its own")
+        return file
+
+    def _holds_something_else(self) -> bool:
+        """Not only what a process leaves that died before its first memory.json."""
+        names = (p.name for p in self.path.iterdir())
+        return any(n != LOCK and not n.endswith(".tmp") and not NAME.fullmatch(n) for n in names)
+
+
+def load_memory(path: str | Path, number: int | None = None) -> Memory:
+    """The memory at a path: the head (or another snapshot) of a directory, or a single file.
+
+    Raises:
+        MemoryFileError: nothing there, damaged, or a snapshot number with a single file.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return MemoryStore(place).load(number)
+    if number is not None:
+        raise MemoryFileError(f"{path} is a single file and has no snapshot {number}")
+    return Memory.load(place)
+
+
+def fork(source: str | Path, target: str | Path, number: int | None = None) -> MemoryStore:
+    """Begin a new memory with what another holds; the two then go on apart.
+
+    Raises:
+        MemoryFileError: no memory at `source`, or something at `target` already.
+    """
+    memory = load_memory(source, number)
+    place = Path(target)
+    if place.exists():
+        raise MemoryFileError(f"there is already something at {target}; give a new path")
+    store = MemoryStore(place)
+    origin = Path(source)
+    if origin.is_dir():
+        index = read_index(origin)
+        origin = origin / snapshot_name(index.head if number is None else number)
+    try:
+        store.adopt(origin, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return store

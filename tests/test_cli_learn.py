@@ -1,0 +1,214 @@
+"""`nestling learn`: what it learns, skips and says; killed at any moment it learns what it would have."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestling.cli import learning, main
+from nestling.continual.memory import Memory, MemoryFileError
+from nestling.continual.store import MemoryStore, load_memory
+from nestling.continual.study import frozen_loss, text_digest
+from nestling.training.tokenization import byte_tokenizer
+from tests.continual.models import assert_same, tiny_llama
+from tests.test_cli import fails
+
+LEVELS = ["--levels", "*.1.mlp.*=64,*.0.mlp.*=128", "--lr", "3e-3", "--context", "64"]
+TEXT = "The tide was out, and the boats lay on the sand.\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama that reads bytes."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Two files."""
+    for name, line in {"a.txt": TEXT, "b.txt": TEXT.upper()}.items():
+        (tmp_path / name).write_text(line * 30)
+    return [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+
+
+def run(*arguments: str | Path) -> int:
+    """`nestling learn`."""
+    return main(["learn", *map(str, arguments)])
+
+
+def undated(memory: Memory) -> Memory:
+    """Without what depends on the clock."""
+    for place, record in enumerate(memory.documents):
+        memory.documents[place] = type(record)(**vars(record) | {"started": ""})
+    return memory
+
+
+def test_learn_skip_and_go_on(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "memory"
+    assert run(model, texts[0], "--memory", place, *LEVELS, "--note", "first") == 0
+    out = capsys.readouterr().out
+    assert "1,470 tokens in" in out and "tokens/s" in out and "snapshot 1" in out
+    assert "62 tokens wait in the memory for a full step of 64" in out
+    memory = load_memory(place)
+    record = memory.documents[0]
+    assert record.finished and record.tokens == 1470 and record.digest == text_digest(Path(texts[0]).read_text())
+    ids = torch.tensor(byte_tokenizer()(Path(texts[0]).read_text()).input_ids)
+    base = tiny_llama()
+    before = frozen_loss(base, ids, 64)
+    with memory.applied(base):
+        after = frozen_loss(base, ids, 64)
+    assert f"{before:.4f}" in out and f"{record.loss:.4f}" in out and f"{after:.4f}" in out
+    assert after < record.loss < before
+
+    assert run(model, texts[0], "--memory", place) == 0
+    assert capsys.readouterr().out == f"{texts[0]}: learned already, skipped\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"From a pipe, and not from a file. " * 5)))
+    assert run(model, *texts, "-", "--memory", place, "--quick") == 0
+    out = capsys.readouterr().out
+    assert "skipped" in out and "before" not in out and "standard input" in out
+    snapshots = MemoryStore(place).index().snapshots
+    assert [s.note for s in snapshots] == ["first", "learned b.txt, standard input"]
+    assert [d.finished for d in load_memory(place).documents] == [True] * 3
+
+
+def test_the_same_in_one_go_and_in_two(model: Path, texts: list[str], tmp_path: Path) -> None:
+    assert run(model, *texts, "--memory", tmp_path / "one", *LEVELS, "--quick", "--save-tokens", "256") == 0
+    assert run(model, texts[0], "--memory", tmp_path / "two", *LEVELS) == 0
+    assert run(model, *texts, "--memory", tmp_path / "two") == 0
+    one, two = undated(load_memory(tmp_path / "one")), undated(load_memory(tmp_path / "two"))
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 8])
+def test_interrupted_it_goes_on(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:  # fmt: skip
+    """Ctrl-C after each of these steps; the sixth is the last of the first document."""
+    assert run(model, *texts, "--memory", tmp_path / "whole", *LEVELS, "--quick") == 0
+    real, seen = learning.Outcome.add, 0
+
+    def add(self: learning.Outcome, progress: learning.Progress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, progress)
+
+    monkeypatch.setattr(learning.Outcome, "add", add)
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGINT)
+    assert run(model, *texts, "--memory", tmp_path / "cut", *LEVELS, "--quick") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "the same command goes on from here" in capsys.readouterr().err
+    tokens = load_memory(tmp_path / "cut").tokens
+    assert tokens == (256 * steps if steps < 6 else 1470 + 256 * (steps - 6))
+    assert run(model, *texts, "--memory", tmp_path / "cut", "--quick") == 0
+    assert_same(undated(load_memory(tmp_path / "cut")), undated(load_memory(tmp_path / "whole")))
+    assert len(MemoryStore(tmp_path / "cut").index().snapshots) == 1
+
+
+def test_another_document_may_come_between(
+    model: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A document left unfinished is taken up again at its place: every token once."""
+    place, real = tmp_path / "memory", learning.Outcome.add
+
+    def add(self: learning.Outcome, progress: learning.Progress) -> None:
+        real(self, progress)
+        if self.tokens == 512:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning.Outcome, "add", add)
+        assert run(model, texts[0], "--memory", place, *LEVELS, "--quick") == 130
+    assert run(model, texts[1], texts[0], "--memory", place, "--quick") == 0
+    assert "going on after 512 of 1,470 tokens" in capsys.readouterr().out
+    assert [(d.tokens, d.finished) for d in load_memory(place).documents] == [(512, False), (1470, True), (958, True)]
+    assert run(model, *texts, "--memory", place) == 0
+    assert load_memory(place).tokens == 2940
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL as soon as something holds."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not ready():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+
+
+def test_killed_it_learns_what_it_would_have(model: Path, texts: list[str], tmp_path: Path) -> None:
+    """A real SIGKILL, in the second document; the weights, optimizer and counters at the end are equal bit for bit."""
+    Path(texts[1]).write_text(TEXT.upper() * 120)
+    arguments = [str(model), *texts, *LEVELS, "--quick", "--save-tokens", "256"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    command = [sys.executable, "-m", "nestling", "learn", *arguments, "--memory", str(cut)]
+    store = MemoryStore(cut)
+
+    def far_enough() -> bool:
+        try:
+            return store.head().tokens >= 2500
+        except MemoryFileError:
+            return False
+
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    kill_when(process, far_enough)
+    left = store.load()
+    assert store.head().autosave and 2500 <= left.tokens < 7350, "it was too quick to be killed"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run(*arguments, "--memory", cut) == 0
+        assert run(*arguments, "--memory", whole) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(undated(store.load()), undated(load_memory(whole)))
+    assert [d.tokens for d in store.load().documents] == [1470, 5880]
+
+
+def test_what_a_user_can_put_right(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "memory"
+    common = ["learn", model, texts[0], "--memory", place]
+    assert "no file or directory" in fails(capsys, "learn", model, tmp_path / "no.txt", "--memory", place)
+    assert "no file or directory" in fails(capsys, "learn", tmp_path / "none" / "such", texts[0], "--memory", place)
+    assert "is no NAME=PERIOD" in fails(capsys, *common, "--levels", "fast")
+    assert "fits no parameter" in fails(capsys, *common, "--levels", "fast=64")
+    assert "no multiple of the fastest" in fails(capsys, *common, "--levels", "*.0.mlp.*=64,*.1.mlp.*=100")
+    assert "optimizer" in fails(capsys, *common, "--optimizer", "nothing")
+    assert "learning rate" in fails(capsys, *common, "--lr", "-1")
+    assert not MemoryStore(place).exists()
+    assert "single memory file" in fails(capsys, "learn", model, texts[0], "--memory", texts[1])
+    assert run(*common[1:], *LEVELS, "--quick") == 0
+    more = ["learn", model, texts[1], "--memory", place]
+    error = fails(capsys, *more, "--lr", "1e-5")
+    assert "--lr 1e-05: this memory was begun with 0.003" in error
+    assert "--levels" in fails(capsys, *more, "--levels", "*.mlp.*=64")
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    assert "belongs to the base model" in fails(capsys, "learn", other, texts[1], "--memory", place)
+    with MemoryStore(place).lock():
+        code = "import sys; from nestling.cli import main; sys.exit(main(sys.argv[1:]))"
+        # The lock is another process's: this one may take it twice.
+        process = subprocess.run([sys.executable, "-c", code, *map(str, more)], capture_output=True, text=True)
+    assert process.returncode == 2 and "being written by another process" in process.stderr
+    assert len(MemoryStore(place).index().snapshots) == 1

@@ -1,0 +1,187 @@
+"""`nestling memory ...` and `nestling generate --memory`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestling.cli import main
+from nestling.continual.memory import LowRank, Memory
+from nestling.continual.records import dense
+from nestling.continual.store import MemoryStore, load_memory
+from nestling.continual.study import frozen_loss
+from nestling.models.conversion import convert
+from nestling.training.progress import printable
+from nestling.training.tokenization import byte_tokenizer
+from tests.continual.models import assert_same, make_memory, tiny_llama
+from tests.test_cli import fails
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A model, two memories of it (`a` has two snapshots) and a text."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("It was the best of times.\n" * 10)
+    a = MemoryStore(tmp_path / "a")
+    a.save(make_memory(model, size=0.03), "one")
+    a.save(make_memory(model, seed=1, size=0.05), "two [brackets]")
+    MemoryStore(tmp_path / "b").save(make_memory(model, seed=2, size=0.05))
+    return tmp_path
+
+
+def out(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What a command that works prints."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def losses(place: Path, *memories: Memory | None) -> list[str]:
+    """Of the text, as printed."""
+    model, found = tiny_llama(), []
+    ids = torch.tensor(byte_tokenizer()((place / "text.txt").read_text()).input_ids)
+    for memory in memories:
+        if memory is not None:
+            memory.apply(model)
+        found.append(f"{frozen_loss(model, ids):.4f}")
+        if memory is not None:
+            memory.remove(model)
+    return found
+
+
+def test_show(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = out(capsys, "memory", "show", place / "a")
+    for part in ("127 tokens", "fast", "64", "a.txt", "2.5000", "in part", "2 (head)", "two [brackets]"):
+        assert part in text
+    shown = json.loads(out(capsys, "memory", "show", place / "a", "--json"))
+    assert shown["head"] == 2 and [s["number"] for s in shown["snapshots"]] == [1, 2]
+    assert [level["level"] for level in shown["levels"]] == ["fast", "slow"] and set(shown["layers"]) == {"0", "1"}
+    assert shown["documents"][1]["loss"] is None
+    load_memory(place / "a").save(place / "file")
+    assert json.loads(out(capsys, "memory", "show", place / "file", "--json")) == shown | {
+        "head": None,
+        "snapshots": [],
+    }
+    assert "no memory file at" in fails(capsys, "memory", "show", place / "none")
+    assert "without memory.json" in fails(capsys, "memory", "show", place / "model")
+
+
+def test_diff(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = out(capsys, "memory", "diff", place / "a", place / "b")
+    assert "cosine" in text and "b.txt" in text
+    shown = json.loads(out(capsys, "memory", "diff", place / "a", place / "a", "--json"))
+    assert shown["levels"][0]["cosine"] == pytest.approx(1) and shown["only_a"] == []
+
+
+def test_fork_rollback_prune(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fork of" in out(capsys, "memory", "fork", place / "a", place / "c", "--at", "1")
+    assert_same(load_memory(place / "c"), load_memory(place / "a", 1))
+    assert "now at snapshot 1" in out(capsys, "memory", "rollback", place / "a")
+    assert "now at snapshot 2" in out(capsys, "memory", "rollback", place / "a", "--to", "2")
+    assert "deleted snapshots 1 (" in out(capsys, "memory", "prune", place / "a", "--keep", "1")
+    assert "is the first" in fails(capsys, "memory", "rollback", place / "a")
+    assert "already something" in fails(capsys, "memory", "fork", place / "a", place / "c")
+
+
+def test_merge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", "merge", place / "a", place / "b", place / "c", "--weight", "1,1", "--level", "fast=0.7,0.3"]
+    text = out(capsys, *arguments, "--model", place / "model", "--text", place / "text.txt")
+    a, b, c = (load_memory(place / name) for name in "abc")
+    for loss in losses(place, None, a, b, c):
+        assert loss in text
+    for level, weights in {"fast": (0.7, 0.3), "slow": (1, 1)}.items():
+        name = c.parameters[level][1]
+        wanted = weights[0] * dense(a.differences[name]) + weights[1] * dense(b.differences[name])
+        torch.testing.assert_close(dense(c.differences[name]), wanted)
+    assert "already something" in fails(capsys, *arguments)
+    new = [*arguments[:4], place / "d"]
+    assert "write two numbers" in fails(capsys, *new, "--weight", "1")
+    assert "write NAME=A,B" in fails(capsys, *new, "--level", "1,2")
+    assert "no level 'mid'" in fails(capsys, *new, "--level", "mid=1,2")
+    assert "--model and --text go together" in fails(capsys, *new, "--model", place / "model")
+    MemoryStore(place / "z").save(make_memory(tiny_llama(seed=5)))
+    assert "different base models" in fails(capsys, "memory", "merge", place / "a", place / "z", place / "d")
+    assert not (place / "d").exists()
+
+
+def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", "export", place / "a", place / "x.safetensors", "--rank", "4", "--dtype", "float16"]
+    text = out(capsys, *arguments, "--model", place / "model", "--text", place / "text.txt")
+    exported = Memory.load(place / "x.safetensors")
+    assert all(isinstance(d, LowRank) for d in exported.differences.values()) and not exported.tensors
+    for part in ("% of the difference's energy", *losses(place, None, load_memory(place / "a"), exported)):
+        assert part in text
+    assert f"{(place / 'x.safetensors').stat().st_size:,} bytes" in text
+    assert "choose one of" in fails(capsys, *arguments[:4], "--dtype", "int8")
+    assert "cannot be a file" in fails(capsys, *arguments[:3], place / "none" / "x")
+    assert "among the snapshots" in fails(capsys, *arguments[:3], place / "a" / "x")
+    assert "belongs to another model" in fails(
+        capsys, "generate", converted(place), "--prompt", "It", "--memory", place / "x.safetensors"
+    )
+
+
+def converted(place: Path) -> Path:
+    """The model with two levels."""
+    path = place / "converted"
+    convert(tiny_llama(), {"fast": 16, "slow": 64}).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_generate_with_a_learned_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A greedy continuation is that of the model with the memory applied, from the directory and from a file."""
+    load_memory(place / "a").save(place / "file")
+    prompt = ["--prompt", "It was", "--max-new-tokens", "12", "--temperature", "0"]
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    ids = tokenizer("It was", return_tensors="pt").input_ids
+
+    def greedy() -> str:
+        quiet = [[0], [1]]
+        found = model.generate(ids, max_new_tokens=12, do_sample=False, bad_words_ids=quiet)
+        return str(tokenizer.decode(found[0], skip_special_tokens=True))
+
+    plain = greedy()
+    with load_memory(place / "a").applied(model):
+        learned = greedy()
+    assert plain != learned
+    for memory, wanted in (([], plain), (["--memory", place / "a"], learned), (["--memory", place / "file"], learned)):
+        assert out(capsys, "generate", place / "model", *prompt, *memory) == printable(wanted) + "\n"
+    two = ["--memory", place / "a", "--memory", place / "b"]
+    assert "two learned memories" in fails(capsys, "generate", place / "model", *prompt, *two)
+    assert "belongs to another model" in fails(capsys, "generate", converted(place), *prompt, "--memory", place / "a")
+    assert "keeps nothing that it reads" in fails(
+        capsys, "generate", place / "model", *prompt, "--save-memory", place / "s"
+    )
+    assert "has no chat template" in fails(capsys, "generate", place / "model", *prompt, "--chat")
+
+
+def test_a_learned_memory_and_a_state_together(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A state belongs to the weights it was read with: it goes with the learned memory, and not without it."""
+    model = converted(place)
+    learn = ["learn", model, place / "text.txt", "--memory", place / "m", "--lr", "0.01", "--quick"]
+    out(capsys, *learn)
+    learned, state = ["--memory", place / "m"], ["--memory", place / "state"]
+    more = ["--prompt", "It was", "--max-new-tokens", "5", "--temperature", "0"]
+    out(capsys, "generate", model, *more, *learned, "--save-memory", place / "state")
+    first = out(capsys, "generate", model, *more, *learned, *state)
+    assert out(capsys, "generate", model, *more, *state, *learned) == first
+    assert "saved by another model" in fails(capsys, "generate", model, *more, *state)
+    assert "is no memory that a LlamaForCausalLM can use" in fails(capsys, "generate", place / "model", *more, *state)
+    (place / "damaged").write_bytes((place / "state").read_bytes()[:-9])
+    assert "damaged" in fails(capsys, "generate", model, *more, "--memory", place / "damaged")
+
+
+def test_chat(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }}\n{% endfor %}A: "
+    tokenizer.save_pretrained(place / "model")
+    more = ["--max-new-tokens", "6", "--temperature", "0"]
+    answer = out(capsys, "generate", place / "model", "--prompt", "Who?", "--chat", *more)
+    whole = out(capsys, "generate", place / "model", "--prompt", "Q: Who?\nA: ", *more)
+    assert whole == "Q: Who?\nA: " + answer
+    assert "--chat needs a --prompt" in fails(capsys, "generate", place / "model", "--chat")
