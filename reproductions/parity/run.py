@@ -27,8 +27,8 @@ TEST_ROWS = 256
 SEEDS = (0, 1, 2)
 RATE, WARMUP = 1e-2, 50
 PRESETS = {"hope_linear": presets.hope_linear, "hope": presets.hope}
-# No retention, since a state that fades cannot count. Gates that reach their ends, since 40 tokens do not tell a flip of
-# -0.97 from one of -1, and writes and hidden layers that start small, since what a flip adds to the memory stays there.
+# No retention, since a state that fades cannot count. Gates that reach their ends, since 40 tokens do not tell a flip
+# of -0.97 from one of -1; writes and hidden layers that start small, since what a flip adds to a memory stays there.
 SETTINGS: dict[str, dict[str, Any]] = {
     "hope_linear": {"use_retention": False, "gate_scale": 16.0, "inner_lr_scale": 0.02},
     "hope": {"use_retention": False, "gate_scale": 16.0, "inner_lr_scale": 0.002, "hidden_erase_scale": 0.0001},

@@ -38,6 +38,7 @@ def test_json_round_trip() -> None:
         ({"steps": 5, "tokens": 5}, "both --steps and --tokens"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0, but must be positive"),
         ({"precision": "fp8"}, "precision is fp8, but must be float32 or bf16"),
+        ({"matmul_precision": "low"}, "matmul_precision is low, but must be highest, high or medium"),
         ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"carry_tokens": 256}, "no effect without --carry-state"),
         ({"carry_tokens": 100, "carry_state": True}, "no multiple of the sequence length 256"),

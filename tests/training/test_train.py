@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nestling.errors import UserError
 from nestling.evaluation.language import evaluate_loss, next_token_loss
 from nestling.training import DivergenceError, NestlingTrainer, TrainConfig, train
+from nestling.training import trainer as trainer_module
 from nestling.training.build import build_model
 from nestling.training.checkpoint import checkpoints
 from nestling.training.corpus import prepare_data
@@ -163,6 +164,22 @@ def test_an_interrupted_run_resumes_exactly(
     weights = [(Path(c.out) / "model.safetensors").read_bytes() for c in (whole, config)]
     assert weights[0] == weights[1]
     assert resumed.steps == 8
+
+
+def test_products_have_the_precision_asked_for_while_training_only(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    loss = trainer_module.batch_loss
+
+    def watched(*args: Any) -> Any:
+        seen.add(torch.get_float32_matmul_precision())
+        return loss(*args)
+
+    monkeypatch.setattr(trainer_module, "batch_loss", watched)
+    train(tiny_config(matmul_precision="medium", steps=1, sample_tokens=0))
+    assert seen == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_streamed_set_resumes_exactly(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

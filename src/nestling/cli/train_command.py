@@ -115,6 +115,13 @@ def train(
     precision: Annotated[
         str, typer.Option(help="float32, or bf16 for autocast.", rich_help_panel=OPTIMIZER)
     ] = "float32",
+    matmul_precision: Annotated[
+        str,
+        typer.Option(
+            help="Of float32 products, in memories too: highest, high (TF32) or medium (bfloat16).",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = "highest",
     gradient_checkpointing: Annotated[
         bool,
         typer.Option("--gradient-checkpointing", help="Less memory for more computation.", rich_help_panel=OPTIMIZER),

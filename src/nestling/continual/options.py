@@ -100,7 +100,7 @@ class Replay:
         pieces: replayed with every chunk.
         weight: of their mean loss beside the chunk's.
         projection: where a level's gradient of the chunk would raise the replayed loss, take that component out
-            (A-GEM, arXiv:1812.00420, Eq. 11, level by level); with `weight` 0 the replayed gradient does nothing else.
+            (A-GEM, arXiv:1812.00420, level by level); with `weight` 0 the replayed gradient does nothing else.
             Their gradients are taken apart, two backward passes for one.
     """
 

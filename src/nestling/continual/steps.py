@@ -15,7 +15,7 @@ from nestling.continual.options import UpdateLimit
 
 @torch.no_grad()
 def retain(anchored: Sequence[tuple[Tensor, Tensor]], kept: float) -> None:
-    """W <- W_0 + kept (W - W_0): L2-SP (arXiv:1802.01483, Eq. 4) decoupled from the gradient, as AdamW decouples decay.
+    """W <- W_0 + kept (W - W_0): L2-SP (arXiv:1802.01483) decoupled from the gradient, as AdamW decouples decay.
 
     With kept = 1 - lr * strength it is the step of gradient descent on strength / 2 |W - W_0|^2.
 
@@ -52,7 +52,7 @@ def limit_step(weights: Sequence[Tensor], before: Sequence[Tensor], limit: Updat
 
 @torch.no_grad()
 def project(gradients: Sequence[Tensor], replayed: Sequence[Tensor]) -> float:
-    """g <- g - (g . r / r . r) r where g . r < 0 (A-GEM, arXiv:1812.00420, Eq. 11).
+    """g <- g - (g . r / r . r) r where g . r < 0 (A-GEM, arXiv:1812.00420).
 
     A step against g then does not raise the replayed loss, to first order.
 

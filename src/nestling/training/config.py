@@ -47,6 +47,9 @@ class TrainConfig:
         carry_tokens: reset carried states after so many tokens; None at the end of a stream only. Models whose state
             grows with the text (full attention) need it.
         precision: `float32`, or `bf16` for autocast.
+        matmul_precision: of float32 products, inside memories too, as `torch.set_float32_matmul_precision` takes it:
+            `highest`; `high` allows TF32; `medium` allows bfloat16, and PyTorch then makes the products on a CPU too,
+            which pays where the processor has them in hardware (AMX, AVX512-BF16).
 
     Levels
         levels: update periods in optimizer steps, such as `cms.0=1,cms.1=8,cms.2=64` (`levels.assign_levels` says what
@@ -92,6 +95,7 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     precision: str = "float32"
+    matmul_precision: str = "highest"
     levels: str = ""
     level_rate_exponent: float = 0.0
     gradient_checkpointing: bool = False
@@ -131,6 +135,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(self.precision in ("float32", "bf16"), "precision", self.precision, "float32 or bf16")
+        products = self.matmul_precision
+        _require(products in ("highest", "high", "medium"), "matmul_precision", products, "highest, high or medium")
         _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
         _require(self.optimizer in NAMES, "optimizer", self.optimizer, f"one of {', '.join(NAMES)}")
         if self.levels:

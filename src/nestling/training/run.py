@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -106,10 +107,13 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         _begin(out, config, data)
         _introduce(console, config, data, model, checkpoint, processes)
     trainer, recorder = _make_trainer(config, data, model, console, processes)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         recorder.close()
+        torch.set_float32_matmul_precision(before)
     return _finish(config, data, trainer, recorder, console, began, processes)
 
 
