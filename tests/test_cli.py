@@ -212,7 +212,7 @@ def test_errors_of_models_and_memories(place: Path, tmp_path: Path, capsys: pyte
     assert "no directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path / "no" / "file")
     assert "is a directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path)
     assert "--top-p 0" in fails(capsys, "generate", run, "--top-p", "0")
-    assert "no directory" in fails(capsys, "generate", tmp_path / "nothing", *prompt)
+    assert "no file or directory" in fails(capsys, "generate", tmp_path / "nothing", *prompt)
     assert "holds no model" in fails(capsys, "generate", tmp_path, *prompt)
     assert "exclude each other" in fails(capsys, "evaluate", run, "--data", "x", "--carry", "--reset", "3")
     assert "no file or directory" in fails(capsys, "evaluate", run, "--data", tmp_path / "none")

@@ -79,7 +79,7 @@ def test_learn_skip_and_go_on(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"From a pipe, and not from a file. " * 5)))
     assert run(model, *texts, "-", "--memory", place, "--quick") == 0
     out = capsys.readouterr().out
-    assert "skipped" in out and "before" not in out and "standard input" in out
+    assert "skipped" in out and "after" not in out and "standard input" in out
     snapshots = MemoryStore(place).index().snapshots
     assert [s.note for s in snapshots] == ["first", "learned b.txt, standard input"]
     assert [d.finished for d in load_memory(place).documents] == [True] * 3

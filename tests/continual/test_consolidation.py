@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nestling.continual.learner import Learner
 from nestling.continual.options import Level, Options, Replay
 from nestling.continual.pieces import Piece, decode
-from tests.continual.models import copy_of, text, tiny_llama
+from tests.continual.stream_models import copy_of, text, tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
 

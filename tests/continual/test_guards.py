@@ -11,7 +11,7 @@ import torch
 from nestling.continual.guards import LearningDivergedError, LearningWarning, SpikeGuard, SurpriseGate
 from nestling.continual.learner import Learner
 from nestling.continual.options import Gate, Level, Options, Replay
-from tests.continual.models import copy_of, text, tiny_llama
+from tests.continual.stream_models import copy_of, text, tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
 

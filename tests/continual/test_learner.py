@@ -17,8 +17,8 @@ from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
 from nestling.continual.reservoir import Reservoir
 from nestling.levels.assignment import stream_levels
 from nestling.models import convert
-from tests.continual.models import copy_of, text, tiny_llama
 from tests.continual.reference_learner import ReferenceLevel, adam, learn, momentum, rows_of
+from tests.continual.stream_models import copy_of, text, tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
 DOCUMENTS = [text(n, seed).tolist() for seed, n in enumerate((21, 1, 2, 5, 40, 13))]

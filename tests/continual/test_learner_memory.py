@@ -11,7 +11,7 @@ from nestling.continual.learner import Learner
 from nestling.continual.memory import LowRank, Memory
 from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
 from nestling.optim import NAMES
-from tests.continual.models import copy_of, text, tiny_llama
+from tests.continual.stream_models import copy_of, text, tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
 EVERYTHING = Options(

@@ -6,7 +6,7 @@ from nestling.continual import levels as module
 from nestling.continual.learner import Learner
 from nestling.continual.levels import resolve
 from nestling.continual.options import Level, Options, UpdateLimit
-from tests.continual.models import tiny_llama
+from tests.continual.stream_models import tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
 

@@ -8,7 +8,7 @@ from nestling.continual.learner import Learner
 from nestling.continual.options import Gate, Level, Options
 from nestling.continual.pieces import Piece, batches
 from nestling.continual.reading import Reader
-from tests.continual.models import text, tiny_llama
+from tests.continual.stream_models import text, tiny_llama
 
 
 def pieces() -> list[Piece]:

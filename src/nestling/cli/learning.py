@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.cli.console import quiet_libraries, stdout_console
@@ -65,27 +66,35 @@ class Outcome:
     Attributes:
         name: of the document.
         tokens: learned from in this run.
-        before, after: loss with the base weights and with what was learned; None where not measured.
+        start: tokens of the document that earlier runs learned from.
+        measured: its first tokens, those that are read before and after; 0 for none.
+        before, after: loss of those with the base weights and with what was learned; None where not measured.
+        losses: of this run's tokens, each before it was learned from.
     """
 
     name: str
+    start: int = 0
+    measured: int = 0
     tokens: int = 0
     before: float | None = None
     after: float | None = None
-    _total: float = 0.0
-    _scored: int = 0
+    losses: list[Tensor] = field(default_factory=list)
 
     @property
-    def during(self) -> float:
-        """Mean loss of this run's tokens, each before it was learned from; NaN before the first."""
-        return self._total / self._scored if self._scored else math.nan
+    def overall(self) -> float:
+        """Mean loss of this run's tokens; NaN before the first."""
+        return _mean(torch.cat(self.losses)) if self.losses else math.nan
+
+    @property
+    def during(self) -> float | None:
+        """Mean loss of those of them that are measured before and after too; None where there are none."""
+        there = max(0, self.measured - self.start)
+        return _mean(torch.cat(self.losses)[:there]) if there and self.losses else None
 
     def add(self, progress: Progress) -> None:
         """Count a step."""
-        finite = progress.losses[torch.isfinite(progress.losses)]
         self.tokens += progress.tokens
-        self._total += float(finite.double().sum())
-        self._scored += len(finite)
+        self.losses.append(progress.losses)
 
 
 class Stopped(Exception):
@@ -101,6 +110,7 @@ class Session:
         measure: tokens of each document that are read before and after; 0 for none.
         check: raises `Stopped` when it is time to stop.
         outcomes: a line for every document begun.
+        seconds: spent on learning, saves included and what is read before and after left out.
     """
 
     learner: Learner
@@ -109,6 +119,7 @@ class Session:
     measure: int
     check: Callable[..., None]
     outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
 
     def learn(self, text: Text) -> None:
         """Learn from one document, from where it was left."""
@@ -116,7 +127,7 @@ class Session:
         if start is None:
             self.console.print(f"{text.name}: learned already, skipped", markup=False)
             return
-        outcome = Outcome(text.name)
+        outcome = Outcome(text.name, start, self.measure)
         self.outcomes.append(outcome)
         if start:
             self.console.print(f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens", markup=False)
@@ -130,10 +141,14 @@ class Session:
                 outcome.add(progress)
                 for line in progress.notes:
                     self.console.print(f"{text.name}: {line}", markup=False)
-                bar.update(task, advance=progress.tokens, description=f"loss {outcome.during:.3f}")
+                bar.update(task, advance=progress.tokens, description=f"loss {outcome.overall:.3f}")
                 self.check()
 
-            learn_text(self.learner, text, start, self.autosave, on_step=step)
+            began = time.monotonic()
+            try:
+                learn_text(self.learner, text, start, self.autosave, on_step=step)
+            finally:
+                self.seconds += time.monotonic() - began
         if self.measure:
             outcome.after = self._frozen(text)
 
@@ -171,14 +186,12 @@ def run(
         texts = [Text(d.name, text_digest(d.text), document_tokens(source, tokenizer, d.text)) for d in documents]
         learner = make_learner(model, saved, settings)
         autosave = Autosave(store, save_tokens, save_seconds)
-        began = time.monotonic()
         with interruptible() as check, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the learner's are printed as notes
             session = Session(learner, autosave, console, measure, check)
             stopped = _until_stopped(session, texts)
-            seconds = time.monotonic() - began
             snapshot = _save(session, note, stopped)
-    _report(session, seconds)
+    _report(session)
     _say_where(console, store, snapshot, learner, stopped)
     return stopped
 
@@ -280,21 +293,22 @@ def _save(session: Session, note: str, stopped: bool) -> Snapshot:
     return store.save(session.learner.memory(), note or f"learned {names}")
 
 
-def _report(session: Session, seconds: float) -> None:
-    table = Table(
-        title=f"loss in nats; before and after: first {session.measure:,} tokens" if session.measure else None
-    )
+def _report(session: Session) -> None:
+    first = f"; before, while, after: of a document's first {session.measure:,} tokens" if session.measure else ""
+    table = Table(title=f"loss in nats, every token before it was learned from{first}")
     table.add_column("document", overflow="fold")
-    measured = ("before", "while", "after") if session.measure else ("while",)
-    for heading in ("tokens", *measured):
+    measured = ("before", "while", "after") if session.measure else ()
+    for heading in ("tokens", "loss", *measured):
         table.add_column(heading, justify="right")
     for outcome in session.outcomes:
-        values = (outcome.before, outcome.during, outcome.after) if session.measure else (outcome.during,)
+        own = (outcome.before, outcome.during, outcome.after) if session.measure else ()
+        values = (outcome.overall, *own)
         table.add_row(escape(outcome.name), f"{outcome.tokens:,}", *map(_number, values))
     session.console.print(table)
     tokens = sum(outcome.tokens for outcome in session.outcomes)
     if tokens:
-        session.console.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
+        rate = tokens / max(session.seconds, 1e-9)
+        session.console.print(f"{tokens:,} tokens in {session.seconds:.1f} s, {rate:,.1f} tokens/s")
 
 
 def _say_where(console: Console, store: MemoryStore, snapshot: Snapshot, learner: Learner, stopped: bool) -> None:
@@ -344,6 +358,11 @@ def _base_weights(learner: Learner) -> Iterator[None]:
         yield
     finally:
         learner.apply()
+
+
+def _mean(losses: Tensor) -> float:
+    """Of those that are numbers; NaN where there is none."""
+    return float(losses.double().nanmean())
 
 
 def _number(value: float | None) -> str:
