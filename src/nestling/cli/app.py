@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from nestling import __version__
+from nestling.cli.convert_command import convert
 from nestling.cli.evaluate_command import evaluate
 from nestling.cli.generate_command import generate
 from nestling.cli.inspect_command import inspect
@@ -35,6 +36,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(read)
 app.command()(inspect)
+app.command()(convert)
 
 
 def _print_version(wanted: bool) -> None:

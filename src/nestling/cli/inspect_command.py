@@ -22,7 +22,12 @@ def inspect(
         ),
     ] = None,
     levels: Annotated[
-        str | None, typer.Option(metavar="NAME=PERIOD,...", help="As in nestling train. Default: those of the run.")
+        str | None,
+        typer.Option(
+            metavar="NAME=PERIOD,...",
+            help="As in nestling train. Default: those of the run; without one a converted model's own, where a step "
+            "is the fastest level's period.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -56,7 +61,7 @@ def inspect(
 
 def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None) -> Any:
     """The named optimizer or that of the run, over the given levels or those of the run; before its first step."""
-    from nestling.levels.assignment import multi_frequency, parse_levels
+    from nestling.levels.assignment import multi_frequency, parse_levels, steps_of
     from nestling.optim import NAMES, build
     from nestling.training.config import CONFIG_FILE, TrainConfig, read_run
 
@@ -78,5 +83,7 @@ def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None
         betas=(run.beta1, run.beta2),
     )
     if not (spec := run.levels if levels is None else levels):
+        if own := getattr(model.config, "levels", None):  # a converted model that no run has trained
+            return multi_frequency(model, steps_of(own, min(own.values())), made)
         return made()
     return multi_frequency(model, parse_levels(spec), made, run.level_rate_exponent if levels is None else 0.0)

@@ -22,6 +22,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory of the run; new, or empty.", show_default=False)],
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(presets.PRESETS)}.", rich_help_panel=MODEL)] = "hope",
     size: Annotated[str, typer.Option(help=f"One of: {', '.join(presets.SIZES)}.", rich_help_panel=MODEL)] = "tiny",
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Go on training this model, with its tokenizer and at the periods of its levels, instead of a preset.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE...", help="Change a setting of the preset.", rich_help_panel=MODEL),
@@ -75,7 +83,8 @@ def train(
         float | None,
         typer.Option(
             "--lr",
-            help="Peak learning rate. Default: 3e-3 for tiny, else 4e-4; 0.1 for optimizers that step like sgd.",
+            help="Peak learning rate. Default: 3e-3 for tiny, 1e-4 with --init, else 4e-4; 0.1 for optimizers that "
+            "step like sgd.",
             rich_help_panel=OPTIMIZER,
         ),
     ] = None,
@@ -95,8 +104,8 @@ def train(
         str,
         typer.Option(
             metavar="NAME=PERIOD,...",
-            help="Steps between two updates of a level, as in cms.0=1,cms.1=8,cms.2=64; a name is cms.N or a pattern "
-            "of parameter names. Everything else: 1.",
+            help="Steps between two updates of a level, as in cms.0=1,cms.1=8,cms.2=64; a name is cms.N, a converted "
+            "model's level, or a pattern of parameter names. Everything else: 1.",
             rich_help_panel=OPTIMIZER,
         ),
     ] = "",
@@ -143,7 +152,8 @@ def train(
 
     names = {f.name for f in fields(TrainConfig)}
     values = {name: value for name, value in context.params.items() if name in names}
-    values |= {"out": str(out), "overrides": parse_overrides(overrides or [])}
+    values |= {"out": str(out), "init": None if init is None else str(init)}
+    values |= {"overrides": parse_overrides(overrides or [])}
     values |= {"data": tuple(data or ()), "valid": tuple(valid or ())}
     given = {name for name in values if _on_command_line(context, name)}
     config = _resumed_config(values, given) if resume else TrainConfig(**values)

@@ -5,13 +5,15 @@ B batch, N rows, T time, L row length, H query heads, G key and value heads, D h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nestling.layers.parts import NEW_FIELD
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.description import MemoryDescription
 from nestling.memory.state import State
@@ -27,11 +29,18 @@ class AttentionConfig:
 
     Attributes:
         hidden_size: width of the input and the output.
-        num_heads: query heads; `hidden_size / num_heads` is the head width and must be even (RoPE turns pairs).
+        num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of `num_heads` (grouped queries, Ainslie et al. 2023); None takes
             as many as query heads.
         window: tokens in view, the token itself included; None sees everything.
         rope_theta: base of the rotary frequencies (Su et al. 2021); 10000 is the value of that paper and of Llama.
+        head_width: of a head, even (RoPE turns pairs); None is `hidden_size / num_heads`. Qwen3 has wider heads.
+        bias: biases of queries, keys and values (Qwen2).
+        output_bias: bias of the output projection.
+        qk_norm_eps: RMSNorm of every head's query and key before the rotation, with this epsilon (Qwen3; the gain is
+            shared by the heads); None for no norm.
+        rope_frequencies: radians a token by which each of the `head_dim / 2` channel pairs turns, for frequencies that
+            no `rope_theta` gives (stretched contexts such as Llama 3.1's); None takes `rope_theta`'s.
 
     Raises:
         ValueError: sizes that do not divide, or are not positive.
@@ -42,9 +51,18 @@ class AttentionConfig:
     num_kv_heads: int | None = None
     window: int | None = None
     rope_theta: float = 10000.0
+    head_width: int | None = field(default=None, metadata=NEW_FIELD)
+    bias: bool = field(default=False, metadata=NEW_FIELD)
+    output_bias: bool = field(default=False, metadata=NEW_FIELD)
+    qk_norm_eps: float | None = field(default=None, metadata=NEW_FIELD)
+    rope_frequencies: tuple[float, ...] | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
-        if self.hidden_size < 1 or self.num_heads < 1 or self.hidden_size % (2 * self.num_heads):
+        if self.hidden_size < 1 or self.num_heads < 1:
+            raise ValueError(f"hidden_size {self.hidden_size} and num_heads {self.num_heads} must be at least 1")
+        if self.head_width is not None and (self.head_width < 2 or self.head_width % 2):
+            raise ValueError(f"head_width must be even, rotary positions turn pairs of channels; got {self.head_width}")
+        if self.head_width is None and self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}: "
                 "rotary positions turn pairs of channels of a head"
@@ -55,11 +73,23 @@ class AttentionConfig:
             raise ValueError(f"window must be at least 1 token, or None for no limit; got {self.window}")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta must be positive; got {self.rope_theta}")
+        if self.qk_norm_eps is not None and self.qk_norm_eps <= 0:
+            raise ValueError(f"qk_norm_eps must be positive, or None for no norm; got {self.qk_norm_eps}")
+        if self.rope_frequencies is not None:
+            self._check_frequencies(self.rope_frequencies)
+
+    def _check_frequencies(self, frequencies: tuple[float, ...]) -> None:
+        if len(frequencies) != self.head_dim // 2:
+            raise ValueError(
+                f"rope_frequencies needs one entry per channel pair, {self.head_dim // 2}; got {len(frequencies)}"
+            )
+        if not all(math.isfinite(f) for f in frequencies):
+            raise ValueError("rope_frequencies holds NaN or infinity")
 
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.hidden_size // self.num_heads
+        return self.head_width or self.hidden_size // self.num_heads
 
 
 @dataclass
@@ -81,11 +111,14 @@ class SoftmaxAttention(SequenceLayer):
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         self.config = config
-        kv_heads = config.num_kv_heads or config.num_heads
-        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=False)
-        self.value = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=False)
-        self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        width, kv_heads = config.head_dim, config.num_kv_heads or config.num_heads
+        self.query = nn.Linear(config.hidden_size, config.num_heads * width, bias=config.bias)
+        self.key = nn.Linear(config.hidden_size, kv_heads * width, bias=config.bias)
+        self.value = nn.Linear(config.hidden_size, kv_heads * width, bias=config.bias)
+        self.output = nn.Linear(config.num_heads * width, config.hidden_size, bias=config.output_bias)
+        normed = config.qk_norm_eps is not None
+        self.query_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if normed else None
+        self.key_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if normed else None
 
     def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
@@ -133,26 +166,30 @@ class SoftmaxAttention(SequenceLayer):
                 queries and keys that are not rotated, so that they mean the same to the first token and to the
                 millionth.
         """
-        time, heads = x.shape[1], (-1, self.config.head_dim)
+        time, c = x.shape[1], self.config
         start = None if state is None else state.position
-        cos, sin = rotation(self.config.head_dim, self.config.rope_theta, start, time, x.device)
-        plain = self.query(x).unflatten(-1, heads)
+        cos, sin = rotation(c.head_dim, c.rope_frequencies or c.rope_theta, start, time, x.device)
+        plain = self._heads(x, self.query, self.query_norm)
         q = rotate(plain, cos, sin)
-        k = rotate(self.key(x).unflatten(-1, heads), cos, sin)
-        v = self.value(x).unflatten(-1, heads)
+        k = rotate(self._heads(x, self.key, self.key_norm), cos, sin)
+        v = self._heads(x, self.value)
         unseen = None
         if state is not None and state.k.shape[1]:
             unseen = _unseen_slots(state)
             k = torch.cat((state.k.to(k.dtype), k), 1)
             v = torch.cat((state.v.to(v.dtype), v), 1)
         if prefix is None:
-            y = attend(q, k, v, self.config.window, unseen)
+            y = attend(q, k, v, c.window, unseen)
         else:
-            always = tuple(project(prefix).unflatten(-1, heads).to(v.dtype) for project in (self.key, self.value))
-            y = _attend_beside(q, plain, k, v, self.config.window, unseen, *always)
-        kept = _keep_last(k, v, time, state, lengths, self.config)
+            always_k = self._heads(prefix, self.key, self.key_norm).to(v.dtype)
+            y = _attend_beside(q, plain, k, v, c.window, unseen, always_k, self._heads(prefix, self.value).to(v.dtype))
+        kept = _keep_last(k, v, time, state, lengths, c)
         dtype = self.key.weight.dtype
         return y.flatten(-2), AttentionState(kept.k.to(dtype), kept.v.to(dtype), kept.position)
+
+    def _heads(self, x: Tensor, project: nn.Module, norm: nn.Module | None = None) -> Tensor:
+        y: Tensor = project(x).unflatten(-1, (-1, self.config.head_dim))
+        return y if norm is None else norm(y).to(y.dtype)
 
 
 def attend(

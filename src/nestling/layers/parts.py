@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from nestling.ops.normalize import safe_normalize
 
+NEW_FIELD = {"new": True}
+"""Metadata of a config's field that joined after the first release. While it has its default it stays out of saved
+configs, so that files and fingerprints of models that do not use it are what they were."""
+
 
 @torch.no_grad()
 def draw_filters(conv: nn.Parameter) -> None:

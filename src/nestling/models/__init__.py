@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nestling.models import presets
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import NestlingConfig
+from nestling.models.conversion import convert
 from nestling.models.modeling import NestlingForCausalLM
 
-__all__ = ["BlockState", "ModelState", "NestlingConfig", "NestlingForCausalLM", "presets"]
+__all__ = ["BlockState", "ModelState", "NestlingConfig", "NestlingForCausalLM", "convert", "presets"]
 
 AutoConfig.register(NestlingConfig.model_type, NestlingConfig)
 AutoModelForCausalLM.register(NestlingConfig, NestlingForCausalLM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
-from nestling.layers.feed_forward import FeedForwardConfig
+from nestling.layers.feed_forward import FeedForwardConfig, LeveledFeedForwardConfig, check_level_name
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.neural_memory_config import (
@@ -19,12 +20,13 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
+from nestling.layers.parts import NEW_FIELD
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
 
 TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
 MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig | TitansConfig
-ChannelConfig = FeedForwardConfig | ContinuumConfig
+ChannelConfig = FeedForwardConfig | ContinuumConfig | LeveledFeedForwardConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "self_modifying": SelfModifyingConfig,
@@ -37,7 +39,11 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "memory_as_gate": MemoryAsGateConfig,
     "memory_as_layer": MemoryAsLayerConfig,
 }
-CHANNELS: dict[str, type[ChannelConfig]] = {"feed_forward": FeedForwardConfig, "continuum": ContinuumConfig}
+CHANNELS: dict[str, type[ChannelConfig]] = {
+    "feed_forward": FeedForwardConfig,
+    "continuum": ContinuumConfig,
+    "leveled_feed_forward": LeveledFeedForwardConfig,
+}
 
 HOUSEKEEPING = frozenset(
     {
@@ -65,9 +71,9 @@ class NestlingConfig(PretrainedConfig):
 
     Args:
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. The kinds of mixers
-            are the keys of `MIXERS`, those of channels `feed_forward`, `continuum` or None; the other keys are the
-            fields of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so
-            that a saved file does not depend on the defaults of a later release.
+            are the keys of `MIXERS`, those of channels the keys of `CHANNELS` or None; the other keys are the fields
+            of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that a
+            saved file does not depend on the defaults of a later release.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.
@@ -85,10 +91,14 @@ class NestlingConfig(PretrainedConfig):
         pad_token_id: padding token.
         bos_token_id: first token of a document.
         eos_token_id: last token of a document; generation stops at it.
+        levels: update periods, in tokens of the stream the model learns from, of the levels that the blocks'
+            `leveled_feed_forward` channels name (NL Eq. 71); no two are equal, and they are kept fastest first. They
+            change nothing in a forward pass: who trains the model updates the levels (`levels.stream_levels`).
         kwargs: the fields of `PretrainedConfig`.
 
     Raises:
-        ValueError: `blocks` is missing, a kind is unknown, a spec is wrong, or a size is out of range.
+        ValueError: `blocks` is missing, a kind is unknown, a spec is wrong, a size is out of range, or `levels` are not
+            those of the blocks.
         TypeError: a field nobody knows.
     """
 
@@ -110,6 +120,7 @@ class NestlingConfig(PretrainedConfig):
         pad_token_id: int | None = 0,
         bos_token_id: int | None = 1,
         eos_token_id: int | list[int] | None = 2,
+        levels: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
@@ -122,6 +133,7 @@ class NestlingConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.blocks = [_complete_block(i, spec, hidden_size) for i, spec in enumerate(blocks)]
+        self.levels = _complete_levels(levels, self.blocks)
         self.initializer_range = initializer_range
         self.norm_eps = norm_eps
         self.logit_scale = logit_scale or _logit_scale(hidden_size, initializer_range, tie_word_embeddings)
@@ -165,9 +177,47 @@ def _complete_block(index: int, spec: Mapping[str, Any], hidden_size: int) -> di
 def _complete_layer(
     where: str, spec: Mapping[str, Any], kinds: Mapping[str, type[Any]], hidden_size: int
 ) -> dict[str, Any]:
-    values = dataclasses.asdict(_layer_config(where, spec, kinds, hidden_size))
+    layer = _layer_config(where, spec, kinds, hidden_size)
+    values = dataclasses.asdict(layer)
     del values["hidden_size"]
+    for f in dataclasses.fields(layer):
+        if f.metadata == NEW_FIELD and values[f.name] == f.default:
+            del values[f.name]
     return {"kind": spec["kind"]} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def check_periods(levels: Mapping[str, int]) -> dict[str, int]:
+    """Periods by level, fastest first, which is the order of their numbers.
+
+    Raises:
+        ValueError: no level, a name no level can have, a period that is no whole number from 1, or two equal ones.
+    """
+    if not isinstance(levels, Mapping) or not levels:
+        raise ValueError(f"levels maps names to periods in tokens, as in {{'fast': 256, 'slow': 4096}}; got {levels!r}")
+    for name, period in levels.items():
+        check_level_name(name)
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f"the period of level {name} is a number of tokens, 1 or more, not {period!r}")
+    ordered = dict(sorted(levels.items(), key=lambda level: level[1]))
+    for (fast, period), (slow, other) in itertools.pairwise(ordered.items()):
+        if period == other:
+            raise ValueError(
+                f"the levels {fast} and {slow} both have period {period:,} and would be one level; give another period"
+            )
+    return ordered
+
+
+def _complete_levels(levels: Mapping[str, int] | None, blocks: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """The checked periods, for exactly the levels that the blocks name."""
+    channels = [block["channel"] or {} for block in blocks]
+    named = {name for c in channels if c.get("kind") == "leveled_feed_forward" for name in c["levels"]}
+    ordered = {} if levels is None else check_periods(levels)
+    if set(ordered) != named:
+        raise ValueError(
+            f"levels gives periods to {', '.join(ordered) or 'no level'}, and the blocks name "
+            f"{', '.join(sorted(named)) or 'no level'}; they must be the same"
+        )
+    return ordered or None
 
 
 def _layer_config(where: str, spec: Mapping[str, Any], kinds: Mapping[str, type[Any]], hidden_size: int) -> Any:

@@ -19,7 +19,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
-from nestling.layers.feed_forward import FeedForward, FeedForwardConfig
+from nestling.layers.feed_forward import (
+    FeedForward,
+    FeedForwardConfig,
+    LeveledFeedForward,
+    LeveledFeedForwardConfig,
+)
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.neural_memory import NeuralMemory
@@ -69,7 +74,7 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             assert_never(config)
 
 
-def build_channel(config: ChannelConfig | None) -> FeedForward | ContinuumMemory | None:
+def build_channel(config: ChannelConfig | None) -> FeedForward | LeveledFeedForward | ContinuumMemory | None:
     """The channel mixer a config describes."""
     match config:
         case None:
@@ -78,6 +83,8 @@ def build_channel(config: ChannelConfig | None) -> FeedForward | ContinuumMemory
             return FeedForward(config)
         case ContinuumConfig():
             return ContinuumMemory(config)
+        case LeveledFeedForwardConfig():
+            return LeveledFeedForward(config)
         case _:
             assert_never(config)
 
@@ -93,7 +100,7 @@ class Block(nn.Module):
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(config.mixer_config(index))
         self.channel = build_channel(config.channel_config(index))
-        plain = isinstance(self.channel, FeedForward)
+        plain = isinstance(self.channel, FeedForward | LeveledFeedForward)
         self.channel_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if plain else None
 
     def init_state(self, batch_size: int) -> BlockState:
@@ -109,7 +116,7 @@ class Block(nn.Module):
         x = x + y
         channel_state: State | None = None
         match self.channel:
-            case FeedForward():
+            case FeedForward() | LeveledFeedForward():
                 assert self.channel_norm is not None
                 x = x + self.channel(self.channel_norm(x))
             case ContinuumMemory():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def rotation(
-    width: int, theta: float, start: Int[Tensor, " N"] | None, time: int, device: torch.device
+    width: int,
+    theta: float | Sequence[float],
+    start: Int[Tensor, " N"] | None,
+    time: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[1 or N, time, 1, width / 2]` of `time` tokens; N only when the rows' positions differ.
 
@@ -16,7 +22,8 @@ def rotation(
 
     Args:
         width: of a head, even.
-        theta: base of the frequencies; channel pair i turns by theta^(-2 i / width) a token.
+        theta: base of the frequencies, channel pair i turns by theta^(-2 i / width) a token; or these `width / 2`
+            angles themselves, in radians.
         start: position of every row's first token, int64 on the CPU; None is 0.
         time: tokens.
         device: of the result.
@@ -26,8 +33,11 @@ def rotation(
     elif len(start) > 1 and bool((start == start[0]).all()):
         start = start[:1]
     position = start.to(device)[:, None] + torch.arange(time, device=device)
-    channel = torch.arange(0, width, 2, device=device, dtype=torch.float64)
-    angle = position[:, :, None, None] * theta ** (-channel / width)
+    if isinstance(theta, Sequence):
+        frequency = torch.tensor(theta, device=device, dtype=torch.float64)
+    else:
+        frequency = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    angle = position[:, :, None, None] * frequency
     return angle.cos(), angle.sin()
 
 

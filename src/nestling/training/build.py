@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.errors import UserError
+from nestling.levels.assignment import steps_of
+from nestling.models.pretrained import load_pretrained
 from nestling.training.config import TrainConfig
 
 LARGE_VOCABULARY = 8192
@@ -35,28 +38,76 @@ def check_preset(preset: str, size: str, overrides: dict[str, Any]) -> None:
         )
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NestlingForCausalLM:
-    """A model with fresh weights drawn from the run's seed.
+def with_own_levels(config: TrainConfig, processes: int) -> TrainConfig:
+    """The settings of a run, with the levels of the model it begins with where the run names none itself.
 
     Raises:
-        UserError: a preset, size or override that does not exist or does not fit, or carried state where it would grow
-            without bound.
+        UserError: there is no nestling model in `init`, or it has a period that is shorter than an optimizer step.
     """
+    if config.init is None:
+        return config
+    try:
+        found = AutoConfig.from_pretrained(config.init, local_files_only=True)
+    except Exception as error:  # as many kinds as there are ways to damage a file
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"no model to begin with in {config.init} ({reason}); give one of nestling convert") from error
+    if not isinstance(found, NestlingConfig):
+        raise UserError(
+            f"{config.init} holds a {found.model_type} model, not a nestling one; make it one with nestling convert"
+        )
+    if config.levels or not found.levels:
+        return config
+    steps = steps_of(found.levels, config.tokens_per_step(processes))
+    return replace(config, levels=",".join(f"{level}={period}" for level, period in steps.items()))
+
+
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None = None
+) -> NestlingForCausalLM:
+    """The model a run begins with: that of `init`, or one with fresh weights drawn from the run's seed.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run.
+        checkpoint: of a run that is resumed, which is read in place of `init`.
+
+    Raises:
+        UserError: a preset, size or override that does not exist or does not fit, an `init` that cannot be loaded, or
+            carried state where it would grow without bound.
+    """
+    model = _fresh(config, tokenizer) if config.init is None else _initial(checkpoint or config.init, tokenizer)
+    if config.carry_state and config.carry_tokens is None and state_grows(model.config):
+        whose, instead = (
+            (f"preset {config.preset}", ", or --set window=N") if config.init is None else (config.init, "")
+        )
+        raise UserError(
+            f"the state of {whose} grows with every token it reads (attention without a window), so --carry-state "
+            f"needs --carry-tokens N{instead}"
+        )
+    if model.config.vocab_size > LARGE_VOCABULARY:
+        model.config.loss_chunk_size = LOSS_CHUNK
+    return model
+
+
+def _fresh(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NestlingForCausalLM:
     check_preset(config.preset, config.size, config.overrides)
     try:
         model_config = presets.PRESETS[config.preset](size=config.size, vocab_size=len(tokenizer), **config.overrides)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(model_config, name, getattr(tokenizer, name))
-        if len(tokenizer) > LARGE_VOCABULARY:
-            model_config.loss_chunk_size = LOSS_CHUNK
         set_seed(config.seed)
-        model = NestlingForCausalLM(model_config)
+        return NestlingForCausalLM(model_config)
     except (ValueError, TypeError) as error:
         raise UserError(f"preset {config.preset} at size {config.size}: {error}") from error
-    if config.carry_state and config.carry_tokens is None and state_grows(model_config):
+
+
+def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForCausalLM:
+    model, _ = load_pretrained(directory)
+    assert isinstance(model, NestlingForCausalLM)  # `with_own_levels` refuses others
+    if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the state of preset {config.preset} grows with every token it reads (attention without a window), so "
-            "--carry-state needs --carry-tokens N, or --set window=N"
+            f"the tokenizer in {directory} has {len(tokenizer):,} tokens and the model {model.config.vocab_size:,}; "
+            "restore the files that belong together"
         )
     return model
 

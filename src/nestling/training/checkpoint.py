@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,29 @@ def staged_directory(target: Path) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(staging.parent, ignore_errors=True)
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """`staged_directory` in a directory that others use: scratch names of its own, parents made where they lack."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    made, old = scratch / "new", scratch / "old"
+    made.mkdir()
+    try:
+        yield made
+        flush_tree(made)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(made, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def staging_path(target: Path) -> Path:

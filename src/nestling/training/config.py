@@ -24,6 +24,11 @@ FREE_ON_RESUME = frozenset(
 class TrainConfig:
     """One training run. The defaults train `hope` at size `tiny` on the embedded corpus, some minutes on a CPU.
 
+    Model
+        init: directory of a nestling model to go on training, with its own tokenizer, in place of a fresh `preset`.
+            The levels of a converted model (`models.convert`) are updated at their own periods, each to the nearest
+            whole number of optimizer steps; `levels` overrides them.
+
     Data
         data: files or directories of UTF-8 text, or with `streaming` one set of the hub. Empty: the embedded corpus.
         valid: text to validate on. Empty: the last tenth of each corpus, contiguous, is held out.
@@ -32,8 +37,9 @@ class TrainConfig:
     Optimisation. AdamW with betas 0.9 and 0.95 (the choice of GPT-3 and most language models since), weight decay on
     matrices only, linear warm-up, cosine down to `min_lr_ratio` of the peak.
         optimizer: a name of `optim.build`.
-        learning_rate: 3e-3 suits `tiny`; None takes it for `tiny` and 4e-4 (Titans, section 5.1) for larger sizes, and
-            0.1 for optimizers whose steps have a gradient's size.
+        learning_rate: 3e-3 suits `tiny`; None takes it for `tiny` and 4e-4 (Titans, section 5.1) for larger sizes, 1e-4
+            for a model of `init` (that of the first trials with a pre-trained one), and 0.1 for optimizers whose steps
+            have a gradient's size.
         tokens: budget in tokens; with neither `tokens` nor `steps`, 500 steps.
         warmup_steps: None means a tenth of the run, at most 2000.
         carry_state: every batch row reads one contiguous stream and keeps its state, detached, from step to step
@@ -56,6 +62,7 @@ class TrainConfig:
     """
 
     out: str
+    init: str | None = None
     preset: str = "hope"
     size: str = "tiny"
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -128,8 +135,10 @@ class TrainConfig:
         _require(self.optimizer in NAMES, "optimizer", self.optimizer, f"one of {', '.join(NAMES)}")
         if self.levels:
             parse_levels(self.levels)
-        elif self.level_rate_exponent:
+        elif self.level_rate_exponent and self.init is None:
             raise UserError("--level-rate-exponent has no effect without --levels; add it, or leave the exponent out")
+        if self.init is not None:
+            self._check_init()
         if self.steps is not None and self.tokens is not None:
             raise UserError("both --steps and --tokens are given; the budget is one or the other")
         if self.streaming and len(self.data) != 1:
@@ -140,6 +149,13 @@ class TrainConfig:
             raise UserError(
                 f"--carry-tokens {self.carry_tokens} is no multiple of the sequence length {self.sequence_length}"
             )
+
+    def _check_init(self) -> None:
+        for option, name in (("--preset", "preset"), ("--size", "size"), ("--set", "overrides")):
+            if getattr(self, name) != getattr(TrainConfig(out=self.out), name):
+                raise UserError(f"--init brings its own architecture; leave {option} out, or --init")
+        if self.tokenizer != "bytes":
+            raise UserError("--init brings its own tokenizer; leave --tokenizer out, or --init")
 
     def resolved(self, processes: int = 1) -> Self:
         """The same run with every default that depends on other settings filled in; idempotent.
@@ -155,7 +171,7 @@ class TrainConfig:
             steps = math.ceil(self.tokens / self.tokens_per_step(processes))
         rate = self.learning_rate
         if rate is None:
-            rate = 3e-3 if self.size == "tiny" else 4e-4
+            rate = 1e-4 if self.init else 3e-3 if self.size == "tiny" else 4e-4
             rate = rate if self.optimizer in LIKE_ADAMW else 0.1
         warmup = min(2000, steps // 10) if self.warmup_steps is None else self.warmup_steps
         return replace(self, steps=steps, tokens=None, learning_rate=rate, warmup_steps=warmup)

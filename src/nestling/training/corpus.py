@@ -49,7 +49,8 @@ def prepare_data(config: TrainConfig, processes: int = 1, tokenizer_dir: str | N
     Args:
         config: a resolved configuration.
         processes: data-parallel processes.
-        tokenizer_dir: where a resumed run finds its tokenizer; None makes it from the settings.
+        tokenizer_dir: where a run that is resumed, or has an `init`, finds its tokenizer; None makes it from the
+            settings.
 
     Raises:
         UserError: missing, empty, undecodable or too short data, or an unknown tokenizer.

@@ -20,7 +20,7 @@ from nestling.evaluation.language import LossReport, evaluate_loss
 from nestling.evaluation.sampling import continue_text
 from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
 from nestling.levels.measures import LevelMeter
-from nestling.training.build import build_model, check_preset
+from nestling.training.build import build_model, check_preset, with_own_levels
 from nestling.training.checkpoint import (
     clear_leftovers,
     last_checkpoint,
@@ -87,16 +87,19 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     is_main = int(os.environ.get("RANK", "0")) == 0
     config = config.resolved(processes)
+    if not (resume and config.levels):  # a run that began needs what it began with no more
+        config = with_own_levels(config, processes)
     check_preset(config.preset, config.size, config.overrides)
     record = _check_resume(config) if resume else _check_new(out, is_main)
     if resume and (out / RESULT_FILE).exists():
         _say(console, "done", f"the run in {out} is finished already")
         return _read_result(out)
     checkpoint = last_checkpoint(out) if resume else None
-    data = prepare_data(config, processes, None if checkpoint is None else str(checkpoint))
+    begin_at = config.init if checkpoint is None else str(checkpoint)
+    data = prepare_data(config, processes, begin_at)
     if record and record.get("digest") != data.digest:
         raise UserError(f"the training data of {out} has changed since the run began; restore it, or start a new run")
-    model = build_model(config, data.tokenizer)
+    model = build_model(config, data.tokenizer, begin_at)
     if config.levels:
         assign_levels(model, parse_levels(config.levels))  # names that do not exist, before anything is written
     if is_main:
@@ -149,8 +152,9 @@ def _introduce(
     processes: int,
 ) -> None:
     _say(console, "data", data.description)
-    size = f"{config.preset}, size {config.size}: {model.num_parameters():,} parameters"
-    _say(console, "model", f"{size}, vocabulary {len(data.tokenizer):,} ({config.tokenizer})")
+    what = f"{config.preset}, size {config.size}" if config.init is None else f"from {config.init}"
+    vocabulary = f"vocabulary {len(data.tokenizer):,} ({config.tokenizer if config.init is None else 'its own'})"
+    _say(console, "model", f"{what}: {model.num_parameters():,} parameters, {vocabulary}")
     carry = ", state carried between steps" if config.carry_state else ""
     steps = f"{config.steps:,} steps of {config.tokens_per_step(processes):,} tokens"
     rows = f"sequences of {config.sequence_length}{carry}"
