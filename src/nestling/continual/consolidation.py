@@ -1,0 +1,251 @@
+"""Offline consolidation ("sleep"): what the fast levels learned goes into the slower ones, and the fast ones are freed.
+
+The paper names offline consolidation (NL section 1.1) and gives no equation; this is ours, with its measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import AdamW
+
+from nestling.continual.levels import rate
+from nestling.continual.pieces import Piece, batches, decode
+from nestling.continual.reading import learning, target_ids
+from nestling.continual.steps import retain
+
+if TYPE_CHECKING:
+    from nestling.continual.learner import Learner
+
+GENERATED = 8
+"""Pieces generated where there is no buffer to replay."""
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """What a consolidation did, on pieces that it did not learn from (`held_out` of them).
+
+    It helped where `loss_after` is below `loss_decayed`: that much of what the fast levels knew is in the slower ones.
+
+    Attributes:
+        fast, slow: the levels that were decayed, and those that learned.
+        pieces, held_out: learned from, and measured on. With a single piece both are that one.
+        loss_before, loss_decayed, loss_after: mean loss in nats before, with the fast levels decayed and nothing else,
+            and at the end.
+        divergence_decayed, divergence_after: KL(model before || model), nats a token; 0 before.
+        applied: False if a loss was not finite: then everything is as it was before.
+    """
+
+    fast: tuple[str, ...]
+    slow: tuple[str, ...]
+    pieces: int
+    held_out: int
+    loss_before: float
+    loss_decayed: float
+    loss_after: float
+    divergence_decayed: float
+    divergence_after: float
+    applied: bool
+
+
+def consolidate(
+    learner: Learner,
+    *,
+    fast: Sequence[str] | None = None,
+    factor: float = 0.5,
+    steps: int = 20,
+    lr: float | None = None,
+    rows: int = 2,
+    held_out: float = 0.25,
+    seed: int = 0,
+) -> Consolidation:
+    """Decay the fast levels and let the slower ones learn to say what the model said before:
+
+        W_f <- W_f0 + factor (W_f - W_f0)
+        W_s <- steps of AdamW on mean KL(p_before || p), of replayed pieces
+
+    The decay comes first: with the fast levels as they were there would be nothing to distil. The text is the replay
+    buffer's; without one the model as it is generates it. The levels' own optimizers keep their states, and pending
+    tokens are learned with the new weights.
+
+    Args:
+        learner: attached, of two levels or more.
+        fast: levels to decay; None is all but the slowest. The others learn.
+        factor: kept fraction of what a fast level learned; 0 returns it to its initial state.
+        steps: of distillation; 0 only decays.
+        lr: of the slower levels; None is each level's own rate.
+        rows: pieces of one step.
+        held_out: fraction of the pieces measured on, not learned from.
+        seed: of the choice of pieces and of generated text.
+
+    Cost: a step reads its pieces once without and once with gradients; a second copy of the levels' weights and the
+    state of AdamW for the slow ones while it lasts.
+
+    Raises:
+        ValueError: an argument out of range, or no level on one of the two sides.
+        RuntimeError: the learner is detached.
+    """
+    if not learner.attached:
+        raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
+    slow = _sides(learner, fast, factor, steps, rows, held_out)
+    names = [name for name in learner.weights if name not in slow]
+    pieces = _text(learner, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
+    kept_apart = min(max(1, round(held_out * len(order))), max(1, len(order) - 1))
+    held, taught = order[:kept_apart], order[kept_apart:] or order
+    every = [p for weights in learner.weights.values() for p in weights.learned]
+    students = [p for name in slow for p in learner.weights[name].learned]
+    teacher = _Teacher(learner, every)
+    try:
+        with learning(learner.model, students):
+            before, _ = teacher.measure(held)
+            for name in names:
+                retain(learner.weights[name].anchored, factor)
+            decayed = teacher.measure(held)
+            _distil(learner, teacher, taught, slow, steps, lr, rows, generator)
+            after = teacher.measure(held)
+    except BaseException:
+        teacher.put_back()
+        raise
+    applied = all(math.isfinite(x) for x in (*decayed, *after))
+    if not applied:
+        teacher.put_back()
+    return Consolidation(
+        tuple(names), tuple(slow), len(taught), len(held), before, decayed[0], after[0], decayed[1], after[1], applied
+    )
+
+
+class _Teacher:
+    """The model as it was, under the same modules: its values change places with the present ones to be asked."""
+
+    def __init__(self, learner: Learner, every: list[Tensor]) -> None:
+        self.learner, self.every = learner, every
+        self.values = [p.detach().clone() for p in every]
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for p, value in zip(self.every, self.values, strict=True):
+            present = p.detach().clone()
+            p.copy_(value)
+            value.copy_(present)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Everything as it was."""
+        for p, value in zip(self.every, self.values, strict=True):
+            p.copy_(value)
+
+    @torch.no_grad()
+    def logits(self, pieces: Sequence[Piece]) -> Float[Tensor, "targets vocab"]:
+        """What the model said."""
+        with self._in_place():
+            return self.learner.reader.logits(pieces)
+
+    @torch.no_grad()
+    def measure(self, pieces: Sequence[Piece]) -> tuple[float, float]:
+        """Mean loss of the present model, and its mean divergence from the one before."""
+        loss, divergence, count = 0.0, 0.0, 0
+        for batch in batches(pieces, self.learner.settings.options.batch_tokens):
+            said, says = self.logits(batch), self.learner.reader.logits(batch)
+            loss += float(F.cross_entropy(says, target_ids(batch).to(says.device), reduction="sum"))
+            divergence += float(_divergence(said, says)) * len(says)
+            count += len(says)
+        return loss / count, divergence / count
+
+
+def _distil(
+    learner: Learner,
+    teacher: _Teacher,
+    pieces: Sequence[Piece],
+    slow: Sequence[str],
+    steps: int,
+    lr: float | None,
+    rows: int,
+    generator: torch.Generator,
+) -> None:
+    levels = learner.settings.levels
+    fastest = min(level.period for level in levels.values())
+    groups = [
+        {
+            "params": learner.weights[name].learned,
+            "lr": rate(learner.settings, levels[name], fastest) if lr is None else lr,
+        }
+        for name in slow
+    ]
+    optimizer = AdamW(groups, betas=learner.settings.options.betas, weight_decay=0.0)
+    for _ in range(steps):
+        chosen = [pieces[i] for i in torch.randperm(len(pieces), generator=generator)[:rows].tolist()]
+        optimizer.zero_grad()
+        total = sum(int(piece.targets.sum()) for piece in chosen)
+        for batch in batches(chosen, learner.settings.options.batch_tokens):
+            said, says = teacher.logits(batch), learner.reader.logits(batch)
+            (_divergence(said, says) * (len(says) / total)).backward()
+        optimizer.step()
+
+
+def _divergence(said: Float[Tensor, "n vocab"], says: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """Mean KL(said || says)."""
+    return F.kl_div(says.log_softmax(-1), said.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def _sides(
+    learner: Learner, fast: Sequence[str] | None, factor: float, steps: int, rows: int, held_out: float
+) -> list[str]:
+    """Names of the levels that learn, checked with the other arguments."""
+    names = list(learner.weights)
+    fast = names[:-1] if fast is None else list(fast)
+    slow = [name for name in names if name not in fast]
+    if unknown := [name for name in fast if name not in names]:
+        raise ValueError(f"fast names {', '.join(unknown)}; the levels are {', '.join(names)}")
+    if not fast or not slow:
+        raise ValueError(f"consolidation takes levels to decay and levels to learn; of {', '.join(names)} it has only "
+                         f"{'levels to decay' if fast else 'levels to learn'}")  # fmt: skip
+    if not 0 <= factor <= 1 or not 0 <= held_out < 1 or steps < 0 or rows < 1:
+        raise ValueError(
+            "factor is in [0, 1], held_out in [0, 1), steps 0 or more, rows 1 or more; got "
+            f"{factor}, {held_out}, {steps}, {rows}"
+        )
+    return slow
+
+
+def _text(learner: Learner, seed: int) -> list[Piece]:
+    """The buffer's pieces, or generated ones of half a context."""
+    if learner.buffer is not None and len(learner.buffer):
+        return [decode(item.tokens, item.metadata["start"]) for item in learner.buffer.items]
+    first = getattr(learner.model.config, "bos_token_id", None)
+    device = next(learner.model.parameters()).device
+    length = max(2, learner.settings.context // 2)
+    found = []
+    with torch.random.fork_rng(devices=[]), learning(learner.model, ()):
+        torch.manual_seed(seed)
+        for _ in range(GENERATED):
+            start = int(torch.randint(learner.vocabulary, ())) if first is None else int(first)
+            ids: Tensor = learner.model.generate(  # type: ignore[operator]  # a mixin's method
+                torch.tensor([[start]], device=device),
+                attention_mask=torch.ones(1, 1, dtype=torch.long, device=device),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+            row = ids[0].cpu()
+            found.append(Piece(row, 0, torch.ones(len(row), dtype=torch.bool)))
+    return found

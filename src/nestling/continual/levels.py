@@ -1,0 +1,113 @@
+"""The levels of a learner: which parameters, how often, how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nestling.continual.options import Level, Settings
+from nestling.continual.weights import FullWeights, LowRankWeights, Weights
+from nestling.levels.assignment import stream_levels
+from nestling.optim import NAMES, MultiFrequency, OptimizerLevel, build
+
+
+def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[str, Level]:
+    """The levels with every parameter by its exact name, fastest first.
+
+    A parameter that several levels' patterns fit belongs to the first of them.
+
+    Args:
+        model: whose parameters.
+        levels: by name. A number is a period: of the model's own level of that name, or of the parameters that fit the
+            name as a pattern. None takes the model's own levels (`nestling.models.convert`) with their periods.
+
+    Raises:
+        ValueError: no levels, a pattern that fits nothing, or periods that are no multiples of the fastest.
+    """
+    own = stream_levels(model)
+    if levels is None:
+        periods = getattr(model.config, "levels", None) or {}
+        levels = {name: Level(periods[name], tuple(names)) for name, names in own.items()}
+    if not levels:
+        raise ValueError('the model has no levels of its own: name some, as {"fast": Level(256, ("*.mlp.*",))}')
+    left = [name for name, _ in model.named_parameters()]
+    found: dict[str, Level] = {}
+    for name, level in levels.items():
+        if isinstance(level, int):
+            level = Level(level, tuple(own.get(name, (name,))))
+        taken = [n for n in left if any(n == p or fnmatchcase(n, p) for p in level.parameters)]
+        if not taken:
+            raise ValueError(
+                f"level {name!r}: {', '.join(level.parameters[:3])} fits no parameter that an earlier level has not "
+                f"taken; the model has for example {', '.join(left[:3])}"
+            )
+        found[name] = replace(level, parameters=tuple(taken))
+        left = [n for n in left if n not in set(taken)]
+    fastest = min(level.period for level in found.values())
+    for name, level in found.items():
+        if level.period % fastest:
+            raise ValueError(
+                f"the period of level {name!r}, {level.period} tokens, is no multiple of the fastest, {fastest}"
+            )
+    return dict(sorted(found.items(), key=lambda item: item[1].period))
+
+
+def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
+    """What every level learns, attached to the model."""
+    made: dict[str, Weights] = {}
+    for index, (name, level) in enumerate(settings.levels.items()):
+        rank = level.rank or settings.options.rank
+        names = list(level.parameters)
+        made[name] = (
+            FullWeights(model, names)
+            if rank is None
+            else LowRankWeights(model, names, rank, settings.options.seed + index)
+        )
+    return made
+
+
+def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiFrequency:
+    """One inner optimizer a level, periods in chunks, gradients averaged over the period.
+
+    The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
+    memories that follow a gradient's size would otherwise grow with the period on top of `rate_exponent`. So a level's
+    rate means the same for every period and every optimizer.
+
+    Raises:
+        ValueError: an unknown optimizer's name.
+    """
+    fastest = min(level.period for level in settings.levels.values())
+    return MultiFrequency(
+        {
+            name: OptimizerLevel(
+                weights[name].learned, level.period // fastest, _factory(settings, level, weights[name], fastest)
+            )
+            for name, level in settings.levels.items()
+        },
+        reduce="mean",
+    )
+
+
+def rate(settings: Settings, level: Level, fastest: int) -> float:
+    """The level's own rate, or lr * (period / fastest)^rate_exponent."""
+    return settings.lr * (level.period / fastest) ** settings.rate_exponent if level.lr is None else level.lr
+
+
+def _factory(settings: Settings, level: Level, weights: Weights, fastest: int) -> Any:
+    chosen = level.optimizer or settings.optimizer
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in NAMES:
+        raise ValueError(f"unknown optimizer {chosen!r}; choose one of: {', '.join(NAMES)}")
+    lr = rate(settings, level, fastest)
+    return partial(_build, chosen, weights.owner, lr=lr, betas=settings.options.betas)
+
+
+def _build(name: str, owner: nn.Module, only: list[Any], *, lr: float, betas: tuple[float, float]) -> Optimizer:
+    return build(name, owner, lr=lr, betas=betas, only=only)

@@ -1,0 +1,152 @@
+"""A learner as a `Memory` and back, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nestling.continual.memory import Memory
+from nestling.continual.pieces import Piece, decode
+from nestling.continual.reservoir import Reservoir
+
+if TYPE_CHECKING:
+    from nestling.continual.learner import Learner
+
+VALUES = (int, float, bool, str, type(None))
+
+
+def to_memory(learner: Learner) -> Memory:
+    """Everything of a learner, copied to the CPU."""
+    tensors, optimizer = _optimizer_state(learner)
+    differences: dict[str, Any] = {}
+    for weights in learner.weights.values():
+        differences |= weights.differences()
+        tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
+    stream, log = learner.stream, learner.log
+    tensors["history"] = stream.history.clone()
+    tensors |= {f"pieces.{i}": piece.encode() for i, piece in enumerate(stream.pieces)}
+    replay: dict[str, Any] | None = None
+    if learner.buffer is not None:
+        held, replay = learner.buffer.state()
+        tensors |= {f"replay.{name}": value for name, value in held.items()}
+    if learner.gate is not None:
+        tensors["gate"] = torch.tensor(list(learner.gate.recent), dtype=torch.float64)
+    return Memory(
+        fingerprint=learner.fingerprint,
+        periods={name: level.period for name, level in learner.settings.levels.items()},
+        parameters={name: list(level.parameters) for name, level in learner.settings.levels.items()},
+        differences=differences,
+        documents=list(log.records),
+        settings={
+            "learner": learner.settings.values(),
+            "counters": dict(vars(learner.counters)),
+            "guard": {"mean": learner.guard.mean, "spikes": learner.guard.spikes},
+            "document": {"present": log.present, "total": log.total, "targets": log.targets},
+            "stream": {"open": stream.open, "starts": [piece.start for piece in stream.pieces]},
+            "replay": replay,
+            "optimizer": optimizer,
+        },
+        tensors=tensors,
+    )
+
+
+def load(learner: Learner, memory: Memory) -> None:
+    """Give a learner the state of a memory; see `Learner.load`."""
+    _check_same(learner, memory)
+    exact = {name.removeprefix("exact."): t for name, t in memory.tensors.items() if name.startswith("exact.")}
+    if memory.tensors:
+        try:
+            _load_progress(learner, memory)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
+    for weights in learner.weights.values():
+        weights.load(memory.differences, exact)
+    learner.log.records = list(memory.documents)
+
+
+def _check_same(learner: Learner, memory: Memory) -> None:
+    if memory.fingerprint != learner.fingerprint:
+        raise ValueError(
+            f"the memory belongs to the base model {memory.fingerprint}, this one is {learner.fingerprint}; load it on "
+            "the model it was learned on"
+        )
+    own = learner.settings.levels
+    if memory.periods != {name: level.period for name, level in own.items()}:
+        raise ValueError(
+            f"the memory's levels and periods are {memory.periods}, the learner's "
+            f"{ {name: level.period for name, level in own.items()} }"
+        )
+    for name, level in own.items():
+        if list(memory.parameters[name]) != list(level.parameters):
+            raise ValueError(f"level {name!r} of the memory has other parameters than the learner's")
+
+
+def _load_progress(learner: Learner, memory: Memory) -> None:
+    """All but the weights. What can fail is read before anything is set."""
+    settings, tensors = memory.settings, memory.tensors
+    starts: list[int] = settings["stream"]["starts"]
+    pieces: list[Piece] = [decode(tensors[f"pieces.{i}"], start) for i, start in enumerate(starts)]
+    if sum(len(piece) for piece in pieces) >= learner.stream.chunk:
+        raise ValueError(f"the memory's pending tokens do not fit a chunk of {learner.stream.chunk}")
+    if any(len(p.ids) and not 0 <= int(p.ids.min()) <= int(p.ids.max()) < learner.vocabulary for p in pieces):
+        raise ValueError(f"the memory's pending tokens are not in the vocabulary of {learner.vocabulary}")
+    buffer = learner.buffer
+    if buffer is not None and settings["replay"] is not None:
+        held = {name: tensors[f"replay.{name}"] for name in ("tokens", "lengths")}
+        buffer = Reservoir.load(held, settings["replay"])
+    recent = tensors.get("gate", torch.empty(0)).tolist()
+    counters, guard, document = settings["counters"], settings["guard"], settings["document"]
+    tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
+    mean, spikes = guard["mean"], int(guard["spikes"])
+    present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
+    learner.optimizer.load_state_dict(_with_state(learner, settings["optimizer"], tensors))
+    learner.stream.pieces, learner.stream.history = pieces, tensors["history"].clone()
+    learner.stream.open = bool(settings["stream"]["open"])
+    learner.buffer = buffer
+    if learner.gate is not None:
+        learner.gate.recent.clear()
+        learner.gate.recent.extend(recent)
+    learner.counters.tokens, learner.counters.skipped, learner.counters.chunks = tokens, skipped, chunks
+    learner.guard.mean, learner.guard.spikes = mean, spikes
+    learner.log.present, learner.log.total, learner.log.targets = present, total, targets
+
+
+def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by `optimizer.INDEX.NAME`, and the rest as JSON values; groups keep what changes in them."""
+    packed = learner.optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in packed["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu().clone()
+            elif isinstance(value, VALUES) and isinstance(index, int):
+                numbers.setdefault(str(index), {})[name] = value
+            else:
+                raise ValueError(f"the optimizer's state {name!r} is {type(value).__name__}, which no memory can hold")
+    groups = [{"lr": float(g["lr"]), "level_elapsed": g["level_elapsed"]} for g in packed["param_groups"]]
+    return tensors, {"groups": groups, "numbers": numbers}
+
+
+def _with_state(learner: Learner, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `state_dict` that `_optimizer_state` took apart."""
+    packed = learner.optimizer.state_dict()
+    if len(saved["groups"]) != len(packed["param_groups"]):
+        raise ValueError(
+            "the memory's optimizer has other parameter groups than the learner's; give the same optimizer"
+        )
+    count = sum(len(group["params"]) for group in packed["param_groups"])
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value.clone()
+    for index, values in saved["numbers"].items():
+        state.setdefault(int(index), {}).update(values)
+    if any(not 0 <= index < count for index in state):
+        raise ValueError("the memory's optimizer has more parameters than the learner's")
+    groups = [group | new for group, new in zip(packed["param_groups"], saved["groups"], strict=True)]
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from nestling.continual import levels as module
+from nestling.continual.learner import Learner
+from nestling.continual.levels import resolve
+from nestling.continual.options import Level, Options, UpdateLimit
+from tests.continual.models import tiny_llama
+
+TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
+
+
+def test_patterns_and_names_first_come_fastest_first() -> None:
+    model = tiny_llama()
+    found = resolve(
+        model, {"slow": Level(16, ("model.norm.weight", BOTTOM)), "fast": Level(8, ("*norm*",)), "*mlp*": 32}
+    )
+    assert list(found) == ["fast", "slow", "*mlp*"]
+    assert set(found["slow"].parameters) == {n for n, _ in model.named_parameters() if "layers.0.mlp" in n} | {
+        "model.norm.weight"
+    }
+    assert all("norm" in n and n != "model.norm.weight" for n in found["fast"].parameters)
+    assert found["*mlp*"] == Level(32, tuple(n for n, _ in model.named_parameters() if "layers.1.mlp" in n))
+
+
+def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    mlp = {i: [n for n, _ in model.named_parameters() if f"layers.{i}.mlp" in n] for i in (0, 1)}
+    model.config.levels = {"fast": 8, "slow": 16}
+    monkeypatch.setattr(module, "stream_levels", lambda model: {"fast": mlp[1], "slow": mlp[0]})
+    assert resolve(model, None) == {"fast": Level(8, tuple(mlp[1])), "slow": Level(16, tuple(mlp[0]))}
+    assert resolve(model, {"slow": 4}) == {"slow": Level(4, tuple(mlp[0]))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"levels": None}, "no levels of its own"),
+        ({"levels": {}}, "no levels of its own"),
+        ({"levels": {"a": Level(8, ("nothing.*",))}}, "fits no parameter"),
+        ({"levels": {"a": Level(8, (TOP,)), "b": Level(8, (TOP,))}}, "fits no parameter"),
+        ({"levels": {"a": Level(8, (TOP,)), "b": Level(12, (BOTTOM,))}}, "no multiple of the fastest, 8"),
+        ({"levels": {"a": Level(8, (TOP,))}, "optimizer": "adam"}, "unknown optimizer"),
+        ({"levels": {"a": Level(8, ("*norm*",), rank=2)}}, "weights of nn.Linear"),
+        ({"levels": {"a": Level(8, (TOP,), rank=17)}}, "is more than"),
+        ({"levels": {"a": Level(8, (TOP,))}, "context": 8, "options": Options(piece=8)}, "do not fit a context"),
+        ({"levels": {"a": Level(8, (TOP,))}, "options": Options(retention={"b": 0.5})}, "retention names b"),
+        ({"levels": {"a": Level(8, (TOP,))}, "options": Options(limit={"b": UpdateLimit(1.0)})}, "limit names b"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_the_model_free(arguments, message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        Learner(model, **{"lr": 0.1, **arguments})
+    assert not any(m._forward_hooks for m in model.modules())
+    Learner(model, {"a": Level(8, (TOP,))}, lr=0.1)
