@@ -170,8 +170,3 @@ def _existing(model: nn.Module, levels: Mapping[str, set[str]]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     own = f"the levels {', '.join(levels)} and " if levels else ""
     return f"{own}the parameters {shown}"
-
-
-def stream_levels(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters of every level that a model's configuration gives a period, fastest first."""
-    return {}
