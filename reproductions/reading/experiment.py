@@ -23,7 +23,7 @@ from nestling.evaluation.choices import (
     read_questions,
 )
 from nestling.evaluation.language import loss_by_position
-from nestling.evaluation.result_file import ResultFile, Row, best_rate, tune_rate
+from nestling.evaluation.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
 from nestling.evaluation.stream_methods import StreamModel, method_of
 from nestling.tasks.text import read_documents, strip_gutenberg
 from nestling.tasks.translation import as_text, read_cldf_pairs
@@ -160,6 +160,7 @@ class Experiment:
             wikitext = 0 if self.judges.wikitext is None else len(self.judges.wikitext)
             sets = {name: len(questions) for name, questions in self.judges.choices.items()}
             key["judges"] = {"wikitext": wikitext, "lambada": len(self.judges.lambada)} | sets
+        key["read"] = [len(t.ids) for t in texts]
         return key | {"sizes": asdict(self.sizes), "seed": self.seed}
 
     def alone(self, method: str, rate: float, text: Text) -> Row:
@@ -177,7 +178,7 @@ class Experiment:
     def chosen(self, method: str, first: Text, second: Text) -> float:
         """The rate of the lowest criterion on the validation stream, on a grid that grows until it is inside.
 
-        An option's rate is chosen of its base method's and the two next to it; with ranks, from the whole grid.
+        An option's rate is its base method's or the next one, whichever is better; with ranks, from the whole grid.
         """
         kind = method_of(method)
         if kind.learned == "nothing":
@@ -190,7 +191,7 @@ class Experiment:
         if not option or option == "rank":
             return best_rate(tune_rate(measure))
         best = self.chosen(base, first, second)
-        return best_rate({rate: measure(rate) for rate in (best, 3 * best)})
+        return best_rate({rate: measure(rate) for rate in (best, next_rate(best, up=True))})
 
     def criterion(self, method: str, first: Text, second: Text) -> float:
         """Of the chosen rate."""
@@ -219,12 +220,13 @@ class Experiment:
         row: Row = {"diverged": False, "second_halves": [], "curves": [], "held": []}
         start = time.perf_counter()
         try:
-            for text in texts:
+            for number, text in enumerate(texts, 1):
                 self._read(reader, text, row)
-                if part != "alone":
-                    row["held"].append([reader.score(t.held) for t in texts])
+                if part == "sequence":
+                    row["held"].append([reader.score(t.held) for t in texts[:number]])
             row["learning_seconds"] = round(row.pop("reading"), 1)
             if part == "validation":
+                row["held"].append([reader.score(texts[0].held)])
                 row["criterion"] = self._criterion(row, method, texts)
             if part == "sequence":
                 row |= self._judged(reader, texts[0])

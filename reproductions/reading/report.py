@@ -15,7 +15,11 @@ POINTS = 24
 
 
 def write_report(
-    folder: Path, grids: dict[str, list[Row]], alone: dict[str, list[Row]], sequence: dict[str, Row], drawn: Sequence[str]
+    folder: Path,
+    grids: dict[str, list[Row]],
+    alone: dict[str, list[Row]],
+    sequence: dict[str, Row],
+    drawn: Sequence[str],
 ) -> str:
     """table.md, and a picture for every text.
 

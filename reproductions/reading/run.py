@@ -1,4 +1,4 @@
-"""A pre-trained model reads books and a language it does not know: frozen, or learning by one level, several, LoRA, all.
+"""A pre-trained model reads books and a language it does not know: frozen, or learning with levels, LoRA or all of it.
 
     python reproductions/reading/run.py --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
         [--wikitext FILE] [--lambada FILE] [--choices FILE ... --items 100] [--measures 8]
@@ -15,13 +15,13 @@ every token is scored before anything is learned from it. Parts:
 
 Methods: frozen and frozen_long (contexts of --context and --long tokens); one_level, cms_2, cms_3, cms_4 (all MLPs, by
 depth, the top fastest, periods of 1, 4, 16 and 64 chunks, rates times period^-0.5); lora (rank 8 on all linear layers
-but the head); full (every parameter). All learn by AdamW from chunks of --chunk tokens, each with the context before it.
+but the head); full (every parameter). All learn by AdamW from chunks of --chunk tokens.
 
 The learning rate is the best of 3e-5, 1e-4, 3e-4, 1e-3 (and on, until the best is inside) on the two texts of
 --validation, read one after the other. The criterion, against the frozen model and lower is better, is half learning,
 the mean of both texts' second halves while they are read, and half keeping, the held-out part of the first text after
-the second. An option of an ablation has its base's rate or three times it, whichever is better there; ranks have the
-whole grid.
+the second. An option of an ablation has its base's rate or the next higher of the grid, whichever is better there;
+ranks have the whole grid.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods and --parts). The report, table.md and a
@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -125,7 +126,9 @@ def _still(method: str) -> bool:
 
 
 def _best(rows: list[Row]) -> float:
-    return float(min(rows, key=lambda r: (r["criterion"] if math.isfinite(r["criterion"]) else math.inf, r["rate"]))["rate"])
+    return float(
+        min(rows, key=lambda r: (r["criterion"] if math.isfinite(r["criterion"]) else math.inf, r["rate"]))["rate"]
+    )
 
 
 def quick() -> None:
@@ -164,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", nargs=2, type=Path, metavar="FILE")
     parser.add_argument("--validation", nargs=2, type=Path, metavar="FILE")
     parser.add_argument("--tokens", type=int, help="read of every text (default: all)")
+    parser.add_argument("--validation-tokens", type=int, help="read of each of --validation (default: --tokens)")
     parser.add_argument("--held", type=int, default=2048, help="tokens held out of every text, and read again")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--context", type=int, default=512)
@@ -203,14 +207,11 @@ def main() -> None:
         model, tokenizer, Path(args.model).name, sizes, judges, ResultFile(args.results), args.measures, args.seed
     )
     pair = args.sequence or [args.texts[0], args.texts[-1]]
-    known = {path: make_text(path, tokenizer, sizes) for path in dict.fromkeys([*args.texts, *pair, *args.validation])}
-    plan = Plan(
-        made,
-        [known[path] for path in args.texts],
-        (known[pair[0]], known[pair[1]]),
-        (known[args.validation[0]], known[args.validation[1]]),
-        args.ablate,
-    )
+    known = {path: make_text(path, tokenizer, sizes) for path in dict.fromkeys([*args.texts, *pair])}
+    rated = replace(sizes, tokens=args.validation_tokens or args.tokens)
+    validation = [make_text(path, tokenizer, rated) for path in args.validation]
+    texts = [known[path] for path in args.texts]
+    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), (validation[0], validation[1]), args.ablate)
     if not args.report:
         plan.run(args.methods, args.parts, args.options)
     print(plan.report(args.results.parent))

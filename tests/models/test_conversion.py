@@ -113,7 +113,13 @@ def test_depth_groups_layers_top_fastest() -> None:
     names = ("fast", "mid", "slow")
     found = [next(iter(share)) for share in assign_neurons(8, 50, names, "depth")]
     assert found == ["slow"] * 2 + ["mid"] * 3 + ["fast"] * 3
-    assert [next(iter(s)) for s in assign_neurons(5, 50, names, "interleaved")] == ["fast", "mid", "slow", "fast", "mid"]
+    assert [next(iter(s)) for s in assign_neurons(5, 50, names, "interleaved")] == [
+        "fast",
+        "mid",
+        "slow",
+        "fast",
+        "mid",
+    ]
     assert assign_neurons(1, 50, names, "split") == [{"fast": (0, 16), "mid": (16, 33), "slow": (33, 50)}]
     for blocks in range(3, 40):
         shares = [next(iter(s)) for s in assign_neurons(blocks, 9, names, "depth")]

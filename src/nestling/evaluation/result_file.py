@@ -34,17 +34,15 @@ class ResultFile:
 
         A process that wants a row that another one is making waits for it.
         """
-        key = json.loads(json.dumps(dict(key)))
-        name = hashlib.sha256(json.dumps([str(self.path.resolve()), key], sort_keys=True).encode()).hexdigest()
+        wanted: Row = json.loads(json.dumps(dict(key)))
+        name = hashlib.sha256(json.dumps([str(self.path.resolve()), wanted], sort_keys=True).encode()).hexdigest()
         with FileLock(Path(tempfile.gettempdir()) / f"nestling-{name[:24]}.lock"):
             self._read()
-            if (found := self.find(key)) is not None:
+            if (found := self.find(wanted)) is not None:
                 return found
-            row = key | make()
+            row = wanted | make()
             self.rows.append(row)
-            # One call of write, so that lines of two processes do not mix.
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write(row)
         return row
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
@@ -52,9 +50,24 @@ class ResultFile:
         return next((row for row in self.rows if all(k in row and row[k] == v for k, v in key.items())), None)
 
     def _read(self) -> None:
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+        """All whole lines: the last may have been cut off by an interruption."""
+        if not self.path.exists():
+            return
+        self.rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:
+                continue
+
+    def _write(self, row: Row) -> None:
+        """One call of write, so that lines of two processes do not mix, and never in a line that was cut off."""
+        with self.path.open("ab+") as file:
+            cut = ""
+            if file.seek(0, 2):
+                file.seek(-1, 2)
+                cut = "" if file.read(1) == b"\n" else "\n"
+            file.write((cut + json.dumps(row) + "\n").encode())
 
 
 def tune_rate(measure: Callable[[float], float], grid: Sequence[float] = GRID) -> dict[float, float]:

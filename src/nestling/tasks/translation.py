@@ -67,7 +67,9 @@ def read_aligned_pairs(source: Sequence[str | Path], english: Sequence[str | Pat
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {one} and {other} ({error})") from error
         if len(left) != len(right):
-            raise UserError(f"{one} has {len(left)} lines and {other} {len(right)}; line n of both must belong together")
+            raise UserError(
+                f"{one} has {len(left)} lines and {other} {len(right)}; line n of both must belong together"
+            )
         rows += zip(left, right, strict=True)
     return _pairs(rows, ", ".join(map(str, source)))
 
