@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2] / "reproductions"
         ("figure11", "m3: training loss"),
         ("figure12", "delta_momentum"),
         ("mqar", "after 2 steps"),
+        ("reading", "`cms_3+sleep`"),
+        ("figure8", "language 1, chrF: alone, sequence"),
     ],
 )
 def test_quick(folder: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

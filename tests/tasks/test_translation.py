@@ -33,7 +33,7 @@ def test_aligned_lines(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     found = read_aligned_pairs([tmp_path / "a", tmp_path / "c"], [tmp_path / "b", tmp_path / "d"])
     assert found == [Pair("eins", "one"), Pair("zwei", "two"), Pair("drei", "three")]
-    with pytest.raises(UserError, match="2 lines and .* 3"):
+    with pytest.raises(UserError, match=r"2 lines and .* 3"):
         read_aligned_pairs([tmp_path / "a"], [tmp_path / "e"])
 
 
@@ -50,7 +50,9 @@ def test_training_shares_no_sentence_with_the_test() -> None:
 
 @pytest.mark.parametrize("stars", ["*** ", "***"])
 def test_a_book_without_its_publishers_notes(stars: str) -> None:
-    ends = [f"{stars}{word} OF TH{kind} PROJECT GUTENBERG EBOOK IT ***" for word, kind in (("START", "IS"), ("END", "E"))]
+    ends = [
+        f"{stars}{word} OF TH{kind} PROJECT GUTENBERG EBOOK IT ***" for word, kind in (("START", "IS"), ("END", "E"))
+    ]
     book = f"Title\r\n{ends[0]}\n\nIt was ***\nthe best.\n\n{ends[1]}\nLicence\n"
     assert strip_gutenberg(book.replace("\r", "")) == "It was ***\nthe best.\n"
     assert strip_gutenberg("Plain text. ***\n") == "Plain text. ***\n"
