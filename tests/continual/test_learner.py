@@ -15,6 +15,8 @@ from nestling.continual.learner import Learner, Observation
 from nestling.continual.memory import DocumentRecord
 from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
 from nestling.continual.reservoir import Reservoir
+from nestling.levels.assignment import stream_levels
+from nestling.models import convert
 from tests.continual.models import copy_of, text, tiny_llama
 from tests.continual.reference_learner import ReferenceLevel, adam, learn, momentum, rows_of
 
@@ -356,3 +358,29 @@ def test_it_learns() -> None:
             means[lr] = float(learner.observe(ids).losses.nanmean())
             learner.end_document()
     assert means[0.02] < means[0.0] - 0.5
+
+
+@pytest.mark.parametrize("assignment", ["depth", "split"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_converted_models_own_levels(assignment: str, rank: int | None) -> None:
+    """Levels by name from the model itself; the first losses are the original's."""
+    original = tiny_llama()
+    model = convert(original, {"fast": 8, "slow": 24}, assignment)
+    learner = Learner(model, lr=0.01, context=16, options=Options(rank=rank))
+    assert [level.period for level in learner.settings.levels.values()] == [8, 24]
+    base = copy_of(model)
+    seen = read(learner, DOCUMENTS)
+    quiet = Learner(original, {"all": Level(8, (TOP,))}, lr=0.0, context=16).observe(DOCUMENTS[0][:8])
+    torch.testing.assert_close(seen.losses[:8], quiet.losses, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert seen.updated[:4] == ("fast", "fast", "fast", "slow")
+    if rank is None:
+        levels = {
+            "fast": ReferenceLevel(stream_levels(model)["fast"], 8, adam(0.01)),
+            "slow": ReferenceLevel(stream_levels(model)["slow"], 24, adam(0.01 * 3**-0.5)),
+        }
+        learner.detach()
+        expected = learn(model, DOCUMENTS, levels, 16, 8)
+        learner.apply()
+        agree(learner, seen, expected, tolerance=1e-7)
+    learner.detach()
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling.layers import attention
 from nestling.layers.attention import AttentionConfig, AttentionState, SoftmaxAttention
@@ -17,6 +17,8 @@ CONFIGS = {
     "window": AttentionConfig(16, 2, window=5),
     "window one": AttentionConfig(16, 2, window=1),
     "grouped window": AttentionConfig(16, 4, num_kv_heads=1, window=7, rope_theta=100.0),
+    "wide biases": AttentionConfig(16, 2, num_kv_heads=1, head_width=12, bias=True, output_bias=True),
+    "norms frequencies": AttentionConfig(16, 4, head_width=4, qk_norm_eps=1e-2, rope_frequencies=(0.5, -0.03)),
 }
 
 
@@ -24,7 +26,11 @@ CONFIGS = {
 def layer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SoftmaxAttention:
     # Several blocks of a windowed attention even at the short lengths of these tests.
     monkeypatch.setattr(attention, "SMALLEST_BLOCK", 3)
-    return SoftmaxAttention(request.param).double()
+    layer = SoftmaxAttention(request.param).double()
+    for norm in (layer.query_norm, layer.key_norm):
+        if norm is not None:
+            torch.nn.init.normal_(norm.weight)
+    return layer
 
 
 def reference(layer: SoftmaxAttention, x: Tensor) -> Tensor:
@@ -32,17 +38,22 @@ def reference(layer: SoftmaxAttention, x: Tensor) -> Tensor:
     c = layer.config
     width, kv_heads = c.head_dim, c.num_kv_heads or c.num_heads
     frequency = c.rope_theta ** (-torch.arange(0, width, 2).double() / width)
+    if c.rope_frequencies is not None:
+        frequency = torch.tensor(c.rope_frequencies).double()
 
-    def heads(weight: Tensor, count: int, turned: bool) -> Tensor:
-        z = (x @ weight.mT).unflatten(-1, (count, width))
+    def heads(linear: nn.Linear, count: int, turned: bool, norm: nn.RMSNorm | None = None) -> Tensor:
+        z = x @ linear.weight.mT + (0 if linear.bias is None else linear.bias)
+        z = z.unflatten(-1, (count, width))
         if not turned:
             return z
+        if norm is not None:
+            z = norm.weight * z / (z.square().mean(-1, keepdim=True) + c.qk_norm_eps).sqrt()
         angle = torch.arange(len(x)).double()[:, None, None] * frequency
         z = torch.complex(z[..., : width // 2], z[..., width // 2 :]) * torch.exp(1j * angle)
         return torch.cat((z.real, z.imag), -1)
 
-    q, k = heads(layer.query.weight, c.num_heads, True), heads(layer.key.weight, kv_heads, True)
-    v = heads(layer.value.weight, kv_heads, False)
+    q = heads(layer.query, c.num_heads, True, layer.query_norm)
+    k, v = heads(layer.key, kv_heads, True, layer.key_norm), heads(layer.value, kv_heads, False)
     y = torch.zeros(len(x), c.num_heads, width, dtype=x.dtype)
     for t in range(len(x)):
         first = 0 if c.window is None else max(0, t + 1 - c.window)
@@ -50,7 +61,7 @@ def reference(layer: SoftmaxAttention, x: Tensor) -> Tensor:
             g = h * kv_heads // c.num_heads
             score = k[first : t + 1, g] @ q[t, h] / math.sqrt(width)
             y[t, h] = score.softmax(0) @ v[first : t + 1, g]
-    return y.flatten(1) @ layer.output.weight.mT
+    return y.flatten(1) @ layer.output.weight.mT + (0 if layer.output.bias is None else layer.output.bias)
 
 
 def in_pieces(layer: SoftmaxAttention, x: Tensor, sizes: list[int]) -> tuple[Tensor, AttentionState]:
@@ -223,6 +234,10 @@ def test_a_used_state_is_unchanged() -> None:
     ("settings", "message"),
     [
         ({"hidden_size": 12, "num_heads": 4}, "even multiple of num_heads 4"),
+        ({"hidden_size": 12, "num_heads": 4, "head_width": 3}, "head_width must be even"),
+        ({"hidden_size": 12, "num_heads": 2, "qk_norm_eps": 0.0}, "qk_norm_eps must be positive"),
+        ({"hidden_size": 12, "num_heads": 2, "rope_frequencies": (1.0,)}, "one entry per channel pair, 3; got 1"),
+        ({"hidden_size": 4, "num_heads": 1, "rope_frequencies": (1.0, math.nan)}, "holds NaN or infinity"),
         ({"hidden_size": 16, "num_heads": 0}, "num_heads 0"),
         ({"hidden_size": 16, "num_heads": 4, "num_kv_heads": 3}, "must divide num_heads 4"),
         ({"hidden_size": 16, "num_heads": 4, "window": 0}, "at least 1 token"),

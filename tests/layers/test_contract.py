@@ -53,6 +53,12 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     ),
     "attention": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, num_kv_heads=1)),
     "attention window": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, window=5)),
+    "attention biases wide heads": lambda: SoftmaxAttention(
+        AttentionConfig(HIDDEN, 2, head_width=6, bias=True, output_bias=True)
+    ),
+    "attention norms frequencies window": lambda: SoftmaxAttention(
+        AttentionConfig(HIDDEN, 2, num_kv_heads=1, window=5, qk_norm_eps=1e-3, rope_frequencies=(0.7, 0.01))
+    ),
     "ttt linear": lambda: TTTLayer(ttt()),
     "ttt linear mean plain": lambda: TTTLayer(ttt(step="mean", conv_size=1, output_gate=False)),
     "ttt mlp": lambda: TTTLayer(ttt(inner="mlp", conv_size=1)),

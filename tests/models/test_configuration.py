@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
-from nestling import NestlingConfig
+from nestling import NestlingConfig, NestlingForCausalLM
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 
@@ -33,6 +34,24 @@ def test_defaults_are_filled_in_and_survive_json() -> None:
     assert again.mixer_config(0) == AttentionConfig(16, 2)
     assert again.channel_config(0) == ContinuumConfig(hidden_size=16, intermediate_size=8, periods=(4, None))
     assert again.num_hidden_layers == 1
+
+
+def test_newer_fields_are_left_out_while_they_change_nothing() -> None:
+    assert "rope_frequencies" not in config(mixer=ATTENTION | {"rope_frequencies": None}).blocks[0]["mixer"]
+    used = {"head_width": 4, "bias": True, "output_bias": True, "qk_norm_eps": 0.1, "rope_frequencies": [0.5, 0.25]}
+    first = config(mixer=ATTENTION | used)
+    assert used.items() <= first.blocks[0]["mixer"].items()
+    again = NestlingConfig.from_dict(json.loads(first.to_json_string()))
+    assert again.blocks == first.blocks
+    assert again.mixer_config(0).rope_frequencies == (0.5, 0.25)
+
+
+def test_the_fingerprint_of_earlier_models_is_what_it_was() -> None:
+    made = NestlingForCausalLM(config(vocab_size=20))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.fill_(0.5)
+    assert made.fingerprint() == "b081587d4c7becb3"
 
 
 def test_blocks_may_differ_and_lack_a_channel() -> None:
