@@ -236,6 +236,10 @@ def test_other_models_are_refused() -> None:
         qwen = pretrained("qwen2")
         qwen.config.layer_types = ["chunked_attention"] * 4
         convert(qwen, LEVELS)
+    adapted = pretrained("llama")
+    adapted.model.layers[1].mlp.register_module("adapter", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"the model holds model\.layers\.1\.mlp\.adapter\.weight, which is no part"):
+        convert(adapted, LEVELS)
     quantized = pretrained("llama")
     quantized.quantization_method = "bitsandbytes"
     with pytest.raises(ValueError, match="the weights are quantized"):

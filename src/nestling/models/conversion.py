@@ -201,7 +201,9 @@ def _renamed(
         if module in OUTSIDE:
             yield f"{OUTSIDE[module]}.{kind}", weight.detach().clone()
             continue
-        _, _, index, part = module.split(".", 3)
+        _, _, index, part = [*module.split(".", 3), "", "", ""][:4]
+        if part not in INSIDE and part not in NEURON_AXIS:
+            raise ValueError(f"the model holds {key}, which is no part of its architecture; merge adapters first")
         if part in INSIDE:
             yield f"blocks.{index}.{INSIDE[part]}.{kind}", weight.detach().clone()
             continue
