@@ -93,7 +93,7 @@ class Plan:
     def report(self, folder: Path) -> str:
         """Of what is finished."""
         grids = {m: rows for m in self._names() if (rows := self._finished(m))}
-        rates = {m: _best(rows) for m, rows in grids.items()} | {m: 0.0 for m in METHODS if _still(m)}
+        rates = {m: 0.0 for m in METHODS if _still(m)} | {m: _best(rows) for m, rows in grids.items()}
         alone = {m: rows for m, rate in rates.items() if (rows := self._alone(m, rate))}
         sequence = {}
         for method, rate in rates.items():

@@ -85,6 +85,8 @@ def test_loss_alone(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase)
     examples, converted = encode_pairs(tokenizer, EXAMPLES), convert(model, {"a": 8})
     found = score_translations(converted, tokenizer, ASKED, examples, context=90, max_tokens=4, generate=False)
     both = score_translations(converted, tokenizer, ASKED, examples, context=90, max_tokens=4)
+    longer = score_translations(converted, tokenizer, ASKED, examples, context=90, max_tokens=40, generate=False)
+    assert (found.examples, longer.examples) == (2, 1)  # an answer needs its room
     assert found.chrf is None and not found.answers and found.loss == pytest.approx(both.loss)
     with pytest.raises(ValueError, match="no pairs"):
         score_translations(converted, tokenizer, [], examples, context=90)
