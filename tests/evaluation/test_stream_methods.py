@@ -137,3 +137,11 @@ def test_the_levels_measures(base: LlamaForCausalLM) -> None:
     plain.read(text(24))
     assert not plain.records
     plain.close()
+
+
+def test_a_text_knows_nothing_of_the_one_before(base: LlamaForCausalLM) -> None:
+    reader = StreamModel(base, method_of("cms_2"), 0.0, **SIZES)
+    reader.read(text(24).flip(0))
+    losses = reader.read(text(24))
+    torch.testing.assert_close(losses, read_frozen(base, text(24), 16), equal_nan=True, rtol=1e-3, atol=1e-3)
+    reader.close()
