@@ -12,7 +12,13 @@ from torch.optim import SGD, AdamW
 
 from nestling import NestlingForCausalLM, presets
 from nestling.levels.assignment import assign_levels, continuum_levels, multi_frequency
-from nestling.levels.measures import LevelMeter, gradient_cosine, roles, subspace_similarity
+from nestling.levels.measures import (
+    LevelMeter,
+    gradient_cosine,
+    roles,
+    roles_by_depth,
+    subspace_similarity,
+)
 
 WIDTH, HIDDEN = 12, 20
 
@@ -154,3 +160,21 @@ def test_levels_that_are_copies_have_a_cosine_of_one() -> None:
     meter.before_step(optimizer, record=True)
     found = meter.measure()
     assert abs(found["cms.0~cms.1/cosine"]) < 0.3 and found["cms.0~cms.1/subspace"] > found["cms.0~cms.1/cosine"]
+
+
+def test_roles_of_levels_that_are_groups_of_blocks() -> None:
+    def names(level: str, blocks: range) -> list[str]:
+        return [f"blocks.{i}.channel.levels.{level}.{kind}.weight" for i in reversed(blocks) for kind in ("down", "up")]
+
+    levels = {"fast": names("fast", range(8, 12)), "slow": names("slow", range(8))}
+    found = roles_by_depth(levels, 2)
+    assert found["fast"] == {
+        f"{kind}.weight {place} of 2": f"blocks.{block}.channel.levels.fast.{kind}.weight"
+        for kind in ("down", "up")
+        for place, block in ((1, 9), (2, 11))
+    }
+    assert [found["slow"][f"down.weight {i} of 2"].split(".")[1] for i in (1, 2)] == ["2", "6"]
+    few = roles_by_depth(levels, 100)
+    assert set(few["fast"]) == set(few["slow"]) and len(few["fast"]) == 8
+    meter = LevelMeter(nn.Linear(2, 2), {"all": ["weight"]}, {"all": {"a role": "weight"}})
+    assert meter.roles == {"all": {"a role": "weight"}}

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2] / "reproductions"
         ("figure12", "delta_momentum"),
         ("mqar", "after 2 steps"),
         ("figure6", "test seed 0 levels_memory"),
+        ("reading", "`cms_3+sleep`"),
+        ("figure8", "language 1, chrF: alone, sequence"),
     ],
 )
 def test_quick(folder: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

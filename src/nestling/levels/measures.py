@@ -52,6 +52,33 @@ def roles(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return {role: members[0] for role, members in found.items() if len(members) == 1}
 
 
+def roles_by_depth(levels: Mapping[str, Sequence[str]], blocks: int) -> dict[str, dict[str, str]]:
+    """Parameter names by role for levels that are groups of blocks (`models.convert` by depth).
+
+    Of every level `blocks` blocks, spread evenly over it, are the counterparts of the other levels' blocks at the same
+    place. Their hidden units have nothing to do with each other: `subspace_similarity` means something between them,
+    `gradient_cosine` does not.
+
+    Args:
+        levels: names of every level's parameters, `blocks.3.channel.levels.fast.gate.weight`.
+        blocks: compared in every level, or as many as the smallest level has.
+    """
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for level, names in levels.items():
+        kinds[level] = {}
+        for name in sorted(names, key=lambda n: [int(part) if part.isdigit() else 0 for part in n.split(".")]):
+            kinds[level].setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    count = min([blocks, *(len(members) for own in kinds.values() for members in own.values())])
+    return {
+        level: {
+            f"{kind} {i + 1} of {count}": members[(2 * i + 1) * len(members) // (2 * count)]
+            for kind, members in own.items()
+            for i in range(count)
+        }
+        for level, own in kinds.items()
+    }
+
+
 def gradient_cosine(a: Gradients, b: Gradients) -> float | None:
     """Cosine between two levels' gradients, over the roles that both have with equal shapes, joined to one vector.
 
@@ -107,11 +134,22 @@ class LevelMeter:
     It keeps a copy of the first weights on the CPU, and of a level's weights for the moment of the steps it measures.
     """
 
-    def __init__(self, model: nn.Module, levels: Mapping[str, Sequence[str]]) -> None:
-        """Args: the model with its first weights; names of every level's parameters (`levels.assign_levels`)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: Mapping[str, Sequence[str]],
+        counterparts: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """A meter that has seen nothing.
+
+        Args:
+            model: with its first weights.
+            levels: names of every level's parameters (`levels.assign_levels`).
+            counterparts: for every level which parameter has which role; None takes `roles`. See `roles_by_depth`.
+        """
         parameters = dict(model.named_parameters())
         self.levels = {level: {n: parameters[n] for n in names} for level, names in levels.items()}
-        self.roles = {level: roles(model, names) for level, names in levels.items()}
+        self.roles = counterparts or {level: roles(model, names) for level, names in levels.items()}
         self.width: int | None = getattr(getattr(model, "config", None), "hidden_size", None)
         self.first = {level: [p.detach().cpu().clone() for p in own.values()] for level, own in self.levels.items()}
         self.steps = 0

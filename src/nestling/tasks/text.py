@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nestling.errors import UserError
+
+GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*\*\*\*$", re.MULTILINE)
+GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ def hold_out(documents: Sequence[Document], fraction: float = 0.1) -> tuple[list
             f"{name} is too short to hold out {fraction:.0%} for validation; give more text, or --valid PATH"
         )
     return train, valid
+
+
+def strip_gutenberg(text: str) -> str:
+    """A book of Project Gutenberg without the lines before and after it; any other text as it is."""
+    start, end = GUTENBERG_START.search(text), GUTENBERG_END.search(text)
+    return text[start.end() if start else 0 : end.start() if end else len(text)].strip() + "\n"
 
 
 def open_stream(name: str, subset: str | None, split: str, column: str) -> Any:

@@ -1,0 +1,274 @@
+"""What is measured: texts read alone and one after the other, each by a method at a rate."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nestling.continual.guards import LearningDivergedError
+from nestling.evaluation.choices import (
+    Question,
+    ask_last_words,
+    ask_questions,
+    read_last_words,
+    read_questions,
+)
+from nestling.evaluation.language import loss_by_position
+from nestling.evaluation.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
+from nestling.evaluation.stream_methods import StreamModel, method_of
+from nestling.tasks.text import read_documents, strip_gutenberg
+from nestling.tasks.translation import as_text, read_cldf_pairs
+
+CHARACTERS = 8
+"""Of a text are encoded for each token that is wanted; more where that is too few."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be read, and what follows it.
+
+    Attributes:
+        name: of its file.
+        ids: `[n]`, read.
+        held: `[h]`, the tokens after those, never learned from.
+    """
+
+    name: str
+    ids: Tensor
+    held: Tensor
+
+
+@dataclass
+class Judges:
+    """What else a model is asked, before and after.
+
+    Attributes:
+        wikitext: tokens to score, or None.
+        lambada: texts and last words.
+        choices: questions by set.
+    """
+
+    wikitext: Tensor | None = None
+    lambada: list[tuple[str, str]] = field(default_factory=list)
+    choices: dict[str, list[Question]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of tokens, part of every result's key.
+
+    Attributes:
+        tokens: read of every text; None is all.
+        held: of the part held out.
+        again: of a text's beginning that are read again.
+        chunk: period of the fastest level.
+        context: of every method but `frozen_long`.
+        long: of that.
+    """
+
+    tokens: int | None = None
+    held: int = 2048
+    again: int = 2048
+    chunk: int = 256
+    context: int = 512
+    long: int = 2048
+
+
+def read_text(path: Path) -> str:
+    """A book without its publisher's notes, or a dictionary's examples (.csv) as lines `sentence = translation`."""
+    if path.suffix == ".csv":
+        return as_text(read_cldf_pairs(path))
+    return strip_gutenberg(read_documents(path)[0].text)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> Tensor:
+    """The first `tokens` tokens of a text."""
+    share = len(text) if tokens is None else CHARACTERS * tokens
+    ids = tokenizer(text[:share], add_special_tokens=False)["input_ids"]
+    if tokens is not None and len(ids) < tokens and share < len(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[:tokens], dtype=torch.long)
+
+
+def make_text(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> Text:
+    """A text cut into what is read and what is held out; a short one is held out by a fourth at most."""
+    wanted = None if sizes.tokens is None else sizes.tokens + sizes.held
+    ids = encode(tokenizer, read_text(path), wanted)
+    border = len(ids) - min(sizes.held, len(ids) // 4)
+    if sizes.tokens is not None:
+        border = min(border, sizes.tokens)
+    return Text(path.stem, ids[:border], ids[border:])
+
+
+def make_judges(
+    tokenizer: PreTrainedTokenizerBase,
+    wikitext: Path | None,
+    lambada: Path | None,
+    choices: Sequence[Path],
+    tokens: int,
+    items: int,
+) -> Judges:
+    """The first tokens of WikiText and the first items of every set."""
+    return Judges(
+        None if wikitext is None else encode(tokenizer, read_documents(wikitext)[0].text, tokens),
+        [] if lambada is None else read_last_words(lambada, items),
+        {path.stem: read_questions(path, items) for path in choices},
+    )
+
+
+class Experiment:
+    """All runs on one model.
+
+    Args:
+        model: pre-trained; every learner gets a copy.
+        tokenizer: its own.
+        name: of the model, for the results.
+        sizes: see there.
+        judges: asked after two texts.
+        results: where finished runs are.
+        measure_every: chunks between two records of the levels' measures.
+        seed: of whatever a method draws.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        sizes: Sizes,
+        judges: Judges,
+        results: ResultFile,
+        measure_every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.sizes = model, tokenizer, name, sizes
+        self.judges, self.results, self.measure_every, self.seed = judges, results, measure_every, seed
+
+    def key(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> dict[str, Any]:
+        """What names a run."""
+        key = {"part": part, "model": self.name, "method": method, "rate": rate, "texts": [t.name for t in texts]}
+        if part == "sequence":
+            wikitext = 0 if self.judges.wikitext is None else len(self.judges.wikitext)
+            sets = {name: len(questions) for name, questions in self.judges.choices.items()}
+            key["judges"] = {"wikitext": wikitext, "lambada": len(self.judges.lambada)} | sets
+        key["read"] = [len(t.ids) for t in texts]
+        return key | {"sizes": asdict(self.sizes), "seed": self.seed}
+
+    def alone(self, method: str, rate: float, text: Text) -> Row:
+        """One text from the base model."""
+        return self._get("alone", method, rate, [text])
+
+    def sequence(self, method: str, rate: float, first: Text, second: Text) -> Row:
+        """Two texts one after the other, and everything else that is asked."""
+        return self._get("sequence", method, rate, [first, second])
+
+    def validation(self, method: str, rate: float, first: Text, second: Text) -> Row:
+        """Likewise, with the criterion instead."""
+        return self._get("validation", method, rate, [first, second])
+
+    def chosen(self, method: str, first: Text, second: Text) -> float:
+        """The rate of the lowest criterion on the validation stream, on a grid that grows until it is inside.
+
+        An option's rate is its base method's or the next one, whichever is better; with ranks, from the whole grid.
+        """
+        kind = method_of(method)
+        if kind.learned == "nothing":
+            return 0.0
+
+        def measure(rate: float) -> float:
+            return float(self.validation(method, rate, first, second)["criterion"])
+
+        base, _, option = method.partition("+")
+        if not option or option == "rank":
+            return best_rate(tune_rate(measure))
+        best = self.chosen(base, first, second)
+        return best_rate({rate: measure(rate) for rate in (best, next_rate(best, up=True))})
+
+    def criterion(self, method: str, first: Text, second: Text) -> float:
+        """Of the chosen rate."""
+        return float(self.validation(method, self.chosen(method, first, second), first, second)["criterion"])
+
+    def _get(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
+        key = self.key(part, method, rate, texts)
+        known = self.results.find(json.loads(json.dumps(key)))
+        row = self.results.get(key, lambda: self._run(part, method, rate, texts))
+        if known is None:
+            told = " ".join(f"{half:.3f}" for half in row["second_halves"])
+            print(f"{part} {method} lr {rate:.3g}: second halves {told}, {row['seconds']:.0f} s", flush=True)
+        return row
+
+    def _run(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
+        reader = StreamModel(
+            self.model,
+            method_of(method),
+            rate,
+            chunk=self.sizes.chunk,
+            context=self.sizes.context,
+            long=self.sizes.long,
+            seed=self.seed,
+            measure_every=self.measure_every if part == "sequence" else None,
+        )
+        row: Row = {"diverged": False, "second_halves": [], "curves": [], "held": []}
+        start = time.perf_counter()
+        try:
+            for number, text in enumerate(texts, 1):
+                self._read(reader, text, row)
+                if part == "sequence":
+                    row["held"].append([reader.score(t.held) for t in texts[:number]])
+            row["learning_seconds"] = round(row.pop("reading"), 1)
+            if part == "validation":
+                row["held"].append([reader.score(texts[0].held)])
+                row["criterion"] = self._criterion(row, method, texts)
+            if part == "sequence":
+                row |= self._judged(reader, texts[0])
+        except LearningDivergedError:
+            row = {"diverged": True, "criterion": math.inf, "second_halves": [math.inf] * len(texts)}
+        finally:
+            reader.close()
+        row["skipped"], row["measures"] = reader.skipped, reader.records
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        return row
+
+    def _read(self, reader: StreamModel, text: Text, row: Row) -> None:
+        start = time.perf_counter()
+        losses = reader.read(text.ids)[1:]
+        row["reading"] = row.get("reading", 0.0) + time.perf_counter() - start
+        bins = loss_by_position(losses, max(1, len(text.ids) // self.sizes.chunk))
+        row["curves"].append([[b.stop for b in bins], [round(b.loss, 4) for b in bins]])
+        row["second_halves"].append(float(losses[len(losses) // 2 :].double().mean()))
+
+    def _criterion(self, row: Row, method: str, texts: Sequence[Text]) -> float:
+        """Half learning and half keeping, both against the frozen model; lower is better, 0 for that.
+
+        Learning: the second halves of both texts while they are read, mean. Keeping: the held-out part of the first
+        text after the second.
+        """
+        if method == "frozen":
+            return 0.0
+        frozen = self.validation("frozen", 0.0, *texts)
+        halves = zip(row["second_halves"], frozen["second_halves"], strict=True)
+        learning = sum(own - other for own, other in halves) / len(texts)
+        value = (learning + row["held"][-1][0] - frozen["held"][-1][0]) / 2
+        return float(value) if math.isfinite(value) else math.inf
+
+    def _judged(self, reader: StreamModel, first: Text) -> Row:
+        """What the model knows at the end."""
+        found: Row = {"again": reader.score(first.ids[: self.sizes.again])}
+        if self.judges.wikitext is not None:
+            found["wikitext"] = reader.score(self.judges.wikitext)
+        if self.judges.lambada:
+            found["lambada"] = asdict(ask_last_words(reader.model, self.tokenizer, self.judges.lambada))
+        found["choices"] = {
+            name: asdict(ask_questions(reader.model, self.tokenizer, questions))
+            for name, questions in self.judges.choices.items()
+        }
+        return found

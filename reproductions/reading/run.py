@@ -1,0 +1,221 @@
+"""A pre-trained model reads books and a language it does not know: frozen, or learning with levels, LoRA or all of it.
+
+    python reproductions/reading/run.py --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
+        [--wikitext FILE] [--lambada FILE] [--choices FILE ... --items 100] [--measures 8]
+    python reproductions/reading/run.py --quick
+
+Texts are UTF-8 files (of Project Gutenberg's books the text alone) or a dictionary's examples in CLDF (.csv), read as
+lines `sentence = translation`. --tokens of each are read, and those after them are held out. Losses are prequential:
+every token is scored before anything is learned from it. Parts:
+
+    alone      every text from the base model
+    sequence   two texts one after the other (--sequence FILE FILE; the first and the last of --texts), with the
+               held-out parts after each, the first text's first tokens again, WikiText, LAMBADA and multiple choice
+    ablations  the best of cms_2, cms_3 and cms_4 (or --ablate NAME) with one option each, in sequence
+
+Methods: frozen and frozen_long (contexts of --context and --long tokens); one_level, cms_2, cms_3, cms_4 (all MLPs, by
+depth, the top fastest, periods of 1, 4, 16 and 64 chunks, rates times period^-0.5); lora (rank 8 on all linear layers
+but the head); full (every parameter). All learn by AdamW from chunks of --chunk tokens.
+
+The learning rate is the best of 3e-5, 1e-4, 3e-4, 1e-3 (and on, until the best is inside) on the two texts of
+--validation, read one after the other. The criterion, against the frozen model and lower is better, is half learning,
+the mean of both texts' second halves while they are read, and half keeping, the held-out part of the first text after
+the second. An option of an ablation has its base's rate or the next higher of the grid, whichever is better there;
+ranks have the whole grid.
+
+Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
+stopped and continued and several processes may share the work (by --methods and --parts). The report, table.md and a
+picture of every text, is written from what is finished with --report, which runs nothing, or at the end of a run.
+`--quick` is a tiny random model and invented texts, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from experiment import Experiment, Judges, Sizes, Text, encode, make_judges, make_text  # beside this file
+from report import write_report
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nestling.evaluation.choices import Question
+from nestling.evaluation.result_file import ResultFile, Row
+from nestling.evaluation.stream_methods import ABLATIONS, METHODS, method_of
+from nestling.models.pretrained import load_pretrained
+from nestling.training.tokenization import byte_tokenizer
+
+HERE = Path(__file__).parent
+PARTS = ("alone", "sequence", "ablations")
+STACKS = ("cms_2", "cms_3", "cms_4")
+DRAWN = ("frozen", "frozen_long", "one_level", "{best}", "lora", "full")
+
+
+class Plan:
+    """Which texts are read by which methods.
+
+    Args:
+        made: the runs.
+        texts: for `alone`.
+        pair: for `sequence`.
+        validation: likewise, for the rates.
+        ablate: the method whose options are tried; None is the best of `STACKS`.
+    """
+
+    def __init__(
+        self,
+        made: Experiment,
+        texts: list[Text],
+        pair: tuple[Text, Text],
+        validation: tuple[Text, Text],
+        ablate: str | None,
+    ) -> None:
+        self.made, self.texts, self.pair, self.validation, self.ablate = made, texts, pair, validation, ablate
+
+    def run(self, methods: list[str], parts: list[str], options: list[str]) -> None:
+        """All that is not there yet."""
+        for method in methods:
+            rate = self.made.chosen(method, *self.validation)
+            if "sequence" in parts:
+                self.made.sequence(method, rate, *self.pair)
+            if "alone" in parts:
+                for text in self.texts:
+                    self.made.alone(method, rate, text)
+        if "ablations" in parts:
+            base = self.ablate or min(STACKS, key=lambda name: self.made.criterion(name, *self.validation))
+            for option in options:
+                method = f"{base}+{option}"
+                self.made.sequence(method, self.made.chosen(method, *self.validation), *self.pair)
+
+    def report(self, folder: Path) -> str:
+        """Of what is finished."""
+        grids = {m: rows for m in self._names() if (rows := self._finished(m))}
+        rates = {m: 0.0 for m in METHODS if _still(m)} | {m: _best(rows) for m, rows in grids.items()}
+        alone = {m: rows for m, rate in rates.items() if (rows := self._alone(m, rate))}
+        sequence = {}
+        for method, rate in rates.items():
+            if row := self.made.results.find(self.made.key("sequence", method, rate, self.pair)):
+                sequence[method] = row
+        stacks = {m: min(r["criterion"] for r in grids[m]) for m in STACKS if m in grids}
+        best = min(stacks, key=lambda m: stacks[m]) if stacks else STACKS[0]
+        shown = alone if "frozen" in alone else {}
+        drawn = [name.format(best=best) for name in DRAWN]
+        return write_report(folder, grids, shown, sequence if "frozen" in sequence else {}, drawn)
+
+    def _names(self) -> list[str]:
+        """All methods that have a rate, options after what they are options of."""
+        stacked = [f"{base}+{option}" for base in STACKS for option in ABLATIONS]
+        return [m for m in (*METHODS, *stacked) if not _still(m)]
+
+    def _finished(self, method: str) -> list[Row]:
+        key = self.made.key("validation", method, 0.0, self.validation)
+        del key["rate"]
+        return [row for row in self.made.results.rows if all(row.get(k) == v for k, v in key.items())]
+
+    def _alone(self, method: str, rate: float) -> list[Row]:
+        found = [self.made.results.find(self.made.key("alone", method, rate, [text])) for text in self.texts]
+        rows = [row for row in found if row is not None and not row["diverged"]]
+        return rows if len(rows) == len(self.texts) else []
+
+
+def _still(method: str) -> bool:
+    return method_of(method).learned == "nothing"
+
+
+def _best(rows: list[Row]) -> float:
+    return float(
+        min(rows, key=lambda r: (r["criterion"] if math.isfinite(r["criterion"]) else math.inf, r["rate"]))["rate"]
+    )
+
+
+def quick() -> None:
+    """Every method and two options on a tiny random model, at one rate."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
+    tokenizer = byte_tokenizer()
+    sizes = Sizes(tokens=64, held=16, again=16, chunk=16, context=32, long=64)
+    lines = ["the river ran past the mill and on to the sea. ", "ma tok konatnin. ", "kewe me leng. ", "rain fell. "]
+    texts = [
+        Text(f"text {i}", ids[:64], ids[64:80]) for i, ids in enumerate(encode(tokenizer, 9 * s, 80) for s in lines)
+    ]
+    question = Question(("rain",) * 2, ("fell.", "ran."), 0)
+    judges = Judges(texts[2].held, [("the river ran past the", "mill")], {"questions": [question]})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = ResultFile(folder / "results.jsonl")
+        made = Experiment(model, tokenizer, "tiny", sizes, judges, results, measure_every=2)
+        plan = Plan(made, texts[:2], (texts[0], texts[1]), (texts[2], texts[3]), "cms_3")
+        for method in (*METHODS, "cms_3+gate", "cms_3+sleep"):
+            rate = 0.0 if _still(method) else 1e-3
+            made.validation(method, rate, *plan.validation)
+            made.sequence(method, rate, *plan.pair)
+            if method in ("frozen", "cms_3"):
+                for text in plan.texts:
+                    made.alone(method, rate, text)
+        print(plan.report(folder))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder or name, or a GGUF file")
+    parser.add_argument("--texts", nargs="+", type=Path, default=[])
+    parser.add_argument("--sequence", nargs=2, type=Path, metavar="FILE")
+    parser.add_argument("--validation", nargs=2, type=Path, metavar="FILE")
+    parser.add_argument("--tokens", type=int, help="read of every text (default: all)")
+    parser.add_argument("--validation-tokens", type=int, help="read of each of --validation (default: --tokens)")
+    parser.add_argument("--held", type=int, default=2048, help="tokens held out of every text, and read again")
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--long", type=int, default=2048, help="context of frozen_long")
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--wikitext-tokens", type=int, default=4096)
+    parser.add_argument("--lambada", type=Path)
+    parser.add_argument("--choices", nargs="*", type=Path, default=[])
+    parser.add_argument("--items", type=int, default=100, help="of LAMBADA and every set of choices")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--ablate", choices=STACKS)
+    parser.add_argument("--options", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
+    parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if not args.quick and (args.model is None or not args.texts or args.validation is None):
+        parser.error("--model PATH, --texts FILE ... and --validation FILE FILE are needed (or --quick)")
+    return args
+
+
+def main() -> None:
+    """Rates, runs, report."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        quick()
+        return
+    model, tokenizer = load_pretrained(args.model)
+    sizes = Sizes(args.tokens, args.held, args.held, args.chunk, args.context, args.long)
+    judges = make_judges(tokenizer, args.wikitext, args.lambada, args.choices, args.wikitext_tokens, args.items)
+    made = Experiment(
+        model, tokenizer, Path(args.model).name, sizes, judges, ResultFile(args.results), args.measures, args.seed
+    )
+    pair = args.sequence or [args.texts[0], args.texts[-1]]
+    known = {path: make_text(path, tokenizer, sizes) for path in dict.fromkeys([*args.texts, *pair])}
+    rated = replace(sizes, tokens=args.validation_tokens or args.tokens)
+    validation = [make_text(path, tokenizer, rated) for path in args.validation]
+    texts = [known[path] for path in args.texts]
+    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), (validation[0], validation[1]), args.ablate)
+    if not args.report:
+        plan.run(args.methods, args.parts, args.options)
+    print(plan.report(args.results.parent))
+
+
+if __name__ == "__main__":
+    main()

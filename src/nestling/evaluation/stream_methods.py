@@ -1,0 +1,244 @@
+"""Ways for a pre-trained model to read a stream: frozen, or learning with one level, several, LoRA or everything."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from nestling.continual.learner import Learner
+from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
+from nestling.continual.pieces import Stream, batches
+from nestling.continual.reading import Reader
+from nestling.errors import UserError
+from nestling.levels.assignment import stream_levels
+from nestling.levels.measures import LevelMeter, roles_by_depth
+from nestling.models import convert
+
+BATCH_TOKENS = 2048
+PERIODS = (1, 4, 16, 64)
+"""Of the levels, in chunks, fastest first."""
+COMPARED_BLOCKS = 2
+"""Of each level; a pair costs about 8 width^2 hidden operations in float64 for each of its three matrices."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to read a stream.
+
+    Attributes:
+        learned: "nothing"; "levels" of the MLPs, by depth, the top fastest; "lora": low-rank factors on all linear
+            layers but the head, by peft; "everything".
+        levels: how many, with the periods 1, 4, 16, 64 chunks.
+        long: read with the longest context, not the usual one.
+        options: of the learner.
+        sleep: `Learner.consolidate` after every text, with these arguments.
+        rank: of LoRA; its scale (alpha over rank) is 2.
+    """
+
+    learned: Literal["nothing", "levels", "lora", "everything"] = "nothing"
+    levels: int = 1
+    long: bool = False
+    options: Options = field(default_factory=Options)
+    sleep: dict[str, Any] | None = None
+    rank: int = 8
+
+
+METHODS = {
+    "frozen": Method(),
+    "frozen_long": Method(long=True),
+    "one_level": Method("levels", 1),
+    "cms_2": Method("levels", 2),
+    "cms_3": Method("levels", 3),
+    "cms_4": Method("levels", 4),
+    "lora": Method("lora"),
+    "full": Method("everything"),
+}
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "retention": {"options": {"retention": 0.98}},
+    "limit": {"options": {"limit": UpdateLimit(relative=3e-4)}},
+    "gate": {"options": {"gate": Gate(by="token", quantile=0.3)}},
+    "replay": {"options": {"replay": Replay(weight=0.5)}},
+    "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
+    "rank": {"options": {"rank": 16}},
+    "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"factor": 0.5, "steps": 10, "rows": 2}},
+}
+"""Options of a learner, each alone; `sleep` needs what `replay` keeps, so `replay` is what it is compared with."""
+
+
+def method_of(name: str) -> Method:
+    """A method by name: one of `METHODS`, or with an option of `ABLATIONS`, as `cms_3+replay`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    base, plus, option = name.partition("+")
+    if base not in METHODS or (plus and (option not in ABLATIONS or METHODS[base].learned != "levels")):
+        raise ValueError(
+            f"unknown method {name!r}; there are {', '.join(METHODS)}, and those of levels with one of "
+            f"+{', +'.join(ABLATIONS)}"
+        )
+    if not plus:
+        return METHODS[base]
+    change = ABLATIONS[option]
+    return replace(METHODS[base], options=replace(Options(), **change["options"]), sleep=change.get("sleep"))
+
+
+def read_frozen(
+    model: PreTrainedModel, ids: Int[Tensor, " n"], context: int, piece: int | None = None
+) -> Float[Tensor, " n"]:
+    """Losses of a text under a model that learns nothing, read in pieces as a `Learner` does.
+
+    Args:
+        model: any causal language model.
+        ids: `[n]`, two or more.
+        context: tokens a piece is read with at most, its own included.
+        piece: tokens read together; None is half of `context`. Every token sees at least `context - piece` others.
+
+    Returns:
+        nats, float32, on the CPU; NaN for the first token.
+    """
+    stream = Stream(len(ids), piece or max(1, context // 2), context)
+    stream.add(ids, torch.ones(len(ids), dtype=torch.bool))
+    reader = Reader(model)
+    found = [reader.scores(batch).cpu().float() for batch in batches(stream.pieces, BATCH_TOKENS)]
+    return torch.cat([torch.full((1,), math.nan), *found])
+
+
+class StreamModel:
+    """A model that reads by a method. `close` it before another one is made of the same base.
+
+    Args:
+        base: pre-trained; unchanged (a copy learns).
+        method: how.
+        rate: of the fastest level; of no use to a method that learns nothing.
+        chunk: tokens of the fastest level's period.
+        context: tokens a piece is read with at most.
+        long: likewise for methods with `long`.
+        seed: of LoRA's first values and the learner's choices.
+        measure_every: chunks between two records of the levels' measures; None makes none.
+
+    Attributes:
+        model: what reads.
+        learner: None if nothing is learned.
+        records: of the levels, `{"chunk": ..., MEASURE: ...}`.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        method: Method,
+        rate: float,
+        *,
+        chunk: int = 256,
+        context: int = 512,
+        long: int = 2048,
+        seed: int = 0,
+        measure_every: int | None = None,
+    ) -> None:
+        self.method, self.context = method, long if method.long else context
+        self.learner: Learner | None = None
+        self.records: list[dict[str, float]] = []
+        self.model, levels = _prepare(base, method, chunk, seed)
+        if method.learned != "nothing":
+            # A piece is a chunk or half the context, as where nothing is learned.
+            options = replace(method.options, seed=seed)
+            self.learner = Learner(self.model, levels, lr=rate, context=context, options=options)
+        if measure_every is not None and self.learner is not None and method.levels > 1 and options.rank is None:
+            self._measure(self.learner, measure_every)
+
+    def read(self, ids: Int[Tensor, " n"], scored: Bool[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+        """Losses of a text, each token's before anything was learned from it; the text is one document.
+
+        Args:
+            ids: `[n]`.
+            scored: which tokens are learned from and have a loss; None is all.
+        """
+        if self.learner is None:
+            losses = read_frozen(self.model, ids, self.context)
+            return losses if scored is None else losses.where(scored, math.nan)
+        losses = self.learner.observe(ids, scored=scored).losses
+        self.learner.end_document()
+        if self.method.sleep is not None:
+            self.learner.consolidate(**self.method.sleep)
+        return losses
+
+    def score(self, ids: Int[Tensor, " n"]) -> float:
+        """Mean loss of a text in nats a token; nothing is learned."""
+        return float(read_frozen(self.model, ids, self.context)[1:].double().mean())
+
+    @property
+    def skipped(self) -> int:
+        """Tokens of chunks that the learner refused."""
+        return 0 if self.learner is None else self.learner.counters.skipped
+
+    def close(self) -> None:
+        """Detach the learner."""
+        if self.learner is not None:
+            self.learner.detach()
+
+    def _measure(self, learner: Learner, every: int) -> None:
+        """Records of the levels' measures around the learner's steps."""
+        names = {level: list(made.parameters) for level, made in learner.settings.levels.items()}
+        meter = LevelMeter(self.model, names, roles_by_depth(names, COMPARED_BLOCKS))
+
+        def before(optimizer: Optimizer, arguments: object, keywords: object) -> None:
+            meter.before_step(learner.optimizer, meter.steps % every == 0)
+
+        def after(optimizer: Optimizer, arguments: object, keywords: object) -> None:
+            meter.after_step()
+            if (meter.steps - 1) % every == 0:
+                self.records.append({"chunk": float(meter.steps), **meter.measure()})
+
+        learner.optimizer.register_step_pre_hook(before)
+        learner.optimizer.register_step_post_hook(after)
+
+
+def period_names(count: int, chunk: int) -> dict[str, int]:
+    """The first `count` levels by name, with their periods in tokens."""
+    return {f"level_{i + 1}": chunk * period for i, period in enumerate(PERIODS[:count])}
+
+
+def _prepare(
+    base: PreTrainedModel, method: Method, chunk: int, seed: int
+) -> tuple[PreTrainedModel, dict[str, Level] | None]:
+    """The model that reads, and the levels that learn."""
+    if method.learned == "nothing":
+        return base, None
+    if method.learned == "levels":
+        converted = convert(base, period_names(method.levels, chunk))
+        assert len(stream_levels(converted)) == method.levels
+        return converted, None
+    model = copy.deepcopy(base)
+    if method.learned == "everything":
+        return model, {"all": Level(chunk, ("*",))}
+    return _with_lora(model, method.rank, seed), {"lora": Level(chunk, ("*lora_A*", "*lora_B*"))}
+
+
+def _with_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Low-rank factors put into the model, which stays what it is."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("the method lora needs the package peft; install it with: pip install peft") from error
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    found = inject_adapter_in_model(config, model)
+    assert isinstance(found, PreTrainedModel)
+    return found.eval()
+
+
+def levels_alike(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean over all records of every measure between two levels (`LEVEL~LEVEL/...`), the cosine left out: it means
+    nothing between different blocks."""
+    keys = sorted({key for record in records for key in record if "~" in key and not key.endswith("/cosine")})
+    return {key: sum(r[key] for r in records if key in r) / sum(key in r for r in records) for key in keys}

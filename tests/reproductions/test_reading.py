@@ -1,0 +1,99 @@
+"""What the reading experiment measures."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from nestling.evaluation.choices import Question
+from nestling.evaluation.result_file import ResultFile
+from nestling.evaluation.stream_methods import StreamModel, method_of, read_frozen
+from nestling.training.tokenization import byte_tokenizer
+from tests.evaluation.byte_models import byte_llama
+
+FOLDER = Path(__file__).resolve().parents[2] / "reproductions" / "reading"
+SIZES = {"held": 8, "again": 8, "chunk": 8, "context": 16, "long": 32}
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("experiment")
+    del sys.modules["experiment"]  # another folder may have a module of this name
+
+
+def second_half(losses: torch.Tensor) -> float:
+    return float(losses[1:][len(losses[1:]) // 2 :].mean())
+
+
+def test_a_text_and_what_is_held_out(module: ModuleType, tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "a.txt", byte_tokenizer()
+    file.write_text("0123456789" * 4)
+    for tokens, read, held in ((None, 33, 8), (10, 10, 8), (33, 33, 8), (38, 31, 10), (100, 31, 10)):
+        sizes = module.Sizes(**SIZES | {"tokens": tokens, "held": held if held == 8 else 30})
+        text = module.make_text(file, tokenizer, sizes)
+        assert (len(text.ids), len(text.held), text.name) == (read, held, "a")
+        start = tokenizer.decode(torch.cat([text.ids, text.held]))
+        assert ("0123456789" * 4 + "\n").startswith(start)
+
+
+def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:
+    model, tokenizer = byte_llama(), byte_tokenizer()
+    draw = torch.Generator().manual_seed(2)
+    parts = [torch.randint(3, 259, (n,), generator=draw) for n in (24, 8, 16, 8)]
+    first, second = module.Text("a", *parts[:2]), module.Text("b", *parts[2:])
+    judges = module.Judges(parts[3], [("one", "two")], {"set": [Question(("q",) * 2, ("a", "b"), 1)]})
+    results = ResultFile(tmp_path / "rows.jsonl")
+    made = module.Experiment(model, tokenizer, "m", module.Sizes(tokens=24, **SIZES), judges, results, seed=3)
+
+    reader = StreamModel(model, method_of("cms_2"), 1e-2, chunk=8, context=16, long=32, seed=3)
+    halves = [second_half(reader.read(first.ids))]
+    held = [[reader.score(first.held)]]
+    halves.append(second_half(reader.read(second.ids)))
+    held.append([reader.score(first.held), reader.score(second.held)])
+    again, wikitext = reader.score(first.ids[:8]), reader.score(parts[3])
+    reader.close()
+
+    row = made.sequence("cms_2", 1e-2, first, second)
+    assert row["second_halves"] == pytest.approx(halves, rel=1e-5)
+    assert row["held"] == [pytest.approx(one, rel=1e-5) for one in held]
+    assert (row["again"], row["wikitext"]) == pytest.approx((again, wikitext), rel=1e-5)
+    assert row["lambada"]["items"] == row["choices"]["set"]["items"] == 1
+    assert row["curves"][0][0] == [8, 15, 23]
+
+    frozen = [second_half(read_frozen(model, ids, 16)) for ids in (first.ids, second.ids)]
+    learning = sum(a - b for a, b in zip(halves, frozen, strict=True)) / 2
+    keeping = held[1][0] - float(read_frozen(model, first.held, 16)[1:].mean())
+    row = made.validation("cms_2", 1e-2, first, second)
+    assert row["criterion"] == pytest.approx((learning + keeping) / 2, rel=1e-4)
+    assert made.validation("frozen", 0.0, first, second)["criterion"] == 0
+
+    finished = len(results.rows)
+    again_made = module.Experiment(
+        model, tokenizer, "m", module.Sizes(tokens=24, **SIZES), judges, ResultFile(results.path), seed=3
+    )
+    again_made.sequence("cms_2", 1e-2, first, second)
+    assert len(again_made.results.rows) == finished == 3
+
+
+def test_rates_are_chosen_by_the_criterion(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    made = module.Experiment(byte_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
+    best = {"cms_2": 3e-3, "cms_2+gate": 1e-2, "cms_2+rank": 3e-5}
+    asked: dict[str, set[float]] = {name: set() for name in best}
+
+    def measured(method: str, rate: float, *texts: object) -> dict[str, float]:
+        asked[method].add(rate)
+        return {"criterion": abs(rate - best[method])}
+
+    monkeypatch.setattr(made, "validation", measured)
+    texts = [module.Text(name, torch.zeros(2), torch.zeros(2)) for name in "ab"]
+    assert [made.chosen(name, *texts) for name in best] == list(best.values())
+    assert asked["cms_2+gate"] == {3e-3, 1e-2} and len(asked["cms_2+rank"]) == 5
+    assert made.chosen("frozen_long", *texts) == 0
