@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.chunks import Span, scan_chunks
 from nestling.layers.parts import draw_filters, free_of_weight_decay
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
 from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
 from nestling.memory.bank import BankState
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
-from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.grid import Grid
 from nestling.memory.state import State
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
 from nestling.ops.rotary import rotate, rotation
@@ -144,37 +145,29 @@ class TTTLayer(SequenceLayer):
         self, views: tuple[Tensor, ...], rate: Tensor, state: TTTState, lengths: Tensor | None
     ) -> tuple[Tensor, BankState]:
         """All mini-batches: outputs `[N, H, L, D]` and the new fast weights."""
-        c, dtype, time = self.config, state.conv.dtype, rate.shape[1]
-        heads = [v.to(dtype).clamp(-BOUND, BOUND).unflatten(-1, (c.num_heads, -1)).transpose(1, 2) for v in views]
-        tokens = [*heads, c.base_lr / c.head_dim * torch.sigmoid(rate.to(dtype)).transpose(1, 2)]
-        grid = Grid.of(state.position, lengths, time, c.chunk_size)
-        if grid.offsets is not None:
-            # Slots without a token then have a learning rate of 0.
-            tokens = [shift_rows(t, grid) for t in tokens]
-        q, k, v, eta = tokens
-        cos, sin = self._rotation(grid, q.device)
+        c, dtype = self.config, state.conv.dtype
+        q, k, v = (v.to(dtype).clamp(-BOUND, BOUND).unflatten(-1, (c.num_heads, -1)).transpose(1, 2) for v in views)
+        cos, sin = self._rotation(state.position, rate.shape[1], q.device)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-
-        spans = chunk_spans(grid.phase, grid.slots, c.chunk_size)
-        sizes = [end - start for start, end in spans]
-        pieces = zip(*(t.split(sizes, 2) for t in (with_one(q), with_one(k), self.inner.aim(v - k), eta)), strict=True)
+        # Slots without a token get a learning rate of 0.
+        eta = c.base_lr / c.head_dim * torch.sigmoid(rate.to(dtype)).transpose(1, 2)
+        tokens = {"query": with_one(q), "key": with_one(k), "aim": self.inner.aim(v - k), "eta": eta}
         scale = None if self.token_scale is None else self.token_scale.to(dtype).clamp_min(0)[:, None]
-        answers, memory = [], state.memory
-        for (start, end), (query, key, aim, lr) in zip(spans, pieces, strict=True):
-            first = start % c.chunk_size
-            own = None if scale is None else scale[first : first + end - start]
-            z, memory = self._mini_batch(memory, query, key, aim, lr, own)
-            memory = self._cross(memory, grid, end, scale)
-            answers.append(z)
-        o = self.inner.answer(q, torch.cat(answers, dim=2))
-        return (o if grid.offsets is None else unshift_rows(o, grid, time)), memory
 
-    def _rotation(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[slots, D / 2]` of the positions within the mini-batch."""
+        def run(span: Span, tokens: dict[str, Tensor], memory: BankState, grid: Grid) -> tuple[Tensor, BankState]:
+            first, size = span[0] % c.chunk_size, span[1] - span[0]
+            z, memory = self._mini_batch(memory, **tokens, scale=None if scale is None else scale[first : first + size])
+            return z, self._cross(memory, grid, span[1], scale)
+
+        z, memory = scan_chunks(tokens, state.position, lengths, c.chunk_size, state.memory, run)
+        return self.inner.answer(q, z), memory
+
+    def _rotation(self, position: Tensor, time: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[N, 1, L, D / 2]` of the tokens' positions within their mini-batches."""
         c = self.config
-        slots = torch.arange(grid.phase, grid.slots, device=device) % c.chunk_size
         cos, sin = rotation(c.head_dim, c.rope_theta, None, c.chunk_size, device)
-        return cos[0, slots, 0], sin[0, slots, 0]
+        slots = (position.to(device)[:, None] + torch.arange(time, device=device)) % c.chunk_size
+        return cos[0, slots, 0][:, None], sin[0, slots, 0][:, None]
 
     def _mini_batch(
         self,
