@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import tempfile
 import time
@@ -33,11 +32,13 @@ from typing import Any
 import torch
 from methods import METHODS, Options, Setup  # beside this file
 from report import write_report
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nestling.evaluation.class_incremental import run_class_incremental
 from nestling.evaluation.features import TextFeatures
 from nestling.evaluation.label_prompts import LabelPrompts
+from nestling.evaluation.result_file import ResultFile, Row
+from nestling.models.pretrained import load_pretrained
 from nestling.tasks.classification import (
     ClassificationSet,
     ClassTask,
@@ -53,7 +54,6 @@ from nestling.training.tokenization import byte_tokenizer
 HERE = Path(__file__).parent
 VALIDATION_SEED = 1000
 READERS = {"clinc150": read_clinc150, "dbpedia70": read_dbpedia70}
-Row = dict[str, Any]
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Experiment:
         layers: whose states are features.
         blocks: from the top, that hold levels.
         cache: folder of features.
-        path: of the results.
+        results: finished runs.
     """
 
     data: ClassificationSet
@@ -80,11 +80,7 @@ class Experiment:
     layers: list[int]
     blocks: int
     cache: Path
-    path: Path
-
-    def __post_init__(self) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows: list[Row] = [json.loads(line) for line in lines]
+    results: ResultFile
 
     def tasks(self, part: Any, seed: int) -> list[ClassTask]:
         """The stream of a part and seed."""
@@ -96,9 +92,9 @@ class Experiment:
         """The result of a method, measured now unless it is there."""
         name = {"set": self.data.name, "model": self.name, "method": method, "options": options, "part": part}
         name |= {"seed": seed, "sizes": self.sizes, "layers": self.layers, "blocks": self.blocks}
-        for row in self.rows:
-            if all(row[key] == value for key, value in name.items()):
-                return row
+        return self.results.get(name, lambda: self._run(method, options, part, seed))
+
+    def _run(self, method: str, options: Options, part: str, seed: int) -> Row:
         tasks = self.tasks(part, seed)
         if METHODS[method].kept == "joint":
             tasks = joined(tasks, seed)
@@ -113,12 +109,9 @@ class Experiment:
         result = self._measure(method, options, setup, tasks)
         result["seconds"] = round(time.perf_counter() - prepared, 1)
         result["feature_seconds"] = round(prepared - start, 1)
-        self.rows.append(name | result)
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
         told = f"final {result['final']:.3f}, forgetting {result['forgetting']:.3f} in {result['seconds']:.0f} s"
         print(f"{self.data.name} {part} seed {seed} {method} {options or ''}: {told}", flush=True)
-        return self.rows[-1]
+        return result
 
     def _measure(self, method: str, options: Options, setup: Setup, tasks: list[ClassTask]) -> Row:
         learner = METHODS[method].build(setup, options)
@@ -136,15 +129,6 @@ class Experiment:
         return max(grid, key=lambda options: self.run(method, options, "validation", VALIDATION_SEED)["final"])
 
 
-def load(source: str) -> tuple[PreTrainedModel, Any]:
-    """Model in float32 and tokenizer, from a Hugging Face folder or name, or a GGUF file."""
-    where, options = source, {}
-    if source.endswith(".gguf"):
-        where, options = str(Path(source).parent), {"gguf_file": Path(source).name}
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(where, **options)
-
-
 def quick() -> None:
     """Every method on a tiny random model."""
     torch.manual_seed(0)
@@ -155,11 +139,11 @@ def quick() -> None:
     sizes = {"classes": 2, "per_class": 6, "test_per_class": 2, "tune_tasks": 2}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        made = Experiment(data, model, "tiny", prompts, sizes, [1], 3, cache, cache / "results.jsonl")
+        made = Experiment(data, model, "tiny", prompts, sizes, [1], 3, cache, ResultFile(cache / "results.jsonl"))
         for method in METHODS:
             made.run(method, METHODS[method].grid[0], "test", 0)
         made.chosen("memory")
-        write_report(made.rows, data.name, cache)
+        write_report(made.results.rows, data.name, cache)
         print((cache / f"{data.name}-table.md").read_text())
 
 
@@ -197,7 +181,7 @@ def main() -> None:
         quick()
         return
     data = read_csv(args.csv) if args.csv else READERS[args.set](args.data)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load_pretrained(args.model)
     depth = model.config.num_hidden_layers
     sizes = {name: getattr(args, name) for name in ("classes", "per_class", "test_per_class", "tune_tasks")}
     made = Experiment(
@@ -209,13 +193,13 @@ def main() -> None:
         args.layers or [round(0.27 * depth), round(0.4 * depth)],
         args.blocks or math.ceil(depth / 3),
         args.cache,
-        HERE / "results.jsonl",
+        ResultFile(HERE / "results.jsonl"),
     )
     for method in args.methods:
         options = made.chosen(method)
         for seed in args.seeds:
             made.run(method, options, "test", seed)
-    write_report(made.rows, data.name, HERE)
+    write_report(made.results.rows, data.name, HERE)
 
 
 if __name__ == "__main__":
