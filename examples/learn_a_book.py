@@ -3,8 +3,6 @@
 python examples/learn_a_book.py MODEL BOOK MEMORY      MODEL: a directory, a GGUF file or a hub name
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -23,14 +21,16 @@ def main(
     source: str, book: str, place: str, lr: float = 1e-4, context: int = 512, piece: int = 4096
 ) -> dict[str, float]:
     """Learn from a book; returns its mean loss in nats before, while and after."""
+    if MemoryStore(place).exists():
+        raise SystemExit(f"{place} is there already; nestling learn goes on with a memory")
     model, tokenizer = load_pretrained(source)
     text = Path(book).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text).input_ids)
     before = frozen_loss(model, ids, context)
 
     # A converted model knows its levels; of any other the upper and lower half of the layers are made two.
-    half = getattr(model.config, "num_hidden_layers", 2) // 2
-    upper = tuple(f"*.{i}.mlp.*" for i in range(half, 2 * half))
+    layers = model.config.num_hidden_layers
+    upper = tuple(f"*.{i}.mlp.*" for i in range(layers // 2, layers))
     levels = None if stream_levels(model) else {"fast": Level(256, upper), "slow": Level(1024, ("*.mlp.*",))}
     learner = Learner(model, levels, "adamw", lr=lr, context=context)
     document = DocumentRecord(book, text_digest(text), 0, False, 0.0, "")
@@ -38,9 +38,7 @@ def main(
     for start in range(0, len(ids), piece):
         seen = learner.observe(ids[start : start + piece], document=document)
         losses.append(seen.losses)
-        print(
-            f"{start + len(seen.losses):,} of {len(ids):,} tokens, loss {float(seen.losses.nanmean()):.3f}", *seen.notes
-        )
+        print(f"{start + len(seen.losses):,} tokens, loss {float(seen.losses.nanmean()):.3f}", *seen.notes)
     learner.end_document()
     after = frozen_loss(model, ids, context)
 

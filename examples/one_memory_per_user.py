@@ -3,8 +3,6 @@
 python examples/one_memory_per_user.py MODEL DIRECTORY      MODEL: a directory, a GGUF file or a hub name
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -89,8 +89,9 @@ def test_what_stands_in_out_is_kept(source: Path, tmp_path: Path, capsys: pytest
         capsys, source, out
     )
     assert (out / "mine.txt").exists()
+    assert "more than a model (mine.txt), which --overwrite would delete" in fails(capsys, source, out, "--overwrite")
+    (out / "mine.txt").unlink()
     assert main(["convert", str(source), str(out), "--levels", "one=9", "--overwrite"]) == 0
-    assert not (out / "mine.txt").exists()
     assert json.loads((out / "config.json").read_text())["levels"] == {"one": 9}
     (out / "config.json").unlink()
     assert "so --overwrite does not replace it" in fails(capsys, source, out, "--overwrite")
@@ -99,6 +100,8 @@ def test_what_stands_in_out_is_kept(source: Path, tmp_path: Path, capsys: pytest
     assert "out is a file" in fails(capsys, source, out, "--overwrite")
     assert "holds the model to convert; give another directory" in fails(capsys, source, source, "--overwrite")
     assert "holds the model to convert" in fails(capsys, source, tmp_path, "--overwrite")
+    assert "working directory" in fails(capsys, source, ".")
+    assert "choose another directory" in fails(capsys, source, source / "config.json" / "x")
     assert (source / "model.safetensors").exists()
 
 

@@ -106,6 +106,8 @@ def make_text(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> T
     border = len(ids) - min(sizes.held, len(ids) // 4)
     if sizes.tokens is not None:
         border = min(border, sizes.tokens)
+    # Whole chunks: after an unfinished one the learners would read the next text with other contexts than the frozen.
+    border -= border % sizes.chunk if border >= sizes.chunk else 0
     return Text(path.stem, ids[:border], ids[border:])
 
 

@@ -16,6 +16,7 @@ import torch
 
 from nestling.continual import store as store_module
 from nestling.continual.memory import Memory, MemoryFileError
+from nestling.continual.memory_file import read_fields
 from nestling.continual.store import MemoryStore, fork, load_memory
 from nestling.memory import checked_file
 from tests.continual.models import assert_same, make_memory, tiny_llama
@@ -136,8 +137,29 @@ def test_a_crash_before_the_first_index_leaves_a_place_to_begin(store: MemorySto
     with pytest.raises(MemoryFileError, match="no memory at"):
         again.load()
     again.save(memories[1])
-    assert files(again) == ["memory.json", "snapshot-0001.safetensors"]
+    # What may be all that is left of a memory is kept under another name.
+    assert files(again) == ["memory.json", "snapshot-0001.found", "snapshot-0001.safetensors"]
     assert_same(again.load(), memories[1])
+    assert_same(Memory(**read_fields(again.path / "snapshot-0001.found")[0]), memories[0])
+
+
+def test_a_memory_that_lost_its_index_is_not_overwritten(store: MemoryStore, memories: list[Memory]) -> None:
+    for memory in memories[:2]:
+        store.save(memory)
+    before = sorted(p.name for p in store.path.glob("snapshot-*"))
+    (store.path / "memory.json").unlink()
+    with pytest.raises(MemoryFileError, match="lost it"):
+        MemoryStore(store.path).save(memories[0])
+    assert sorted(p.name for p in store.path.glob("snapshot-*")) == before
+
+
+def test_only_its_own_snapshots_are_swept(store: MemoryStore, memories: list[Memory]) -> None:
+    store.save(memories[0])
+    copy = store.path / "snapshot-0001-good.safetensors"
+    copy.write_bytes(b"a user's")
+    store.save(memories[1], note="of caf\udce9.txt")
+    assert copy.exists()
+    assert MemoryStore(store.path).head().note == "of caf\udce9.txt"
 
 
 HOLD = """

@@ -35,8 +35,8 @@ def second_half(losses: torch.Tensor) -> float:
 def test_a_text_and_what_is_held_out(module: ModuleType, tmp_path: Path) -> None:
     file, tokenizer = tmp_path / "a.txt", byte_tokenizer()
     file.write_text("0123456789" * 4)
-    for tokens, read, held in ((None, 33, 8), (10, 10, 8), (33, 33, 8), (38, 31, 10), (100, 31, 10)):
-        sizes = module.Sizes(**SIZES | {"tokens": tokens, "held": held if held == 8 else 30})
+    for tokens, read, held in ((None, 32, 9), (10, 8, 10), (33, 32, 9), (38, 24, 17), (100, 24, 17)):
+        sizes = module.Sizes(**SIZES | {"tokens": tokens, "held": 30 if held == 17 else 8})
         text = module.make_text(file, tokenizer, sizes)
         assert (len(text.ids), len(text.held), text.name) == (read, held, "a")
         start = tokenizer.decode(torch.cat([text.ids, text.held]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,12 @@ from nestling.errors import UserError
 LEVELS = "fast=256,mid=1024,slow=4096"
 """Fastest level at half of a usual learning context, and each next one four times slower, as in the trials the
 periods come from."""
+
+OWN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
+    r"model\.safetensors\.index)\.json|chat_template\.jinja|merges\.txt|tokenizer\.model|model.*\.safetensors"
+)
+"""Files that `save_pretrained` writes."""
 
 
 def convert(
@@ -58,8 +66,12 @@ def convert(
         with new_directory(out) as staging:
             converted.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"nothing was written to {out} ({error.strerror or error}); choose another directory"
+        ) from error
     except Exception as error:  # transformers and safetensors have errors of their own
         raise UserError(f"nothing was written to {out} ({' '.join(str(error).split())[:200]})") from error
     sizes = {name: p.numel() for name, p in converted.named_parameters()}
@@ -75,6 +87,8 @@ def _check_out(out: Path, source: str, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory for the converted model")
     target, origin = out.resolve(), Path(source).resolve()
+    if Path.cwd().resolve().is_relative_to(target):
+        raise UserError(f"{out} is the working directory, or holds it; name a new one")
     if Path(source).exists() and (target == origin or target in origin.parents):
         raise UserError(f"{out} holds the model to convert; give another directory")
     if not out.exists() or not any(out.iterdir()):
@@ -83,3 +97,5 @@ def _check_out(out: Path, source: str, overwrite: bool) -> None:
         raise UserError(f"{out} is not empty; choose a new directory, or replace its model with --overwrite")
     if not (out / "config.json").is_file():
         raise UserError(f"{out} holds no model (no config.json), so --overwrite does not replace it")
+    if more := sorted(p.name for p in out.iterdir() if p.is_dir() or not OWN.fullmatch(p.name)):
+        raise UserError(f"{out} holds more than a model ({', '.join(more[:3])}), which --overwrite would delete")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from nestling.cli.console import quiet_libraries, stdout_console
 from nestling.cli.loading import document_tokens, load_causal_lm
+from nestling.continual.guards import LearningDivergedError
 from nestling.continual.learner import Learner
 from nestling.continual.memory import Memory
 from nestling.continual.options import Level, Options, Replay, settings_from
@@ -279,16 +280,20 @@ def _until_stopped(session: Session, texts: Sequence[Text]) -> bool:
     try:
         for text in texts:
             session.learn(text)
+    except LearningDivergedError as error:
+        place = session.autosave.store.path
+        raise UserError(f"{error}; {place} is as it was last saved: begin another with a lower --lr") from error
     except Stopped:
         return True
     return False
 
 
-def _save(session: Session, note: str, stopped: bool) -> Snapshot:
+def _save(session: Session, note: str, stopped: bool) -> Snapshot | None:
+    """The snapshot that holds everything; None where nothing has been learned yet."""
     store = session.autosave.store
     if stopped:
         session.autosave.save(session.learner)
-        return store.head()
+        return store.head() if store.exists() else None
     names = ", ".join(Path(o.name).name for o in session.outcomes[:3]) + (", ..." if len(session.outcomes) > 3 else "")
     return store.save(session.learner.memory(), note or f"learned {names}")
 
@@ -311,7 +316,12 @@ def _report(session: Session) -> None:
         session.console.print(f"{tokens:,} tokens in {session.seconds:.1f} s, {rate:,.1f} tokens/s")
 
 
-def _say_where(console: Console, store: MemoryStore, snapshot: Snapshot, learner: Learner, stopped: bool) -> None:
+def _say_where(
+    console: Console, store: MemoryStore, snapshot: Snapshot | None, learner: Learner, stopped: bool
+) -> None:
+    if snapshot is None:
+        print("interrupted before anything was learned; the same command begins again", file=sys.stderr)
+        return
     if waiting := learner.stream.filled:
         console.print(f"{waiting:,} tokens wait in the memory for a full step of {learner.stream.chunk:,}")
     console.print(

@@ -93,6 +93,9 @@ def load_memories(files: Sequence[Path], model: PreTrainedModel) -> ModelState |
     Raises:
         UserError: two of a kind, a missing or damaged file, a memory of another model, or a state of several rows.
     """
+    for file in files:
+        if not file.exists():
+            raise UserError(f"no memory at {file}; check the path")
     learned = [file for file in files if file.is_dir() or is_memory_file(file)]
     states = [file for file in files if file not in learned]
     for kind, found in (("learned memories", learned), ("states", states)):

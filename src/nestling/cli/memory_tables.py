@@ -16,10 +16,10 @@ from rich.table import Table
 from nestling.cli.console import quiet_libraries
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.memory import Memory
-from nestling.continual.memory_file import DTYPES
+from nestling.continual.memory_file import DTYPES, is_memory_file
 from nestling.continual.merge import Comparison, Weights
 from nestling.continual.records import DocumentRecord
-from nestling.continual.snapshots import Index
+from nestling.continual.snapshots import INDEX, Index
 from nestling.continual.study import frozen_loss
 from nestling.continual.summary import summarize
 from nestling.errors import UserError
@@ -152,8 +152,10 @@ def check_export(path: Path, out: Path, dtype: str) -> None:
         raise UserError(f"--dtype {dtype}: choose one of: {', '.join(DTYPES)}")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out} cannot be a file; give a file name in a directory that exists")
-    if path.is_dir() and out.resolve().parent == path.resolve():
-        raise UserError(f"{out} is among the snapshots of {path}; give a place outside")
+    if (out.parent / INDEX).exists():
+        raise UserError(f"{out} is among the snapshots of {out.parent}; give a place outside")
+    if out.exists() and not is_memory_file(out):
+        raise UserError(f"{out} exists and is no memory; give a new path")
 
 
 def _pair(option: str, entry: str, pair: str) -> Weights:

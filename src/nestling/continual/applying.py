@@ -15,6 +15,8 @@ from nestling.errors import UserError
 
 # On the module itself, so that a deep copy of a model knows what it holds.
 ATTRIBUTE = "_nestling_memory"
+LEARNER = "_nestling_learner"
+"""Where a model holds the learner that is attached to it: one that is forgotten must not leave its weights unseen."""
 
 
 class MemoryUseError(UserError, ValueError):
@@ -50,6 +52,8 @@ def put_in(
     Raises:
         MemoryUseError: another base model, a memory already inside, a parameter the model lacks or shapes otherwise.
     """
+    if getattr(model, LEARNER, None) is not None:
+        raise MemoryUseError("a learner is attached to the model; call its detach() first")
     owner, record = identity(differences), held_by(model)
     if record is not None and record.owner is not None:
         again = "this memory" if record.owner == owner else "another memory"

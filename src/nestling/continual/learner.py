@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.continual import consolidation, resume
+from nestling.continual.applying import LEARNER, held_by
 from nestling.continual.documents import Document, DocumentLog
 from nestling.continual.fingerprint import base_fingerprint
 from nestling.continual.gradients import add_replay_apart, all_finite, read_with_gradients
@@ -27,9 +27,6 @@ from nestling.continual.pieces import Piece, Stream, batches, check_tokens, deco
 from nestling.continual.reading import Reader, learning
 from nestling.continual.reservoir import Reservoir
 from nestling.continual.steps import limit_step, retain
-
-_LEARNERS: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Learner]] = weakref.WeakKeyDictionary()
-"""Whose weights a model has at present."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +120,28 @@ class Learner:
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
-        with learning(model, self._everything):
-            self.optimizer = make_optimizer(self.settings, self.weights)
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+        try:
+            self.start_afresh()
+        except BaseException:
+            for weights in self.weights.values():
+                weights.detach()
+            raise
+        self.attached = True
+        setattr(model, LEARNER, self)
+
+    def start_afresh(self) -> None:
+        """Forget all but the weights: optimizers, pending tokens, replay, gate, guard, documents and counters."""
+        options = self.settings.options
+        with learning(self.model, self._everything):
+            self.optimizer = make_optimizer(self.settings, self.weights)
+        self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
         self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
         self.gate = None if options.gate is None else SurpriseGate(options.gate)
         self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
-        self.attached = True
-        _LEARNERS[model] = weakref.ref(self)
+        self._refused = 0
 
     def observe(
         self,
@@ -200,7 +209,7 @@ class Learner:
         for weights in self.weights.values():
             weights.attach()
         self.attached = True
-        _LEARNERS[self.model] = weakref.ref(self)
+        setattr(self.model, LEARNER, self)
 
     def detach(self) -> None:
         """Give the model its base weights back, to the last bit; what was learned stays here."""
@@ -209,7 +218,7 @@ class Learner:
         for weights in self.weights.values():
             weights.detach()
         self.attached = False
-        _LEARNERS.pop(self.model, None)
+        delattr(self.model, LEARNER)
 
     def __enter__(self) -> Self:
         self.apply()
@@ -349,6 +358,7 @@ class Learner:
 
     def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
         self.counters.chunks += 1
+        self._refused = 0
         if len(losses):
             self.guard.accept(float(losses.mean()))
             if self.gate is not None:
@@ -363,6 +373,12 @@ class Learner:
             raise LearningDivergedError(
                 "learned weights are not finite; restore the learner from its last saved memory and lower lr"
             )
+        self._refused += 1
+        if self._refused > self.settings.options.patience and "not finite" in reason:
+            raise LearningDivergedError(
+                f"{self._refused} chunks on end were refused, the last since {reason}; restore the learner from its "
+                "last saved memory and lower lr"
+            )
         self.counters.skipped += self.stream.chunk
         note = f"{self.stream.chunk} tokens were not learned from: {reason}"
         notes.append(note)
@@ -370,7 +386,7 @@ class Learner:
 
 
 def _check_free(model: PreTrainedModel, learner: Learner | None) -> None:
-    attached = _LEARNERS.get(model)
-    other = None if attached is None else attached()
-    if other is not None and other is not learner:
+    if getattr(model, LEARNER, learner) is not learner:
         raise ValueError("another learner is attached to this model; call its detach() first")
+    if (held := held_by(model)) is not None and held.owner is not None:
+        raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")

@@ -57,13 +57,15 @@ def load(learner: Learner, memory: Memory) -> None:
     """Give a learner the state of a memory; see `Learner.load`."""
     _check_same(learner, memory)
     exact = {name.removeprefix("exact."): t for name, t in memory.tensors.items() if name.startswith("exact.")}
-    if memory.tensors:
-        try:
+    try:
+        if memory.tensors:
             _load_progress(learner, memory)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
-    for weights in learner.weights.values():
-        weights.load(memory.differences, exact)
+        else:
+            learner.start_afresh()
+        for weights in learner.weights.values():
+            weights.load(memory.differences, exact)
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
     learner.log.records = list(memory.documents)
 
 
@@ -93,7 +95,8 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
         raise ValueError(f"the memory's pending tokens do not fit a chunk of {learner.stream.chunk}")
     if any(len(p.ids) and not 0 <= int(p.ids.min()) <= int(p.ids.max()) < learner.vocabulary for p in pieces):
         raise ValueError(f"the memory's pending tokens are not in the vocabulary of {learner.vocabulary}")
-    buffer = learner.buffer
+    replay = learner.settings.options.replay
+    buffer = None if replay is None else Reservoir(replay.capacity, learner.settings.options.seed)
     if buffer is not None and settings["replay"] is not None:
         held = {name: tensors[f"replay.{name}"] for name in ("tokens", "lengths")}
         buffer = Reservoir.load(held, settings["replay"])

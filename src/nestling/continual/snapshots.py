@@ -115,7 +115,7 @@ def write_index(directory: Path, index: Index) -> None:
     value = {"format": FORMAT, "version": FORMAT_VERSION, "head": index.head, "snapshots": entries}
     try:
         with replacing(directory / INDEX) as scratch:
-            scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
     except OSError as error:
         raise MemoryFileError(f"{directory / INDEX} cannot be written: {error.strerror or error}") from error
 

@@ -49,7 +49,10 @@ class MemoryStore:
                 f"nestling memory fork {path} DIR"
             )
         if self.path.is_dir() and not self.exists() and self._holds_something_else():
-            raise MemoryFileError(f"{path} is a directory without {INDEX}, so not a memory; give another path")
+            raise MemoryFileError(
+                f"{path} is a directory without {INDEX}, so not a memory, or one that lost it; give another path, or "
+                f"restore {INDEX}"
+            )
         self._lock = FileLock(self.path / LOCK)
 
     def exists(self) -> bool:
@@ -170,6 +173,8 @@ class MemoryStore:
     def _add(self, write: Callable[[Path], str], memory: Memory, note: str, autosave: bool) -> Snapshot:
         with self.lock():
             index = self.index() if self.exists() else Index(0, [])
+            if not self.exists() and (first := self.path / snapshot_name(1)).exists():
+                first.replace(first.with_suffix(".found"))  # of a process that died, or all that is left of a memory
             self._sweep(index.snapshots)
             parent, kept = index.head or None, list(index.snapshots)
             if parent is not None and index.snapshot(parent, self.path).autosave:
@@ -199,7 +204,7 @@ class MemoryStore:
         """Delete the snapshots that memory.json does not name: pruned, replaced, or left by a killed process."""
         names = {snapshot_name(s.number) for s in known}
         for file in self.path.glob("snapshot-*.safetensors"):
-            if file.name not in names:
+            if NAME.fullmatch(file.name) and file.name not in names:
                 file.unlink(missing_ok=True)
         for scratch in (*self.path.glob(".snapshot-*.tmp"), *self.path.glob(f".{INDEX}.*.tmp")):
             scratch.unlink(missing_ok=True)
@@ -211,9 +216,9 @@ class MemoryStore:
         return file
 
     def _holds_something_else(self) -> bool:
-        """Not only what a process leaves that died before its first memory.json."""
+        """Not only what a process leaves that died before its first memory.json: a snapshot at most."""
         names = (p.name for p in self.path.iterdir())
-        return any(n != LOCK and not n.endswith(".tmp") and not NAME.fullmatch(n) for n in names)
+        return any(n not in (LOCK, snapshot_name(1)) and not n.endswith((".tmp", ".found")) for n in names)
 
 
 def load_memory(path: str | Path, number: int | None = None) -> Memory:

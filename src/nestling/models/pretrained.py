@@ -81,7 +81,8 @@ def _load_model(source: str | Path, place: dict[str, Any]) -> PreTrainedModel:
     except ImportError as error:
         raise UserError(f"{source} needs a package that is not installed ({_reason(error)})") from error
     except Exception as error:  # as above
-        raise UserError(f"the model {source} cannot be loaded ({_reason(error)})") from error
+        hint = "" if Path(source).exists() else f"; there is no file or directory {source} here either"
+        raise UserError(f"the model {source} cannot be loaded ({_reason(error)}){hint}") from error
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random
         raise UserError(
             f"{source} lacks {len(missing)} of the model's weights, the first {missing[0]}; restore its files"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections import defaultdict
@@ -260,7 +261,7 @@ def _some(rows: list[LabelledText], limit: int | None, generator: random.Random)
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(_read(file).splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(_read(file), newline=""), strict=True)
     try:
         for row in reader:
             if row:

@@ -48,8 +48,8 @@ def read_cldf_pairs(path: str | Path) -> list[Pair]:
             reader = csv.DictReader(file)
             if not {SENTENCE, TRANSLATION} <= set(reader.fieldnames or ()):
                 raise UserError(f"{path} has no columns {SENTENCE} and {TRANSLATION}; give a dictionary's examples")
-            rows = [(row[SENTENCE], row[TRANSLATION]) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
+            rows = [(row[SENTENCE] or "", row[TRANSLATION] or "") for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error})") from error
     return _pairs(rows, path)
 

@@ -1,0 +1,64 @@
+"""What one user leaves on a model or in a learner never reaches the next."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from nestling.continual import Learner, Level, Memory, Options, Replay
+from nestling.continual.applying import MemoryUseError
+from tests.continual.stream_models import copy_of, text, tiny_llama
+
+LEVELS = {"all": Level(8, ("*.mlp.*",))}
+
+
+def learner_of(model, **options) -> Learner:
+    return Learner(model, LEVELS, lr=1e-2, context=16, options=Options(**options))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_forgotten_learner_still_owns_the_model(rank: int | None) -> None:
+    model = tiny_llama()
+    learner_of(model, rank=rank).observe(text(24))
+    gc.collect()
+    with pytest.raises(ValueError, match="another learner is attached"):
+        learner_of(model)
+
+
+def test_learners_and_applied_memories_exclude_each_other() -> None:
+    model = tiny_llama()
+    ann = learner_of(model, rank=2)
+    ann.observe(text(24))
+    memory = ann.memory()
+    with pytest.raises(MemoryUseError, match="a learner is attached"), memory.applied(model):
+        pass
+    ann.detach()
+    with memory.applied(model), pytest.raises(ValueError, match="a memory is applied"):
+        learner_of(model)
+    learner_of(model)
+
+
+def test_a_memory_without_progress_brings_none_of_the_last_users() -> None:
+    model = tiny_llama()
+    learner = learner_of(model, replay=Replay(8))
+    learner.observe(text(20, seed=1))
+    ann = learner.memory()
+    ben = Memory(ann.fingerprint, ann.periods, ann.parameters, {})
+    learner.load(ben)
+    assert learner.stream.filled == 0 and learner.counters.tokens == 0 and not len(learner.buffer or ())
+    assert not learner.log.records and not learner.optimizer.state_dict()["state"]
+    fresh = learner_of(tiny_llama(), replay=Replay(8))
+    for each in (learner, fresh):
+        each.observe(text(30, seed=2))
+    for name, value in copy_of(fresh.model).items():
+        assert torch.equal(copy_of(model)[name], value)
+
+
+def test_an_impossible_optimizer_leaves_no_hooks() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="unknown optimizer"):
+        Learner(model, LEVELS, "nosuch", lr=1e-2, context=16, options=Options(rank=2))
+    assert not any(module._forward_hooks for module in model.modules())
+    learner_of(model)
