@@ -17,14 +17,17 @@ DRAWN = ("levels_memory", "memory", "external_learner", "replay_large", "lora", 
 
 
 def write_report(rows: list[Row], name: str, folder: Path) -> None:
-    """`name`-table.md, `name`-accuracy.svg and `name`-matrix.svg of a set's test rows with the newest row's sizes."""
+    """`name`-table.md, `name`-accuracy.svg and `name`-matrix.svg of a set's test rows with the newest row's sizes.
+
+    Of a method, the rows with its newest settings: a grid that has grown may have changed the choice.
+    """
     mine = [row for row in rows if row["set"] == name and row["part"] == "test" and not row["diverged"]]
     if not mine:
         return
     keys = ("model", "sizes", "layers", "blocks")
     mine = [row for row in mine if all(row[key] == mine[-1][key] for key in keys)]
     found = {method: [row for row in mine if row["method"] == method] for method in METHODS}
-    found = {method: own for method, own in found.items() if own}
+    found = {m: [row for row in own if row["options"] == own[-1]["options"]] for m, own in found.items() if own}
     (folder / f"{name}-table.md").write_text(_table(found, mine[-1]["sizes"], mine[-1]["model"]))
     series = {method: own for method, own in found.items() if method in DRAWN}
     lines = []
