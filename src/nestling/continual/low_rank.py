@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +56,30 @@ def limit_rank(memory: Memory, rank: int) -> Truncation:
         current = difference.left.shape[1] if isinstance(difference, LowRank) else min(shape, default=0)
         if len(shape) == 2 and rank < current and rank * sum(shape) < shape[0] * shape[1]:
             limited[name] = low = (
-                _of_low(difference, rank) if isinstance(difference, LowRank) else _nearest(difference, rank)
+                nearest_of_low(difference, rank) if isinstance(difference, LowRank) else _nearest(difference, rank)
             )
             kept += dot(low, low)
         else:
             limited[name] = difference
             kept += energy
         total += energy
-    return Truncation(replace(for_use(memory), differences=limited), min(1.0, kept / total) if total else 1.0)
+    made = with_ranks(replace(for_use(memory), differences=limited))
+    return Truncation(made, min(1.0, kept / total) if total else 1.0)
+
+
+def with_ranks(memory: Memory) -> Memory:
+    """The memory with its learner's ranks set to those of its differences, so that learning can go on from it.
+
+    A memory whose learner had no ranks stays as it is.
+    """
+    settings = deepcopy(memory.settings)
+    learner: dict[str, Any] = settings.get("learner") or {"levels": {}}
+    for level, values in learner["levels"].items():
+        found = [memory.differences.get(name) for name in memory.parameters.get(level, [])]
+        ranks = [d.left.shape[1] for d in found if isinstance(d, LowRank)]
+        if ranks and (values["rank"] or learner["options"]["rank"]):
+            values["rank"] = max(ranks)
+    return replace(memory, settings=settings)
 
 
 def _nearest(matrix: Tensor, rank: int) -> LowRank:
@@ -75,7 +93,7 @@ def _nearest(matrix: Tensor, rank: int) -> LowRank:
     return LowRank(right.T.contiguous(), left.T.contiguous()) if wide else LowRank(left, right)
 
 
-def _of_low(difference: LowRank, rank: int) -> LowRank:
+def nearest_of_low(difference: LowRank, rank: int) -> LowRank:
     """Of a product, without multiplying it out."""
     q_left, r_left = torch.linalg.qr(difference.left.double())
     q_right, r_right = torch.linalg.qr(difference.right.double().T)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.continual.low_rank import nearest_of_low, with_ranks
 from nestling.continual.memory import Memory
 from nestling.continual.records import DocumentRecord, LowRank, dense, dot, shape_of
 from nestling.errors import UserError
@@ -106,13 +107,15 @@ def merge(
     for name in sorted(a.differences.keys() | b.differences.keys()):
         pair = given.get(levels.get(name, ""), weights)
         merged[name] = _weighted(a.differences.get(name), b.differences.get(name), pair)
-    return Memory(
-        fingerprint=a.fingerprint,
-        periods=dict(a.periods),
-        parameters={name: list(names) for name, names in a.parameters.items()},
-        differences=merged,
-        documents=[*a.documents, *_not_in(b.documents, a.documents)],
-        settings=dict(a.settings),
+    return with_ranks(
+        Memory(
+            fingerprint=a.fingerprint,
+            periods=dict(a.periods),
+            parameters={name: list(names) for name, names in a.parameters.items()},
+            differences=merged,
+            documents=[*a.documents, *_not_in(b.documents, a.documents)],
+            settings=dict(a.settings),
+        )
     )
 
 
@@ -129,7 +132,9 @@ def _weighted(x: Tensor | LowRank | None, y: Tensor | LowRank | None, weights: W
         return LowRank(weight * only.left, only.right) if isinstance(only, LowRank) else weight * only
     if isinstance(x, LowRank) and isinstance(y, LowRank):
         left = torch.cat([weights[0] * x.left, weights[1] * y.left], dim=1)
-        return LowRank(left, torch.cat([x.right, y.right]))
+        both = LowRank(left, torch.cat([x.right, y.right]))
+        most = min(shape_of(both))
+        return both if left.shape[1] <= most else nearest_of_low(both, most)
     return weights[0] * dense(x) + weights[1] * dense(y)
 
 

@@ -220,20 +220,23 @@ class LowRankWeights:
 
     @torch.no_grad()
     def load(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
-        """Take factors of the same rank."""
+        """Take factors of the same rank, or of a smaller one: the others then start as at the beginning."""
         for name, factors in self.factors.items():
             found = differences.get(name)
             if found is None:
                 factors.left.weight.zero_()
                 continue
-            if not isinstance(found, LowRank) or (found.left.shape, found.right.shape) != (
-                factors.left.weight.shape,
-                factors.right.weight.shape,
+            rank = found.left.shape[1] if isinstance(found, LowRank) else 0
+            if (
+                not isinstance(found, LowRank)
+                or rank > factors.right.out_features
+                or (found.left.shape[0], found.right.shape[1]) != (factors.left.out_features, factors.right.in_features)
             ):
                 raise ValueError(f"the memory's difference of {name} is not of rank {factors.right.out_features}; "
                                  "make the learner with the rank of the memory")  # fmt: skip
-            factors.left.weight.copy_(exact.get(f"{name}.left", found.left))
-            factors.right.weight.copy_(exact.get(f"{name}.right", found.right))
+            factors.left.weight[:, rank:] = 0
+            factors.left.weight[:, :rank] = exact.get(f"{name}.left", found.left)
+            factors.right.weight[:rank] = exact.get(f"{name}.right", found.right)
 
     def _uncommon(self) -> Iterator[tuple[str, Factors]]:
         for name, factors in self.factors.items():

@@ -1,4 +1,4 @@
-"""What one user leaves on a model or in a learner never reaches the next."""
+"""What one user leaves never reaches the next; learning goes on from what was made of memories."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from nestling.continual import Learner, Level, Memory, Options, Replay
 from nestling.continual.applying import MemoryUseError
+from nestling.continual.low_rank import limit_rank
+from nestling.continual.merge import merge
 from tests.continual.stream_models import copy_of, text, tiny_llama
 
 LEVELS = {"all": Level(8, ("*.mlp.*",))}
@@ -62,3 +64,20 @@ def test_an_impossible_optimizer_leaves_no_hooks() -> None:
         Learner(model, LEVELS, "nosuch", lr=1e-2, context=16, options=Options(rank=2))
     assert not any(module._forward_hooks for module in model.modules())
     learner_of(model)
+
+
+def test_learning_goes_on_from_merged_and_exported_low_ranks() -> None:
+    memories = []
+    for seed in (1, 2):
+        learner = learner_of(tiny_llama(), rank=2)
+        learner.observe(text(24, seed))
+        memories.append(learner.memory())
+    for made, rank in ((merge(*memories), 4), (limit_rank(memories[0], 1).memory, 1), (memories[0], 2)):
+        model, other = tiny_llama(), tiny_llama()
+        restored = Learner.restore(model, made)
+        assert restored.settings.levels["all"].rank == rank or rank == 2
+        made.apply(other)
+        ids = text(12, seed=3)[None]
+        torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-6, atol=1e-6)
+        restored.observe(text(24, seed=4))
+        assert restored.counters.chunks >= 3
