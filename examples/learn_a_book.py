@@ -3,6 +3,8 @@
 python examples/learn_a_book.py MODEL BOOK MEMORY      MODEL: a directory, a GGUF file or a hub name
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
@@ -35,13 +37,12 @@ def main(
     learner = Learner(model, levels, "adamw", lr=lr, context=context)
     document = DocumentRecord(book, text_digest(text), 0, False, 0.0, "")
     losses = []
-    for start in range(0, len(ids), piece):
-        seen = learner.observe(ids[start : start + piece], document=document)
+    for part in ids.split(piece):
+        seen = learner.observe(part, document=document)
         losses.append(seen.losses)
-        print(f"{start + len(seen.losses):,} tokens, loss {float(seen.losses.nanmean()):.3f}", *seen.notes)
+        print(f"{learner.counters.tokens:,} tokens, loss {float(seen.losses.nanmean()):.3f}", *seen.notes)
     learner.end_document()
     after = frozen_loss(model, ids, context)
-
     memory = learner.memory()
     snapshot = MemoryStore(place).save(memory, f"read {book}")
     learner.detach()  # the model is as it was, bit for bit; the memory brings it back
@@ -53,7 +54,6 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "book", "memory"):
+    for name in ("source", "book", "place"):
         parser.add_argument(name)
-    given = parser.parse_args()
-    main(given.model, given.book, given.memory)
+    main(**vars(parser.parse_args()))

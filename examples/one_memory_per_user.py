@@ -3,6 +3,8 @@
 python examples/one_memory_per_user.py MODEL DIRECTORY      MODEL: a directory, a GGUF file or a hub name
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
@@ -45,15 +47,12 @@ def main(source: str, place: str, lr: float = 1e-4, says: dict[str, str] = SAYS)
         with load_memory(Path(place) / user).applied(model):
             losses |= {(user, about): frozen_loss(model, tokens, 128) for about, tokens in ids.items()}
     for (user, about), loss in losses.items():
-        print(
-            f"with {user}'s memory, what {about} said: {loss:.3f} (without: {frozen_loss(model, ids[about], 128):.3f})"
-        )
+        print(f"{user}'s memory, {about}'s words: {loss:.3f} (without: {frozen_loss(model, ids[about], 128):.3f})")
     return losses
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("directory")
-    given = parser.parse_args()
-    main(given.model, given.directory)
+    for name in ("source", "place"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

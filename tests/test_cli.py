@@ -205,7 +205,7 @@ def test_errors_of_models_and_memories(place: Path, tmp_path: Path, capsys: pyte
     run, other, memory = place / "run", place / "other", place / "memory"
     prompt = ["--prompt", "a", "--max-new-tokens", "1"]
     assert "was saved by another model" in fails(capsys, "generate", other, *prompt, "--memory", memory)
-    assert "no memory file" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "none")
+    assert "no memory at" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "none")
     (tmp_path / "bad").write_bytes(memory.read_bytes()[:-50])
     assert "damaged" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "bad")
     assert "needs a --prompt" in fails(capsys, "generate", run, "--memory", memory)
