@@ -153,6 +153,13 @@ def test_a_memory_that_lost_its_index_is_not_overwritten(store: MemoryStore, mem
     assert sorted(p.name for p in store.path.glob("snapshot-*")) == before
 
 
+def test_a_mistyped_name_makes_no_directory(tmp_path: Path) -> None:
+    for change in (lambda store: store.rollback(), lambda store: store.prune(1)):
+        with pytest.raises(MemoryFileError, match="no memory at"):
+            change(MemoryStore(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
+
+
 def test_only_its_own_snapshots_are_swept(store: MemoryStore, memories: list[Memory]) -> None:
     store.save(memories[0])
     copy = store.path / "snapshot-0001-good.safetensors"

@@ -142,6 +142,7 @@ class MemoryStore:
         Raises:
             MemoryFileError: no such snapshot, or the head is the first.
         """
+        self.index()  # before the lock, which would make the directory of a mistyped name
         with self.lock():
             index = self.index()
             number = index.snapshot(index.head, self.path).parent if to is None else to
@@ -160,6 +161,7 @@ class MemoryStore:
         """
         if keep < 1:
             raise MemoryFileError(f"--keep {keep}: the head is always kept, so give 1 or more")
+        self.index()
         with self.lock():
             index = self.index()
             kept = {s.number for s in index.line()[:keep]}
