@@ -19,7 +19,8 @@ from nestling.continual.memory import Memory, MemoryFileError
 from nestling.continual.store import MemoryStore, load_memory
 from nestling.continual.study import frozen_loss, text_digest
 from nestling.training.tokenization import byte_tokenizer
-from tests.continual.models import assert_same, tiny_llama
+from tests.continual.models import assert_same
+from tests.llamas import random_llama
 from tests.test_cli import fails
 
 LEVELS = ["--levels", "*.1.mlp.*=64,*.0.mlp.*=128", "--lr", "3e-3", "--context", "64"]
@@ -30,7 +31,7 @@ TEXT = "The tide was out, and the boats lay on the sand.\n"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama that reads bytes."""
     path = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(path)
+    random_llama().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -67,7 +68,7 @@ def test_learn_skip_and_go_on(
     record = memory.documents[0]
     assert record.finished and record.tokens == 1470 and record.digest == text_digest(Path(texts[0]).read_text())
     ids = torch.tensor(byte_tokenizer()(Path(texts[0]).read_text()).input_ids)
-    base = tiny_llama()
+    base = random_llama()
     before = frozen_loss(base, ids, 64)
     with memory.applied(base):
         after = frozen_loss(base, ids, 64)
@@ -203,7 +204,7 @@ def test_what_a_user_can_put_right(
     assert "--lr 1e-05: this memory was begun with 0.003" in error
     assert "--levels" in fails(capsys, *more, "--levels", "*.mlp.*=64")
     other = tmp_path / "other"
-    tiny_llama(seed=1).save_pretrained(other)
+    random_llama(seed=1).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
     assert "belongs to the base model" in fails(capsys, "learn", other, texts[1], "--memory", place)
     with MemoryStore(place).lock():

@@ -16,20 +16,21 @@ from nestling.continual.study import frozen_loss
 from nestling.models.conversion import convert
 from nestling.training.progress import printable
 from nestling.training.tokenization import byte_tokenizer
-from tests.continual.models import assert_same, make_memory, tiny_llama
+from tests.continual.models import assert_same, make_memory
+from tests.llamas import random_llama
 from tests.test_cli import fails
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A model, two memories of it (`a` has two snapshots) and a text."""
-    model = tiny_llama()
+    model = random_llama()
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("It was the best of times.\n" * 10)
     a = MemoryStore(tmp_path / "a")
     a.save(make_memory(model, size=0.03), "one")
-    a.save(make_memory(model, seed=1, size=0.05), "two [brackets]")
+    a.save(make_memory(model, seed=1, size=0.2), "two [brackets]")
     MemoryStore(tmp_path / "b").save(make_memory(model, seed=2, size=0.05))
     return tmp_path
 
@@ -43,7 +44,7 @@ def out(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def losses(place: Path, *memories: Memory | None) -> list[str]:
     """Of the text, as printed."""
-    model, found = tiny_llama(), []
+    model, found = random_llama(), []
     ids = torch.tensor(byte_tokenizer()((place / "text.txt").read_text()).input_ids)
     for memory in memories:
         if memory is not None:
@@ -104,7 +105,7 @@ def test_merge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "write NAME=A,B" in fails(capsys, *new, "--level", "1,2")
     assert "no level 'mid'" in fails(capsys, *new, "--level", "mid=1,2")
     assert "--model and --text go together" in fails(capsys, *new, "--model", place / "model")
-    MemoryStore(place / "z").save(make_memory(tiny_llama(seed=5)))
+    MemoryStore(place / "z").save(make_memory(random_llama(seed=5)))
     assert "different base models" in fails(capsys, "memory", "merge", place / "a", place / "z", place / "d")
     assert not (place / "d").exists()
 
@@ -128,7 +129,7 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def converted(place: Path) -> Path:
     """The model with two levels."""
     path = place / "converted"
-    convert(tiny_llama(), {"fast": 16, "slow": 64}).save_pretrained(path)
+    convert(random_llama(), {"fast": 16, "slow": 64}).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -137,7 +138,7 @@ def test_generate_with_a_learned_memory(place: Path, capsys: pytest.CaptureFixtu
     """A greedy continuation is that of the model with the memory applied, from the directory and from a file."""
     load_memory(place / "a").save(place / "file")
     prompt = ["--prompt", "It was", "--max-new-tokens", "12", "--temperature", "0"]
-    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model, tokenizer = random_llama(), byte_tokenizer()
     ids = tokenizer("It was", return_tensors="pt").input_ids
 
     def greedy() -> str:

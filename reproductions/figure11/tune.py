@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from nestling.evaluation.result_file import ResultFile, Row
+
 SEEDS = (0, 1, 2)
 
 
@@ -20,23 +19,18 @@ class Runs:
     """
 
     def __init__(self, path: Path, train: Callable[[str, float, int], Row]) -> None:
-        self.path, self.train = path, train
-        self.rows: list[Row] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
+        self.results, self.train = ResultFile(path), train
 
     def get(self, name: str, rate: float, seed: int) -> Row:
         """The run, trained now unless it is there."""
         rate = float(f"{rate:.6g}")
-        for row in self.rows:
-            if (row["optimizer"], row["rate"], row["seed"]) == (name, rate, seed):
-                return row
-        row = {"optimizer": name, "rate": rate, "seed": seed} | self.train(name, rate, seed)
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{name:30} lr {rate:.3g} seed {seed}: validation {row['validation']:.4f}", flush=True)
-        return row
+
+        def run() -> Row:
+            row = self.train(name, rate, seed)
+            print(f"{name:30} lr {rate:.3g} seed {seed}: validation {row['validation']:.4f}", flush=True)
+            return row
+
+        return self.results.get({"optimizer": name, "rate": rate, "seed": seed}, run)
 
     def tune(self, name: str, start: float) -> list[Row]:
         """Seed 0 at every rate tried, by rate: half, once and twice `start`, then on by factors of two."""

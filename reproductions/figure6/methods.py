@@ -26,11 +26,11 @@ from nestling.evaluation.class_training import (
     TrainedClassifier,
     TrainingSettings,
     levels_optimizer,
-    with_lora,
 )
 from nestling.evaluation.features import TextFeatures
 from nestling.evaluation.label_prompts import LabelPrompts
 from nestling.evaluation.label_trie import LabelScorer
+from nestling.evaluation.lora import add_lora
 from nestling.tasks.classification import ClassTask
 
 Options = dict[str, float]
@@ -134,14 +134,14 @@ def _fine_tuning(setup: Setup, options: Options) -> TrainedClassifier:
 
 
 def _lora(setup: Setup, options: Options) -> ClassLearner:
-    model = with_lora(setup.model, 8, setup.seed)
+    model = add_lora(setup.model, 8, setup.seed)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], options["lr"], weight_decay=0.0)
     return TrainedClassifier(LabelScorer(model), setup.prompts, optimizer, _settings(setup))
 
 
 def _ewc(setup: Setup, options: Options) -> ClassLearner:
     made = _fine_tuning(setup, options)
-    made.penalty = ElasticWeightConsolidation(dict(setup.model.named_parameters()), options["strength"], decay=1.0)
+    made.penalty = ElasticWeightConsolidation(dict(setup.model.named_parameters()), options["strength"], retention=1.0)
     return made
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 from methods import METHODS  # beside this file
 
+from nestling.evaluation.result_file import Row
 from nestling.plotting.curves import Series, line_chart
 from nestling.plotting.matrix import matrix_chart
 
-Row = dict[str, Any]
 DRAWN = ("levels_memory", "memory", "external_learner", "replay_large", "lora", "fine_tuning")
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import tempfile
 import time
@@ -40,6 +41,7 @@ import torch
 from report import write_report  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from nestling.continual.guards import LearningDivergedError
 from nestling.evaluation.language import LossReport
 from nestling.evaluation.result_file import ResultFile, Row, best_rate, tune_rate
 from nestling.evaluation.stream_methods import METHODS, StreamModel, period_names, read_frozen
@@ -158,6 +160,8 @@ class Experiment:
                 if part != "validation" or number == len(languages):
                     asked = languages[:number]
                     scores.append([self._ask(reader, x, language, part != "validation") for x in asked])
+        except LearningDivergedError:
+            scores = [[{"language": x.name, "loss": math.inf, "chrf": 0.0} for x in languages]]
         finally:
             reader.close()
         row: Row = {"scores": scores, "skipped": reader.skipped, "measures": reader.records}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from nestling.evaluation.result_file import Row
 from nestling.plotting.scatter import Point, scatter_chart
-
-Row = dict[str, Any]
 
 
 def write_report(rows: list[Row], tasks: list[str], folder: Path) -> None:

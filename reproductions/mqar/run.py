@@ -13,7 +13,6 @@ there are.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from report import write_report  # beside this file
 from torch.nn import functional as F
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
+from nestling.evaluation.result_file import ResultFile, Row
 from nestling.optim.groups import parameter_groups
 from nestling.tasks.associative_recall import IGNORE, RecallTask
 
@@ -109,37 +109,18 @@ def state_bytes(model: NestlingForCausalLM, task: RecallTask) -> int:
     return int(model(tokens, use_cache=True).past_key_values.nbytes)
 
 
-class Results:
-    """Finished trainings, one line each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def find(self, **wanted: Any) -> dict[str, Any] | None:
-        """The row with these values, or None."""
-        return next((r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, on disk at once."""
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def measure(
-    results: Results, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None
-) -> dict[str, Any]:
+def measure(results: ResultFile, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None) -> Row:
     """One training, unless it is there already."""
     name = {"preset": preset, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
-    if found := results.find(**name):
-        return found
+    return results.get(name, lambda: _trained(name))
+
+
+def _trained(name: Row) -> Row:
     start = time.perf_counter()
+    preset, seed, ablation = name["preset"], name["seed"], name["ablation"]
     model = build(preset, seed, ablation)
-    taken, diverged = train(model, rate, steps, seed)
-    row = name | {
+    taken, diverged = train(model, name["rate"], name["steps"], seed)
+    row = {
         "taken": taken,
         "diverged": diverged,
         "validation": [accuracy(model, t, VALIDATION_ROWS, VALIDATION_SEED) for t in TASKS.values()],
@@ -148,22 +129,21 @@ def measure(
         "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    results.add(row)
     shown = ", ".join(f"{value:.3f}" for value in row["test"])
-    print(f"{preset} {ablation or ''} seed {seed} lr {rate:g}: {shown} in {row['seconds']:.0f} s", flush=True)
+    print(f"{preset} {ablation or ''} seed {seed} lr {name['rate']:g}: {shown} in {row['seconds']:.0f} s", flush=True)
     return row
 
 
-def tuned(results: Results, preset: str, steps: int) -> float:
+def tuned(results: ResultFile, preset: str, steps: int) -> float:
     """The grid's best at seed 0. An ablation takes its preset's, so that it changes one thing."""
     rows = [measure(results, preset, SEEDS[0], rate, steps) for rate in GRID]
     return float(max(rows, key=_quality)["rate"])
 
 
-def report(results: Results, steps: int) -> None:
+def report(results: ResultFile, steps: int) -> None:
     """The table and the picture of all trainings of `steps` steps at the rates that seed 0 chose."""
     rows = [r for r in results.rows if r["steps"] == steps]
-    best: dict[tuple[str, str | None], dict[str, Any]] = {}
+    best: dict[tuple[str, str | None], Row] = {}
     for row in (r for r in rows if r["seed"] == SEEDS[0]):
         key = row["preset"], row["ablation"]
         best[key] = max(best.get(key, row), row, key=_quality)
@@ -171,7 +151,7 @@ def report(results: Results, steps: int) -> None:
     write_report(kept, list(TASKS), HERE)
 
 
-def _quality(row: dict[str, Any]) -> float:
+def _quality(row: Row) -> float:
     """Mean validation accuracy."""
     return sum(row["validation"]) / len(row["validation"])
 
@@ -193,7 +173,7 @@ def main() -> None:
         easiest = next(iter(TASKS.values()))
         print(f"{args.presets[0]}: accuracy {accuracy(model, easiest, 64, TEST_SEED):.3f} after 2 steps")
         return
-    results = Results(RESULTS)
+    results = ResultFile(RESULTS)
     names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
     if args.ablations:
         names = [(preset, change) for change, (preset, _) in ABLATIONS.items()]

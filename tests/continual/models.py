@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nestling.continual.fingerprint import base_fingerprint
 from nestling.continual.memory import DocumentRecord, LowRank, Memory
-
-
-def tiny_llama(seed: int = 0, vocabulary: int = 259, layers: int = 2) -> LlamaForCausalLM:
-    """Hidden 32, random weights large enough for its outputs to depend on them."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def make_memory(model: LlamaForCausalLM, seed: int = 0, size: float = 0.01) -> Memory:

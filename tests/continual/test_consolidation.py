@@ -29,12 +29,12 @@ def taught(rank: int | None = None, replay: bool = True) -> Learner:
 @pytest.mark.parametrize("rank", [None, 4])
 def test_what_the_fast_level_knew_goes_to_the_slow_one(rank: int | None) -> None:
     learner = taught(rank)
-    seen = learner.consolidate(factor=0.0, steps=30, lr=0.01, rows=4)
+    seen = learner.consolidate(retention=0.0, steps=30, lr=0.01, rows=4)
     assert seen.applied
     assert (seen.fast, seen.slow) == (("fast",), ("slow",))
-    assert seen.loss_before + 0.3 < seen.loss_decayed
-    assert seen.loss_after < seen.loss_decayed - 0.3 * (seen.loss_decayed - seen.loss_before)
-    assert seen.divergence_after < 0.7 * seen.divergence_decayed
+    assert seen.loss_before + 0.3 < seen.loss_forgotten
+    assert seen.loss_after < seen.loss_forgotten - 0.3 * (seen.loss_forgotten - seen.loss_before)
+    assert seen.divergence_after < 0.7 * seen.divergence_forgotten
     assert all(torch.equal(w, base) for w, base in learner.weights["fast"].anchored)
     assert (seen.pieces, seen.held_out) == (9, 3)
     learner.observe(text(16))
@@ -44,12 +44,12 @@ def test_decay_scales_the_fast_levels_difference_and_nothing_else() -> None:
     learner = taught()
     before = copy_of(learner.model)
     base = {n: learner.weights["fast"].other[n].clone() for n in learner.weights["fast"].parameters}
-    seen = learner.consolidate(factor=0.25, steps=0)
+    seen = learner.consolidate(retention=0.25, steps=0)
     for name, p in learner.model.named_parameters():
         expected = base[name] + 0.25 * (before[name] - base[name]) if name in base else before[name]
         torch.testing.assert_close(p.detach(), expected)
-    assert seen.loss_after == seen.loss_decayed and seen.divergence_after == seen.divergence_decayed
-    assert learner.consolidate(factor=1.0, steps=0).divergence_after == pytest.approx(0, abs=1e-6)
+    assert seen.loss_after == seen.loss_forgotten and seen.divergence_after == seen.divergence_forgotten
+    assert learner.consolidate(retention=1.0, steps=0).divergence_after == pytest.approx(0, abs=1e-6)
 
 
 def test_one_step_is_adamw_on_the_divergence() -> None:
@@ -71,23 +71,23 @@ def test_one_step_is_adamw_on_the_divergence() -> None:
     p, q = (m(input_ids=piece.ids[None]).logits[0, places].log_softmax(-1) for m in (teacher, student))
     (p.exp() * (p - q)).sum(-1).mean().backward()
     optimizer.step()
-    seen = learner.consolidate(factor=0.5, steps=1, lr=0.003)
+    seen = learner.consolidate(retention=0.5, steps=1, lr=0.003)
     for name, value in student.named_parameters():
         torch.testing.assert_close(dict(learner.model.named_parameters())[name], value, rtol=1e-4, atol=1e-5)
     target = piece.ids[places + 1]
     p, q = p.detach(), q.detach()
     assert seen.loss_before == pytest.approx(float(F.nll_loss(p, target)), rel=1e-5)
-    assert seen.loss_decayed == pytest.approx(float(F.nll_loss(q, target)), rel=1e-5)
-    assert seen.divergence_decayed == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert seen.loss_forgotten == pytest.approx(float(F.nll_loss(q, target)), rel=1e-5)
+    assert seen.divergence_forgotten == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
 
 
 def test_without_a_buffer_the_model_makes_the_text() -> None:
     learner = taught(replay=False)
     state = torch.random.get_rng_state()
-    seen = learner.consolidate(factor=0.0, steps=10, lr=0.01)
+    seen = learner.consolidate(retention=0.0, steps=10, lr=0.01)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (seen.pieces, seen.held_out) == (6, 2)
-    assert seen.divergence_after < seen.divergence_decayed
+    assert seen.divergence_after < seen.divergence_forgotten
 
 
 def test_a_consolidation_that_fails_leaves_everything() -> None:
@@ -112,10 +112,10 @@ def test_a_consolidation_that_fails_leaves_everything() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fast": ["fast", "slow"]}, "only levels to decay"),
+        ({"fast": ["fast", "slow"]}, "only levels to forget"),
         ({"fast": []}, "only levels to learn"),
         ({"fast": ["top"]}, "fast names top"),
-        ({"factor": 1.5}, "factor is in"),
+        ({"retention": 1.5}, "retention is in"),
         ({"held_out": 1.0}, "held_out"),
         ({"steps": -1}, "steps"),
         ({"rows": 0}, "rows"),

@@ -49,21 +49,21 @@ def test_fisher_of_logistic_regression_in_closed_form() -> None:
     torch.testing.assert_close(found["weight"], expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("decay", [None, 1.0, 0.5, 0.0])
-def test_gradient_is_that_of_the_formula(decay: float | None) -> None:
+@pytest.mark.parametrize("retention", [None, 1.0, 0.5, 0.0])
+def test_gradient_is_that_of_the_formula(retention: float | None) -> None:
     model, strength = linear(), 3.0
     named = dict(model.named_parameters())
-    ewc = ElasticWeightConsolidation(named, strength, decay)
+    ewc = ElasticWeightConsolidation(named, strength, retention)
     solved: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for task in range(3):
         move(model)
         solved.append((diagonal_fisher(named, losses(model, task)), {n: p.detach().clone() for n, p in named.items()}))
         ewc.consolidate(losses(model, task))
     move(model)
-    if decay is None:
+    if retention is None:
         terms = [(f[n], c[n], named[n]) for f, c in solved for n in named]
     else:
-        online = {n: sum(decay ** (2 - i) * f[n] for i, (f, _) in enumerate(solved)) for n in named}
+        online = {n: sum(retention ** (2 - i) * f[n] for i, (f, _) in enumerate(solved)) for n in named}
         terms = [(online[n], solved[-1][1][n], named[n]) for n in named]
     penalty = sum((strength / 2 * f * (p - c).square()).sum() for f, c, p in terms)
     expected = dict(zip(named, torch.autograd.grad(penalty, list(named.values())), strict=True))
@@ -92,9 +92,9 @@ def test_refuses_what_makes_no_sense() -> None:
     model = linear()
     with pytest.raises(ValueError, match="empty"):
         ElasticWeightConsolidation({}, 1.0)
-    for strength, decay in ((-1.0, None), (1.0, 1.5)):
+    for strength, retention in ((-1.0, None), (1.0, 1.5)):
         with pytest.raises(ValueError, match="strength"):
-            ElasticWeightConsolidation(dict(model.named_parameters()), strength, decay)
+            ElasticWeightConsolidation(dict(model.named_parameters()), strength, retention)
     ewc = ElasticWeightConsolidation(dict(model.named_parameters()), 1.0)
     with pytest.raises(ValueError, match="empty"):
         ewc.consolidate([])

@@ -13,13 +13,14 @@ from transformers import LlamaForCausalLM
 from nestling.continual.applying import MemoryUseError
 from nestling.continual.memory import LowRank, Memory, MemoryFileError
 from nestling.continual.records import dense
-from tests.continual.models import assert_same, make_memory, tiny_llama
+from tests.continual.models import assert_same, make_memory
+from tests.llamas import random_llama
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     """A tiny Llama."""
-    return tiny_llama()
+    return random_llama()
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def test_what_is_refused_changes_nothing(model: LlamaForCausalLM) -> None:
     with pytest.raises(MemoryUseError, match="no memory is applied"):
         memory.remove(model)
     with pytest.raises(MemoryUseError, match="belongs to another model"):
-        memory.apply(tiny_llama(seed=3))
+        memory.apply(random_llama(seed=3))
     memory.apply(model)
     inside = values(model)
     with pytest.raises(MemoryUseError, match="this memory is already applied"):
@@ -112,7 +113,7 @@ def test_a_tied_weight_is_changed_once(model: LlamaForCausalLM) -> None:
     change = torch.ones_like(model.lm_head.weight)
     memory.differences["lm_head.weight"] = change
     with memory.applied(model):
-        moved = model.model.embed_tokens.weight.detach() - tiny_llama().model.embed_tokens.weight.detach()
+        moved = model.model.embed_tokens.weight.detach() - random_llama().model.embed_tokens.weight.detach()
         assert float(moved.mean()) == pytest.approx(1, abs=1e-6)
     memory.differences["model.embed_tokens.weight"] = change
     with pytest.raises(MemoryUseError, match="tied weights"):

@@ -20,14 +20,15 @@ from torch import Tensor
 from nestling.continual.memory import Memory, MemoryFileError
 from nestling.continual.store import MemoryStore
 from nestling.memory.checked_file import checksum
-from tests.continual.models import assert_same, make_memory, tiny_llama
+from tests.continual.models import assert_same, make_memory
+from tests.llamas import random_llama
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Memory, bytes]:
     """A memory and the bytes of its file."""
     path = tmp_path_factory.mktemp("fuzz") / "m.safetensors"
-    memory = make_memory(tiny_llama(layers=2))
+    memory = make_memory(random_llama(layers=2))
     keep = dict(list(memory.differences.items())[-2:])
     memory = Memory(memory.fingerprint, memory.periods, memory.parameters, keep, memory.documents, memory.settings)
     memory.tensors["average"] = torch.arange(20.0)

@@ -15,13 +15,14 @@ from nestling.continual.merge import MergeError, compare, merge
 from nestling.continual.records import dense
 from nestling.continual.summary import summarize
 from nestling.errors import UserError
-from tests.continual.models import make_memory, tiny_llama
+from tests.continual.models import make_memory
+from tests.llamas import random_llama
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Memory, Memory]:
     """Two of one model; B lacks a matrix that A has, and holds a dense one where A's is of low rank."""
-    model = tiny_llama()
+    model = random_llama()
     a, b = make_memory(model), make_memory(model, seed=1)
     del b.differences[next(n for n in b.differences if ".1.mlp.up_proj" in n)]
     name = next(n for n, d in b.differences.items() if isinstance(d, LowRank))
@@ -31,7 +32,7 @@ def pair() -> tuple[Memory, Memory]:
 
 def flat(memory: Memory, names: list[str]) -> Tensor:
     """The differences of these parameters as one float64 vector, zeros where there is none."""
-    shapes = {n: p.shape for n, p in tiny_llama().named_parameters()}
+    shapes = {n: p.shape for n, p in random_llama().named_parameters()}
     parts = [dense(memory.differences[n]) if n in memory.differences else torch.zeros(shapes[n]) for n in names]
     return torch.cat([part.double().flatten() for part in parts])
 
@@ -60,7 +61,7 @@ def test_merge_is_the_weighted_sum(pair: tuple[Memory, Memory]) -> None:
 
 
 def test_low_ranks_stay_low(pair: tuple[Memory, Memory]) -> None:
-    a, other = pair[0], make_memory(tiny_llama(), seed=2)
+    a, other = pair[0], make_memory(random_llama(), seed=2)
     name = next(n for n, d in a.differences.items() if isinstance(d, LowRank))
     found = merge(a, other, (0.5, 2.0)).differences[name]
     assert isinstance(found, LowRank) and found.left.shape[1] == 4

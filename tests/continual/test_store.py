@@ -19,13 +19,14 @@ from nestling.continual.memory import Memory, MemoryFileError
 from nestling.continual.memory_file import read_fields
 from nestling.continual.store import MemoryStore, fork, load_memory
 from nestling.memory import checked_file
-from tests.continual.models import assert_same, make_memory, tiny_llama
+from tests.continual.models import assert_same, make_memory
+from tests.llamas import random_llama
 
 
 @pytest.fixture(scope="module")
 def memories() -> list[Memory]:
     """Four of one model."""
-    model = tiny_llama()
+    model = random_llama()
     return [make_memory(model, seed) for seed in range(4)]
 
 

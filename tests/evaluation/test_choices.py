@@ -19,12 +19,12 @@ from nestling.evaluation.choices import (
 )
 from nestling.models import convert
 from nestling.training.tokenization import byte_tokenizer
-from tests.evaluation.byte_models import byte_llama
+from tests.llamas import random_llama
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return byte_llama()
+    return random_llama()
 
 
 @pytest.fixture(scope="module")

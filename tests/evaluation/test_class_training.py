@@ -18,9 +18,9 @@ from nestling.evaluation.class_training import (
     TrainedClassifier,
     TrainingSettings,
     levels_optimizer,
-    with_lora,
 )
 from nestling.evaluation.label_trie import LabelScorer, answer_loss
+from nestling.evaluation.lora import add_lora
 from nestling.tasks.classification import class_tasks, joined, synthetic_set
 from tests.evaluation.class_models import byte_prompts, tiny_llama
 from tests.evaluation.test_class_methods import BagOfWords
@@ -81,13 +81,7 @@ def test_a_penalty_holds_what_mattered() -> None:
         method.learn(TASKS[0])
         return moved(method, {n: f.clone() for n, f in method.penalty.fisher.items()})
 
-    assert held(30.0) < 0.7 * held(0.0)
-
-
-def test_retention_holds_the_model() -> None:
-    free = moved(trained())
-    assert moved(trained(settings=TrainingSettings(batch=2, retention=0.5))) < 0.5 * free
-    assert moved(trained(settings=TrainingSettings(batch=2, retention=0.0))) == 0.0
+    assert held(100.0) < 0.7 * held(0.0)
 
 
 def test_a_step_is_the_optimizers_on_the_batch() -> None:
@@ -108,7 +102,7 @@ def test_a_step_is_the_optimizers_on_the_batch() -> None:
 def test_lora_trains_its_updates_alone() -> None:
     model = tiny_llama(2)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    wrapped = with_lora(model, 4)
+    wrapped = add_lora(model, 4)
     learning = [p for p in wrapped.parameters() if p.requires_grad]
     method = TrainedClassifier(LabelScorer(wrapped), PROMPTS, AdamW(learning, 1e-2))
     example = TASKS[0].test[0]
@@ -118,7 +112,7 @@ def test_lora_trains_its_updates_alone() -> None:
     assert float(answer_loss(wrapped, *asked).detach()) < 0.8 * loss
     for name, p in wrapped.named_parameters():
         if "lora" not in name:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            plain = name.replace(".base_layer", "")
             torch.testing.assert_close(p, before[plain], rtol=0, atol=0)
     assert method.predict([example.text]) == [example.label]
 
@@ -128,7 +122,7 @@ def test_levels_have_their_blocks_periods_and_rates() -> None:
     optimizer = levels_optimizer(model, (1, 4, 16), 1e-2, 5)
     own = [{id(p) for p in block.mlp.parameters()} for block in model.model.layers]
     found = [{id(p) for p in level.parameters} for level in optimizer.levels]
-    assert found == [own[6], own[5], own[4] | own[3] | own[2]]
+    assert found == [own[6] | own[5], own[4] | own[3], own[2]]
     assert [level.period for level in optimizer.levels] == [1, 4, 16]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-2, 5e-3, 2.5e-3])
     with pytest.raises(ValueError, match="blocks"):

@@ -17,7 +17,7 @@ from nestling.evaluation.stream_methods import (
     period_names,
     read_frozen,
 )
-from tests.evaluation.byte_models import byte_llama
+from tests.llamas import random_llama
 
 LEARNING = [name for name, method in METHODS.items() if method.learned != "nothing"]
 SIZES = {"chunk": 8, "context": 16, "long": 32}
@@ -25,7 +25,7 @@ SIZES = {"chunk": 8, "context": 16, "long": 32}
 
 @pytest.fixture(scope="module")
 def base() -> LlamaForCausalLM:
-    return byte_llama(layers=4)
+    return random_llama(layers=4)
 
 
 def text(n: int) -> Tensor:
@@ -112,7 +112,7 @@ def test_sleep_comes_after_every_text(base: LlamaForCausalLM, monkeypatch: pytes
     monkeypatch.setattr(reader.learner, "consolidate", lambda **given: slept.append(given))
     reader.read(text(20))
     reader.read(text(20))
-    assert slept == [{"factor": 0.5, "steps": 10, "rows": 2}] * 2
+    assert slept == [{"retention": 0.5, "steps": 10, "rows": 2}] * 2
     reader.close()
 
 

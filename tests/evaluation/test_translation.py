@@ -9,7 +9,7 @@ from nestling.evaluation.translation import chrf, encode_pairs, score_translatio
 from nestling.models import convert
 from nestling.tasks.translation import Pair, as_text
 from nestling.training.tokenization import byte_tokenizer
-from tests.evaluation.byte_models import byte_llama
+from tests.llamas import random_llama
 
 EXAMPLES = [Pair("ma go", "he goes"), Pair("tok", "not yet"), Pair("kewe me leng", "a house in the village")]
 ASKED = [Pair("ma tok", "not he"), Pair("leng kewe", "village house"), Pair("go", "goes"), Pair("me me me", "in in")]
@@ -17,7 +17,7 @@ ASKED = [Pair("ma tok", "not he"), Pair("leng kewe", "village house"), Pair("go"
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return byte_llama()
+    return random_llama()
 
 
 @pytest.fixture(scope="module")

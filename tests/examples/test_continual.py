@@ -12,14 +12,15 @@ from examples import learn_a_book, one_memory_per_user
 from nestling.continual.store import load_memory
 from nestling.models.pretrained import load_pretrained
 from nestling.training.tokenization import byte_tokenizer
-from tests.continual.models import assert_same, tiny_llama
+from tests.continual.models import assert_same
+from tests.llamas import random_llama
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved tiny Llama that reads bytes."""
     path = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(path)
+    random_llama().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return str(path)
 

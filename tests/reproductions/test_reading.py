@@ -15,7 +15,7 @@ from nestling.evaluation.choices import Question
 from nestling.evaluation.result_file import ResultFile
 from nestling.evaluation.stream_methods import StreamModel, method_of, read_frozen
 from nestling.training.tokenization import byte_tokenizer
-from tests.evaluation.byte_models import byte_llama
+from tests.llamas import random_llama
 
 FOLDER = Path(__file__).resolve().parents[2] / "reproductions" / "reading"
 SIZES = {"held": 8, "again": 8, "chunk": 8, "context": 16, "long": 32}
@@ -44,7 +44,7 @@ def test_a_text_and_what_is_held_out(module: ModuleType, tmp_path: Path) -> None
 
 
 def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:
-    model, tokenizer = byte_llama(), byte_tokenizer()
+    model, tokenizer = random_llama(), byte_tokenizer()
     draw = torch.Generator().manual_seed(2)
     parts = [torch.randint(3, 259, (n,), generator=draw) for n in (24, 8, 16, 8)]
     first, second = module.Text("a", *parts[:2]), module.Text("b", *parts[2:])
@@ -84,7 +84,7 @@ def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:
 
 def test_rates_are_chosen_by_the_criterion(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
-    made = module.Experiment(byte_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
+    made = module.Experiment(random_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
     best = {"cms_2": 3e-3, "cms_2+gate": 1e-2, "cms_2+rank": 3e-5}
     asked: dict[str, set[float]] = {name: set() for name in best}
 

@@ -142,7 +142,7 @@ class Session:
                 outcome.add(progress)
                 for line in progress.notes:
                     self.console.print(f"{text.name}: {line}", markup=False)
-                bar.update(task, advance=progress.tokens, description=f"loss {outcome.overall:.3f}")
+                bar.update(task, advance=progress.tokens, description=f"loss {_mean(progress.losses):.3f}")
                 self.check()
 
             began = time.monotonic()

@@ -33,14 +33,14 @@ GENERATED = 8
 class Consolidation:
     """What a consolidation did, on pieces that it did not learn from (`held_out` of them).
 
-    It helped where `loss_after` is below `loss_decayed`: that much of what the fast levels knew is in the slower ones.
+    It helped where `loss_after` is below `loss_forgotten`: so much of what the fast levels knew is in the slower ones.
 
     Attributes:
-        fast, slow: the levels that were decayed, and those that learned.
+        fast, slow: the levels that forgot, and those that learned.
         pieces, held_out: learned from, and measured on. With a single piece both are that one.
-        loss_before, loss_decayed, loss_after: mean loss in nats before, with the fast levels decayed and nothing else,
-            and at the end.
-        divergence_decayed, divergence_after: KL(model before || model), nats a token; 0 before.
+        loss_before, loss_forgotten, loss_after: mean loss in nats before, once the fast levels have forgotten and
+            nothing else, and at the end.
+        divergence_forgotten, divergence_after: KL(model before || model), nats a token; 0 before.
         applied: False if a loss was not finite: then everything is as it was before.
     """
 
@@ -49,9 +49,9 @@ class Consolidation:
     pieces: int
     held_out: int
     loss_before: float
-    loss_decayed: float
+    loss_forgotten: float
     loss_after: float
-    divergence_decayed: float
+    divergence_forgotten: float
     divergence_after: float
     applied: bool
 
@@ -59,28 +59,28 @@ class Consolidation:
 def consolidate(
     learner: Learner,
     *,
-    fast: Sequence[str] | None = None,
-    factor: float = 0.5,
-    steps: int = 20,
-    lr: float | None = None,
-    rows: int = 2,
-    held_out: float = 0.25,
-    seed: int = 0,
+    fast: Sequence[str] | None,
+    retention: float,
+    steps: int,
+    lr: float | None,
+    rows: int,
+    held_out: float,
+    seed: int,
 ) -> Consolidation:
-    """Decay the fast levels and let the slower ones learn to say what the model said before:
+    """Let the fast levels forget, and the slower ones learn to say what the model said before:
 
-        W_f <- W_f0 + factor (W_f - W_f0)
+        W_f <- W_f0 + retention (W_f - W_f0)
         W_s <- steps of AdamW on mean KL(p_before || p), of replayed pieces
 
-    The decay comes first: with the fast levels as they were there would be nothing to distil. The text is the replay
-    buffer's; without one the model as it is generates it. The levels' own optimizers keep their states, and pending
-    tokens are learned with the new weights.
+    The forgetting comes first: with the fast levels as they were there would be nothing to distil. The text is the
+    replay buffer's; without one the model as it is generates it. The levels' own optimizers keep their states, and
+    pending tokens are learned with the new weights.
 
     Args:
         learner: attached, of two levels or more.
-        fast: levels to decay; None is all but the slowest. The others learn.
-        factor: kept fraction of what a fast level learned; 0 returns it to its initial state.
-        steps: of distillation; 0 only decays.
+        fast: levels to forget; None is all but the slowest. The others learn.
+        retention: kept fraction of what a fast level learned; 0 returns it to its initial state.
+        steps: of distillation; 0 only forgets.
         lr: of the slower levels; None is each level's own rate.
         rows: pieces of one step.
         held_out: fraction of the pieces measured on, not learned from.
@@ -95,7 +95,7 @@ def consolidate(
     """
     if not learner.attached:
         raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
-    slow = _sides(learner, fast, factor, steps, rows, held_out)
+    slow = _sides(learner, fast, retention, steps, rows, held_out)
     names = [name for name in learner.weights if name not in slow]
     pieces = _text(learner, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -109,18 +109,27 @@ def consolidate(
         with learning(learner.model, students):
             before, _ = teacher.measure(held)
             for name in names:
-                retain(learner.weights[name].anchored, factor)
-            decayed = teacher.measure(held)
+                retain(learner.weights[name].anchored, retention)
+            forgotten = teacher.measure(held)
             _distil(learner, teacher, taught, slow, steps, lr, rows, generator)
             after = teacher.measure(held)
     except BaseException:
         teacher.put_back()
         raise
-    applied = all(math.isfinite(x) for x in (*decayed, *after))
+    applied = all(math.isfinite(x) for x in (*forgotten, *after))
     if not applied:
         teacher.put_back()
     return Consolidation(
-        tuple(names), tuple(slow), len(taught), len(held), before, decayed[0], after[0], decayed[1], after[1], applied
+        tuple(names),
+        tuple(slow),
+        len(taught),
+        len(held),
+        before,
+        forgotten[0],
+        after[0],
+        forgotten[1],
+        after[1],
+        applied,
     )
 
 
@@ -206,7 +215,7 @@ def _divergence(said: Float[Tensor, "n vocab"], says: Float[Tensor, "n vocab"]) 
 
 
 def _sides(
-    learner: Learner, fast: Sequence[str] | None, factor: float, steps: int, rows: int, held_out: float
+    learner: Learner, fast: Sequence[str] | None, retention: float, steps: int, rows: int, held_out: float
 ) -> list[str]:
     """Names of the levels that learn, checked with the other arguments."""
     names = list(learner.weights)
@@ -215,12 +224,12 @@ def _sides(
     if unknown := [name for name in fast if name not in names]:
         raise ValueError(f"fast names {', '.join(unknown)}; the levels are {', '.join(names)}")
     if not fast or not slow:
-        raise ValueError(f"consolidation takes levels to decay and levels to learn; of {', '.join(names)} it has only "
-                         f"{'levels to decay' if fast else 'levels to learn'}")  # fmt: skip
-    if not 0 <= factor <= 1 or not 0 <= held_out < 1 or steps < 0 or rows < 1:
+        raise ValueError(f"consolidation takes levels to forget and levels to learn; of {', '.join(names)} it has only "
+                         f"{'levels to forget' if fast else 'levels to learn'}")  # fmt: skip
+    if not 0 <= retention <= 1 or not 0 <= held_out < 1 or steps < 0 or rows < 1:
         raise ValueError(
-            "factor is in [0, 1], held_out in [0, 1), steps 0 or more, rows 1 or more; got "
-            f"{factor}, {held_out}, {steps}, {rows}"
+            "retention is in [0, 1], held_out in [0, 1), steps 0 or more, rows 1 or more; got "
+            f"{retention}, {held_out}, {steps}, {rows}"
         )
     return slow
 

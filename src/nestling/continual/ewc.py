@@ -19,24 +19,24 @@ class ElasticWeightConsolidation:
 
     F_i is the mean over examples of the squared gradient of one example's log-likelihood at its given label (the
     empirical Fisher). Only the sums of F_i and of F_i theta_i are kept, which give the same gradient: the memory does
-    not grow with the tasks. With `decay` it is the online variant (Schwarz et al. 2018): F <- decay * F + F_i, and the
-    centre is always the last solution.
+    not grow with the tasks. With `retention` it is the online variant (Schwarz et al. 2018): F <- retention * F + F_i,
+    and the centre is always the last solution.
 
     Args:
         parameters: by name; what is penalised.
         strength: lambda, 0 or more.
-        decay: None for one penalty a task; 0 to 1 for the online variant.
+        retention: None for one penalty a task; 0 to 1 for the online variant.
 
     Raises:
-        ValueError: no parameters, a strength or decay out of range.
+        ValueError: no parameters, a strength or retention out of range.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], strength: float, decay: float | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], strength: float, retention: float | None = None) -> None:
         if not parameters:
             raise ValueError("parameters is empty: EWC needs something to hold")
-        if strength < 0 or (decay is not None and not 0 <= decay <= 1):
-            raise ValueError(f"strength is 0 or more and decay 0 to 1 or None, not {strength} and {decay}")
-        self.parameters, self.strength, self.decay = dict(parameters), strength, decay
+        if strength < 0 or (retention is not None and not 0 <= retention <= 1):
+            raise ValueError(f"strength is 0 or more and retention 0 to 1 or None, not {strength} and {retention}")
+        self.parameters, self.strength, self.retention = dict(parameters), strength, retention
         self.fisher: dict[str, Tensor] = {}
         self.weighted: dict[str, Tensor] = {}
 
@@ -54,11 +54,13 @@ class ElasticWeightConsolidation:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 old = self.fisher.get(name)
-                if old is not None and self.decay is None:
+                if old is not None and self.retention is None:
                     self.weighted[name].add_(found[name] * parameter)
                     old.add_(found[name])
                 else:
-                    self.fisher[name] = found[name] if old is None else old.mul_(self.decay or 0.0).add_(found[name])
+                    self.fisher[name] = (
+                        found[name] if old is None else old.mul_(self.retention or 0.0).add_(found[name])
+                    )
                     self.weighted[name] = self.fisher[name] * parameter
 
     @torch.no_grad()

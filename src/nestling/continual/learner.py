@@ -83,10 +83,10 @@ class Learner:
         levels: see `nestling.continual.levels.resolve`. Parameters of no level stay as they are.
         optimizer: a name of `nestling.optim.NAMES`, or what makes an optimizer from a list of parameters (its rate is
             its own), for the levels that name none.
-        lr: rate of the fastest level. 1e-4 was best for AdamW on a model of 135M parameters and chunks of 256 tokens;
-            see `nestling.optim.build` for the others' sizes.
-        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. Slow levels that move less beat
-            one level on learning and on forgetting at -0.5, and did worse than one level at +0.5.
+        lr: rate of the fastest level. 1e-4 is where to start with AdamW, a model of 135M parameters and chunks of 256
+            tokens; see `nestling.optim.build` for the others' sizes.
+        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. In a first trial slow
+            levels beat one level on learning and on forgetting at -0.5, and did worse than it at +0.5.
         context: tokens that a piece is read with at most, its own included.
         options: everything else.
 
@@ -233,19 +233,19 @@ class Learner:
         self,
         *,
         fast: Sequence[str] | None = None,
-        factor: float = 0.5,
+        retention: float = 0.5,
         steps: int = 20,
         lr: float | None = None,
         rows: int = 2,
         held_out: float = 0.25,
         seed: int = 0,
     ) -> consolidation.Consolidation:
-        """Sleep: the slower levels learn to say what the model says now while the fast ones are decayed.
+        """Sleep: the slower levels learn to say what the model says now, and the fast ones forget.
 
         See `nestling.continual.consolidation.consolidate`.
         """
         return consolidation.consolidate(
-            self, fast=fast, factor=factor, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
+            self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
 
     def memory(self) -> Memory:

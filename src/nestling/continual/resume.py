@@ -95,18 +95,28 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
         raise ValueError(f"the memory's pending tokens do not fit a chunk of {learner.stream.chunk}")
     if any(len(p.ids) and not 0 <= int(p.ids.min()) <= int(p.ids.max()) < learner.vocabulary for p in pieces):
         raise ValueError(f"the memory's pending tokens are not in the vocabulary of {learner.vocabulary}")
+    history = tensors["history"]
+    if (
+        history.dtype != torch.int64
+        or history.dim() != 1
+        or bool(((history < 0) | (history >= learner.vocabulary)).any())
+    ):
+        raise ValueError(f"the memory's last tokens are no tokens of the vocabulary of {learner.vocabulary}")
     replay = learner.settings.options.replay
     buffer = None if replay is None else Reservoir(replay.capacity, learner.settings.options.seed)
     if buffer is not None and settings["replay"] is not None:
         held = {name: tensors[f"replay.{name}"] for name in ("tokens", "lengths")}
         buffer = Reservoir.load(held, settings["replay"])
+        ids = torch.where(held["tokens"] < 0, ~held["tokens"], held["tokens"])
+        if bool((ids >= learner.vocabulary).any()):
+            raise ValueError(f"the memory's replayed tokens are not in the vocabulary of {learner.vocabulary}")
     recent = tensors.get("gate", torch.empty(0)).tolist()
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
     mean, spikes = guard["mean"], int(guard["spikes"])
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     learner.optimizer.load_state_dict(_with_state(learner, settings["optimizer"], tensors))
-    learner.stream.pieces, learner.stream.history = pieces, tensors["history"].clone()
+    learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = bool(settings["stream"]["open"])
     learner.buffer = buffer
     if learner.gate is not None:

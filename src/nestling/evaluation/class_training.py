@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from nestling.continual.ewc import ElasticWeightConsolidation
 from nestling.continual.reservoir import Reservoir, ReservoirItem
-from nestling.errors import UserError
 from nestling.evaluation.class_methods import MemoryClassifier, trie_scores
 from nestling.evaluation.label_prompts import LabelPrompts
 from nestling.evaluation.label_trie import LabelScorer, answer_loss
+from nestling.models.conversion import assign_neurons
 from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
 from nestling.tasks.classification import ClassTask, LabelledText
 
@@ -32,8 +32,6 @@ class TrainingSettings:
         batch: new texts in a step.
         replayed: texts from the buffer in a step, if there is a buffer.
         clip: largest norm of a step's gradient.
-        retention: the kept fraction of the distance to the starting parameters after each step; below 1 it is L2-SP as
-            retention.
         fisher_texts: of a task, for EWC.
         seed: of the choice of those.
     """
@@ -41,7 +39,6 @@ class TrainingSettings:
     batch: int = 8
     replayed: int = 8
     clip: float = 1.0
-    retention: float = 1.0
     fisher_texts: int = 32
     seed: int = 0
 
@@ -50,7 +47,7 @@ class TrainedClassifier:
     """A language model that learns to continue a text with its label, one pass, batch after batch.
 
     Every method of this kind is a choice of what the optimizer holds and of what holds it back: full fine-tuning, LoRA
-    (`with_lora`), EWC (`penalty`), replay (`buffer`), levels (`levels_optimizer`).
+    (`add_lora`), EWC (`penalty`), replay (`buffer`), levels (`levels_optimizer`).
 
     Args:
         scorer: of the model, which is trained in place.
@@ -78,7 +75,6 @@ class TrainedClassifier:
         learning = {id(p) for p in self.parameters}
         for parameter in scorer.model.parameters():
             parameter.requires_grad_(id(parameter) in learning)
-        self.start = [p.detach().clone() for p in self.parameters] if self.settings.retention < 1 else []
         self.random = random.Random(self.settings.seed)
         self.seen: list[int] = []
 
@@ -109,9 +105,6 @@ class TrainedClassifier:
             self.penalty.add_gradient()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimizer.step()
-        with torch.no_grad():
-            for parameter, start in zip(self.parameters, self.start, strict=bool(self.start)):
-                parameter.lerp_(start, 1 - self.settings.retention)
 
     def _losses(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
         for prompt, answer in pairs:
@@ -175,7 +168,7 @@ def levels_optimizer(model: PreTrainedModel, periods: Sequence[int], lr: float, 
         periods: of each level in steps, fastest first. Topmost fastest and this rate were best in a first trial
             on text: slow levels at the top were worse than one level.
         lr: of a level of period 1.
-        blocks: how many blocks learn; shared out evenly, the slower levels taking what is left over.
+        blocks: how many blocks learn, shared out as `convert` does it by depth.
 
     Raises:
         ValueError: fewer blocks than levels, or more than the model has.
@@ -183,34 +176,21 @@ def levels_optimizer(model: PreTrainedModel, periods: Sequence[int], lr: float, 
     layers = list(model.get_decoder().layers)
     if not len(periods) <= blocks <= len(layers):
         raise ValueError(f"blocks lies between {len(periods)} (the levels) and {len(layers)} (the model), not {blocks}")
-    top = layers[::-1][:blocks]
-    share = blocks // len(periods)
-    borders = [*range(0, share * len(periods), share), blocks]
+    names = {f"period {period}": period for period in periods}
+    shares = assign_neurons(blocks, model.config.intermediate_size, tuple(names), "depth")
     levels: Mapping[str, OptimizerLevel] = {
-        f"period {period}": OptimizerLevel([p for block in top[a:b] for p in block.mlp.parameters()], period)
-        for period, a, b in zip(periods, borders[:-1], borders[1:], strict=True)
+        name: OptimizerLevel(
+            [
+                p
+                for block, share in zip(layers[-blocks:], shares, strict=True)
+                if name in share
+                for p in block.mlp.parameters()
+            ],
+            period,
+        )
+        for name, period in names.items()
     }
     return MultiFrequency(levels, optimizer=partial(AdamW, lr=lr, weight_decay=0.0), rate_exponent=-0.5)
-
-
-def with_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
-    """The model with low-rank updates on all linear layers (Hu et al. 2021), by `peft`; only they are to be trained.
-
-    Args:
-        model: is changed.
-        rank: of each; alpha is twice the rank.
-        seed: of the random half of each update.
-
-    Raises:
-        UserError: `peft` is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("LoRA needs the peft package; install it with: pip install 'nestling[lora]'") from error
-    torch.manual_seed(seed)
-    wrapped: nn.Module = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    return wrapped
 
 
 def _pair(item: ReservoirItem) -> Pair:

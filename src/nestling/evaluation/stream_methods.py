@@ -18,7 +18,7 @@ from nestling.continual.learner import Learner
 from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
 from nestling.continual.pieces import Stream, batches
 from nestling.continual.reading import Reader
-from nestling.errors import UserError
+from nestling.evaluation.lora import add_lora
 from nestling.levels.assignment import stream_levels
 from nestling.levels.measures import LevelMeter, roles_by_depth
 from nestling.models import convert
@@ -70,7 +70,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "replay": {"options": {"replay": Replay(weight=0.5)}},
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
     "rank": {"options": {"rank": 16}},
-    "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"factor": 0.5, "steps": 10, "rows": 2}},
+    "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"retention": 0.5, "steps": 10, "rows": 2}},
 }
 """Options of a learner, each alone; `sleep` needs what `replay` keeps, so `replay` is what it is compared with."""
 
@@ -221,20 +221,7 @@ def _prepare(
     model = copy.deepcopy(base)
     if method.learned == "everything":
         return model, {"all": Level(chunk, ("*",))}
-    return _with_lora(model, method.rank, seed), {"lora": Level(chunk, ("*lora_A*", "*lora_B*"))}
-
-
-def _with_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """Low-rank factors put into the model, which stays what it is."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("the method lora needs the package peft; install it with: pip install peft") from error
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    found = inject_adapter_in_model(config, model)
-    assert isinstance(found, PreTrainedModel)
-    return found.eval()
+    return add_lora(model, method.rank, seed), {"lora": Level(chunk, ("*lora_A*", "*lora_B*"))}
 
 
 def levels_alike(records: Sequence[dict[str, float]]) -> dict[str, float]:

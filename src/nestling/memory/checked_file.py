@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,20 +94,20 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Both the file and the directory are flushed, so after this a power cut finds the old file or the new one.
     """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    scratch = Path(name)
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    scratch.touch(exist_ok=False)  # a place that cannot be written to is found before the work
     try:
         yield scratch
-        _flush(scratch)
+        flush(scratch)
         os.replace(scratch, target)
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,7 +5,6 @@ B batch, T time, N rows of left-aligned real tokens (one per batch row, or one p
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any, assert_never, cast
 
@@ -41,12 +40,11 @@ from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
+from nestling.models.fingerprint import fingerprint
 from nestling.ops.packing import Rows, find_rows
 
 IGNORE = -100
 """The label Hugging Face models leave out of the loss."""
-
-FINGERPRINT_SAMPLES = 256
 
 
 def build_mixer(config: MixerConfig) -> SequenceLayer:
@@ -220,13 +218,7 @@ class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
         A state only means something to the weights that wrote it, so training a model further changes its fingerprint.
         """
         architecture = {k: getattr(self.config, k) for k in ("vocab_size", "hidden_size", "blocks", "norm_eps")}
-        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)]
-            digest.update(sample.to(device="cpu", dtype=torch.float64).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self, json.dumps(architecture, sort_keys=True))
 
     def prepare_inputs_for_generation(
         self,

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nestling.memory.checked_file import flush, replacing
+
 STAGING = ".saving"
 DELETING = ".deleting"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -52,7 +54,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         flush_tree(staging)
         remove_tree(target)
         os.rename(staging, target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(staging.parent, ignore_errors=True)
 
@@ -75,7 +77,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, target)
             raise
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -114,16 +116,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -131,18 +125,10 @@ def move_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         os.replace(file, target / file.name)
-    _flush(target)
+    flush(target)
 
 
 def flush_tree(directory: Path) -> None:
     """Wait until everything below a directory is on the disk."""
     for path in [*directory.rglob("*"), directory]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path)
