@@ -17,7 +17,7 @@ from benchmarks.decoding import decoding
 from benchmarks.mixers import against_naive, all_mixers
 from benchmarks.optimizers import optimizers
 from benchmarks.peak_memory import peak_memory
-from benchmarks.report import Report, processor_name, show, write_json
+from benchmarks.report import Report, show, write_json
 from benchmarks.throughput import against_attention, against_public
 from benchmarks.timing import MIN_ROUNDS
 

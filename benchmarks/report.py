@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nestling.evaluation.machine import processor_name
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -71,13 +73,3 @@ def write_json(reports: list[Report], path: Path, threads: int) -> None:
     versions = {"torch": torch.__version__}
     document = {"machine": machine, "versions": versions, "reports": [asdict(report) for report in reports]}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def processor_name() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -47,6 +47,7 @@ class Setup:
         blocks: how many blocks from the top hold levels.
         buffers: sizes of the smaller and the larger replay buffer, in texts.
         seed: of everything a method draws.
+        greedy: how methods that answer with the language model over all classes find the label.
     """
 
     model: PreTrainedModel
@@ -55,6 +56,7 @@ class Setup:
     blocks: int
     buffers: tuple[int, int]
     seed: int
+    greedy: bool = False
 
     @property
     def scorer(self) -> LabelScorer:
@@ -88,7 +90,7 @@ class Untrained:
 
 
 def _in_context(setup: Setup, options: Options) -> ClassLearner:
-    return InContext(setup.scorer, setup.prompts, seed=setup.seed)
+    return InContext(setup.scorer, setup.prompts, seed=setup.seed, greedy=setup.greedy)
 
 
 def _reader(setup: Setup) -> CandidateReader:
@@ -124,8 +126,8 @@ def _delta(setup: Setup, options: Options) -> ClassLearner:
     )
 
 
-def _settings(setup: Setup, replayed: int = 8) -> TrainingSettings:
-    return TrainingSettings(seed=setup.seed, replayed=replayed)
+def _settings(setup: Setup) -> TrainingSettings:
+    return TrainingSettings(seed=setup.seed, greedy=setup.greedy)
 
 
 def _fine_tuning(setup: Setup, options: Options) -> TrainedClassifier:
@@ -186,8 +188,10 @@ def _rates(*rates: float) -> list[Options]:
 
 
 def _memory_grid(rates: Sequence[float]) -> list[Options]:
-    found = [{"lr": rate, "weight": weight, "ridge": RIDGE} for rate in rates for weight in (10.0, 30.0)]
-    return found if rates else [{"weight": weight, "ridge": RIDGE} for weight in (3.0, 10.0, 30.0)]
+    weights = (10.0, 30.0, 100.0, 300.0)
+    if not rates:
+        return [{"weight": weight, "ridge": RIDGE} for weight in weights]
+    return [{"lr": rate, "weight": weight, "ridge": RIDGE} for rate in rates for weight in weights]
 
 
 RIDGE = 300.0  # for the methods with more to choose; chosen for `memory` on validation

@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from nestling.evaluation.class_incremental import run_class_incremental
 from nestling.evaluation.features import TextFeatures
 from nestling.evaluation.label_prompts import LabelPrompts
+from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
 from nestling.evaluation.result_file import ResultFile, Row
 from nestling.models.pretrained import load_pretrained
 from nestling.tasks.classification import (
@@ -70,6 +71,7 @@ class Experiment:
         blocks: from the top, that hold levels.
         cache: folder of features.
         results: finished runs.
+        greedy: answer by greedy descent in the label trie where all classes are asked.
     """
 
     data: ClassificationSet
@@ -81,6 +83,7 @@ class Experiment:
     blocks: int
     cache: Path
     results: ResultFile
+    greedy: bool = False
 
     def tasks(self, part: Any, seed: int) -> list[ClassTask]:
         """The stream of a part and seed."""
@@ -92,6 +95,7 @@ class Experiment:
         """The result of a method, measured now unless it is there."""
         name = {"set": self.data.name, "model": self.name, "method": method, "options": options, "part": part}
         name |= {"seed": seed, "sizes": self.sizes, "layers": self.layers, "blocks": self.blocks}
+        name |= {"greedy": True} if self.greedy else {}
         return self.results.get(name, lambda: self._run(method, options, part, seed))
 
     def _run(self, method: str, options: Options, part: str, seed: int) -> Row:
@@ -104,11 +108,13 @@ class Experiment:
         features.frozen = True
         prepared = time.perf_counter()
         classes = sum(len(task.classes) for task in tasks)
-        setup = Setup(copy.deepcopy(self.model), self.prompts, features, self.blocks, (classes, 3 * classes), seed)
+        buffers = (classes, 3 * classes)
+        setup = Setup(copy.deepcopy(self.model), self.prompts, features, self.blocks, buffers, seed, self.greedy)
         torch.manual_seed(seed)
         result = self._measure(method, options, setup, tasks)
         result["seconds"] = round(time.perf_counter() - prepared, 1)
         result["feature_seconds"] = round(prepared - start, 1)
+        result["hardware"] = hardware(self.model.device)
         told = f"final {result['final']:.3f}, forgetting {result['forgetting']:.3f} in {result['seconds']:.0f} s"
         print(f"{self.data.name} {part} seed {seed} {method} {options or ''}: {told}", flush=True)
         return result
@@ -134,11 +140,12 @@ class Experiment:
         return max(grid, key=quality)
 
 
-def quick() -> None:
+def quick(device: str) -> None:
     """Every method on a tiny random model."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
+    model.to(device)
     data = synthetic_set(6, 12)
     prompts = LabelPrompts(byte_tokenizer(), data.labels)
     sizes = {"classes": 2, "per_class": 6, "test_per_class": 2, "tune_tasks": 2}
@@ -170,7 +177,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="from the top, that hold levels (default: the upper third)")
     parser.add_argument("--max-tokens", type=int, default=48, help="of a text")
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--greedy", action="store_true", help="answer by greedy descent: cheaper with many labels")
+    parser.add_argument("--report", action="store_true", help="of what is finished, nothing runs")
+    add_machine_arguments(parser)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if not args.quick and (args.model is None or (args.csv is None and (args.set is None or args.data is None))):
@@ -181,12 +191,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Settings by validation, then all methods and seeds, then the report."""
     args = parse()
-    torch.set_num_threads(args.threads)
+    use_machine(args)
     if args.quick:
-        quick()
+        quick(args.device)
         return
     data = read_csv(args.csv) if args.csv else READERS[args.set](args.data)
     model, tokenizer = load_pretrained(args.model)
+    model.to(args.device)
     depth = model.config.num_hidden_layers
     sizes = {name: getattr(args, name) for name in ("classes", "per_class", "test_per_class", "tune_tasks")}
     made = Experiment(
@@ -198,13 +209,14 @@ def main() -> None:
         args.layers or [round(0.27 * depth), round(0.4 * depth)],
         args.blocks or math.ceil(depth / 3),
         args.cache,
-        ResultFile(HERE / "results.jsonl"),
+        ResultFile(args.results),
+        args.greedy,
     )
-    for method in args.methods:
+    for method in [] if args.report else args.methods:
         options = made.chosen(method)
         for seed in args.seeds:
             made.run(method, options, "test", seed)
-    write_report(made.results.rows, data.name, HERE)
+    write_report(made.results.rows, data.name, args.results.parent)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from nestling.continual.guards import LearningDivergedError
 from nestling.evaluation.language import LossReport
+from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
 from nestling.evaluation.result_file import ResultFile, Row, best_rate, tune_rate
 from nestling.evaluation.stream_methods import METHODS, StreamModel, period_names, read_frozen
 from nestling.evaluation.translation import EncodedPairs, encode_pairs, score_translations
@@ -166,7 +167,8 @@ class Experiment:
             reader.close()
         row: Row = {"scores": scores, "skipped": reader.skipped, "measures": reader.records}
         tokens = sum(len(x.train.ids) for x in languages)
-        return row | {"tokens": tokens, "learning_seconds": learning, "seconds": time.perf_counter() - start}
+        row |= {"tokens": tokens, "learning_seconds": learning, "seconds": time.perf_counter() - start}
+        return row | {"hardware": hardware(self.model.device)}
 
     def _ask(self, reader: StreamModel, language: Language, last: Language, generate: bool) -> Row:
         """Scores of one language, with examples of the last one."""
@@ -243,11 +245,12 @@ def report(made: Experiment, folder: Path, pair: list[Language], validation: lis
     return write_report(folder, found, {m: g for m, g in grids.items() if g})
 
 
-def quick() -> None:
+def quick(device: str) -> None:
     """Every method on a tiny random model and two invented languages, at one rate."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
+    model.to(device)
     sizes = Sizes(tokens=160, test=3, chunk=16, context=32, ask_context=64, max_tokens=4)
     words, draw = ["sun", "sea", "rain", "hill", "tree", "bird"], random.Random(0)
     with tempfile.TemporaryDirectory() as name:
@@ -284,7 +287,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ask-context", type=int, default=1024)
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the methods")
-    parser.add_argument("--threads", type=int, default=1)
+    add_machine_arguments(parser)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -298,11 +301,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, or rates, runs and report."""
     args = parse()
-    torch.set_num_threads(args.threads)
+    use_machine(args)
     if args.quick:
-        quick()
+        quick(args.device)
         return
     model, tokenizer = load_pretrained(args.model)
+    model.to(args.device)
     sizes = Sizes(tokens=args.tokens, test=args.test, ask_context=args.ask_context, scored=args.scored)
     results = ResultFile(args.results)
     made = Experiment(model, tokenizer, Path(args.model).name, sizes, results, args.measures, args.seed)

@@ -4,7 +4,8 @@
 
 One training serves three difficulties: the first half of its steps are the easiest task, the rest the three in turn.
 Two layers of width 64. The learning rate of a preset is the one of the grid with the highest mean accuracy on
-validation sequences at seed 0. Accuracy is over all queries of 512 test sequences of each task. Every finished training
+validation sequences after a training of --tune-steps at seed 0. Accuracy is over all queries of 512 test sequences of
+each task. Every finished training
 is appended to results.jsonl beside this file, and a second call skips what is there, so a run can be stopped and
 continued, and several processes may share the work. `table.md` and `recall.svg` are written at the end from all results
 there are.
@@ -135,20 +136,18 @@ def _trained(name: Row) -> Row:
 
 
 def tuned(results: ResultFile, preset: str, steps: int) -> float:
-    """The grid's best at seed 0. An ablation takes its preset's, so that it changes one thing."""
+    """The grid's best at seed 0 after `steps`. An ablation takes its preset's, so that it changes one thing."""
     rows = [measure(results, preset, SEEDS[0], rate, steps) for rate in GRID]
     return float(max(rows, key=_quality)["rate"])
 
 
 def report(results: ResultFile, steps: int) -> None:
-    """The table and the picture of all trainings of `steps` steps at the rates that seed 0 chose."""
+    """The table and the picture of all trainings of `steps` steps, of a preset those at the rate of the first."""
     rows = [r for r in results.rows if r["steps"] == steps]
-    best: dict[tuple[str, str | None], Row] = {}
-    for row in (r for r in rows if r["seed"] == SEEDS[0]):
-        key = row["preset"], row["ablation"]
-        best[key] = max(best.get(key, row), row, key=_quality)
-    kept = [r for r in rows if (b := best.get((r["preset"], r["ablation"]))) and b["rate"] == r["rate"]]
-    write_report(kept, list(TASKS), HERE)
+    rates: dict[tuple[str, str | None], float] = {}
+    for row in rows:
+        rates.setdefault((row["preset"], row["ablation"]), row["rate"])
+    write_report([r for r in rows if r["rate"] == rates[r["preset"], r["ablation"]]], list(TASKS), HERE)
 
 
 def _quality(row: Row) -> float:
@@ -162,7 +161,9 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=list(presets.PRESETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--ablations", action="store_true", help="the ablations in place of the presets")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--tune-steps", type=int, default=1000, help="of the trainings that choose the rate")
+    parser.add_argument("--report", action="store_true", help="of what is finished, nothing runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="2 steps of one preset, nothing written")
     args = parser.parse_args()
@@ -177,7 +178,10 @@ def main() -> None:
     names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
     if args.ablations:
         names = [(preset, change) for change, (preset, _) in ABLATIONS.items()]
-    rates = {name: tuned(results, name[0], args.steps) for name in names}
+    if args.report:
+        report(results, args.steps)
+        return
+    rates = {name: tuned(results, name[0], args.tune_steps) for name in names}
     for seed in args.seeds:
         for (preset, ablation), rate in rates.items():
             measure(results, preset, seed, rate, args.steps, ablation)

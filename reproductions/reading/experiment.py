@@ -23,6 +23,7 @@ from nestling.evaluation.choices import (
     read_questions,
 )
 from nestling.evaluation.language import loss_by_position
+from nestling.evaluation.machine import hardware
 from nestling.evaluation.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
 from nestling.evaluation.stream_methods import StreamModel, method_of
 from nestling.tasks.text import read_documents, strip_gutenberg
@@ -237,7 +238,7 @@ class Experiment:
         finally:
             reader.close()
         row["skipped"], row["measures"] = reader.skipped, reader.records
-        row["seconds"] = round(time.perf_counter() - start, 1)
+        row["seconds"], row["hardware"] = round(time.perf_counter() - start, 1), hardware(self.model.device)
         return row
 
     def _read(self, reader: StreamModel, text: Text, row: Row) -> None:

@@ -43,6 +43,7 @@ from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestling.evaluation.choices import Question
+from nestling.evaluation.machine import add_machine_arguments, use_machine
 from nestling.evaluation.result_file import ResultFile, Row
 from nestling.evaluation.stream_methods import ABLATIONS, METHODS, method_of
 from nestling.models.pretrained import load_pretrained
@@ -107,7 +108,7 @@ class Plan:
 
     def _names(self) -> list[str]:
         """All methods that have a rate, options after what they are options of."""
-        stacked = [f"{base}+{option}" for base in STACKS for option in ABLATIONS]
+        stacked = [f"{base}+{option}" for base in ("one_level", *STACKS) for option in ABLATIONS]
         return [m for m in (*METHODS, *stacked) if not _still(m)]
 
     def _finished(self, method: str) -> list[Row]:
@@ -131,11 +132,12 @@ def _best(rows: list[Row]) -> float:
     )
 
 
-def quick() -> None:
+def quick(device: str) -> None:
     """Every method and two options on a tiny random model, at one rate."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
+    model.to(device)
     tokenizer = byte_tokenizer()
     sizes = Sizes(tokens=64, held=16, again=16, chunk=16, context=32, long=64)
     lines = ["the river ran past the mill and on to the sea. ", "ma tok konatnin. ", "kewe me leng. ", "rain fell. "]
@@ -179,11 +181,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=100, help="of LAMBADA and every set of choices")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--ablate", choices=STACKS)
+    parser.add_argument("--ablate", choices=("one_level", *STACKS))
     parser.add_argument("--options", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    add_machine_arguments(parser)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -196,11 +198,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Rates, runs, report."""
     args = parse()
-    torch.set_num_threads(args.threads)
+    use_machine(args)
     if args.quick:
-        quick()
+        quick(args.device)
         return
     model, tokenizer = load_pretrained(args.model)
+    model.to(args.device)
     sizes = Sizes(args.tokens, args.held, args.held, args.chunk, args.context, args.long)
     judges = make_judges(tokenizer, args.wikitext, args.lambada, args.choices, args.wikitext_tokens, args.items)
     made = Experiment(

@@ -49,7 +49,10 @@ class Reader:
         kept = torch.zeros(len(pieces), high - low, dtype=torch.bool)
         for row, piece in enumerate(pieces):
             kept[row, piece.targets.nonzero()[:, 0] + piece.start - 1 - low] = True
-        return logits.flatten(0, 1) if bool(kept.all()) else logits[kept.to(device)]
+        if bool(kept.all()):
+            return logits.flatten(0, 1)
+        # Found on the CPU: a mask on a GPU would have to be waited for.
+        return logits.flatten(0, 1)[kept.flatten().nonzero()[:, 0].to(device)]
 
     def losses(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
         """Cross-entropy of every target of the pieces, in order, nats."""

@@ -5,6 +5,7 @@ Pure arithmetic on lists of tensors, all in place; norms and products are over t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,8 +71,11 @@ def norm(tensors: Sequence[Tensor]) -> float:
     """Frobenius norm of all of them together; NaN or infinity if one holds such."""
     if not tensors:
         return 0.0
-    each = torch.stack([n.double().cpu() for n in torch._foreach_norm(list(tensors))])
-    return float(torch.linalg.vector_norm(each))
+    found: dict[torch.device, list[Tensor]] = {}
+    for value in torch._foreach_norm(list(tensors)):
+        found.setdefault(value.device, []).append(value.double())
+    # One transfer from each device: waiting for every tensor's own would cost a GPU more than the step.
+    return math.hypot(*(float(torch.linalg.vector_norm(torch.stack(own))) for own in found.values()))
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

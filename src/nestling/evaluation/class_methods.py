@@ -78,17 +78,25 @@ class MemoryClassifier:
 class InContext:
     """The frozen model with as many examples before the question as fit.
 
-    One example of every class in random order, then a second one, and so on while they fit; the label is found by
-    greedy descent in the trie of all classes seen.
+    One example of every class in random order, then a second one, and so on while they fit; the answer is the most
+    probable label of all classes seen.
 
     Args:
         scorer, prompts: of the model.
         context_tokens: at most, for the examples. They are read once for all questions.
         seed: of the order.
+        greedy: answer by greedy descent in the label trie.
     """
 
-    def __init__(self, scorer: LabelScorer, prompts: LabelPrompts, context_tokens: int = 1024, seed: int = 0) -> None:
-        self.scorer, self.prompts, self.context_tokens = scorer, prompts, context_tokens
+    def __init__(
+        self,
+        scorer: LabelScorer,
+        prompts: LabelPrompts,
+        context_tokens: int = 1024,
+        seed: int = 0,
+        greedy: bool = False,
+    ) -> None:
+        self.scorer, self.prompts, self.context_tokens, self.greedy = scorer, prompts, context_tokens, greedy
         self.random = random.Random(seed)
         self.texts: dict[int, list[LabelledText]] = {}
 
@@ -98,9 +106,10 @@ class InContext:
             self.texts.setdefault(example.label, []).append(example)
 
     def predict(self, texts: Sequence[str]) -> list[int]:
-        """Greedy descent after the examples."""
+        """The label after the examples."""
         prefix = self.prompts.context(self._fitting())
-        return self.scorer.greedy([self.prompts.prompt(t) for t in texts], self.prompts.trie(self.texts), prefix)
+        find = self.scorer.greedy if self.greedy else self.scorer.best
+        return find([self.prompts.prompt(t) for t in texts], self.prompts.trie(self.texts), prefix)
 
     def _fitting(self) -> list[LabelledText]:
         chosen: list[LabelledText] = []

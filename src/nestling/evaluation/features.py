@@ -85,7 +85,7 @@ class TextFeatures:
     @torch.no_grad()
     def _run(self, texts: Sequence[str]) -> list[Tensor]:
         rows = [self.prompts.question(text) for text in texts]
-        tokens, mask = pad_left(rows, 0)
+        tokens, mask = (x.to(self.model.device) for x in pad_left(rows, 0))
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -94,7 +94,7 @@ class TextFeatures:
             use_cache=False,
             logits_to_keep=1,
         )
-        states = torch.cat([out.hidden_states[layer].float() for layer in self.layers], -1)
+        states = torch.cat([out.hidden_states[layer].float() for layer in self.layers], -1).cpu()
         before, after = len(self.prompts.start) + len(self.prompts.before), len(self.prompts.after)
         own = [state[-len(row) + before : -after] for row, state in zip(rows, states, strict=True)]
         return [part.mean(0) if len(part) else state[-1] for part, state in zip(own, states, strict=True)]

@@ -12,6 +12,8 @@ from torch import Tensor
 IGNORE = -100
 SCORED_POSITIONS = 512
 """Positions whose logits over the whole vocabulary are held at once: 100 MB at 49,152 words."""
+SCORED_ON_GPU = 1024
+"""Likewise on another device than the CPU, where small batches waste it."""
 
 
 class LabelTrie:
@@ -29,6 +31,8 @@ class LabelTrie:
         children: node by token, of every node.
         leaves: the last node of every class, in the order of `classes`.
         below: the classes below every node.
+        inner: the nodes with children, without the root.
+        sees: `[inner, inner]`, which inner nodes stand on the way from the root to which, itself included.
     """
 
     def __init__(self, sequences: Mapping[int, Sequence[int]]) -> None:
@@ -43,6 +47,11 @@ class LabelTrie:
         if bad or len(set(self.leaves)) < len(self.leaves):
             raise ValueError(f"a label is empty or begins another one (classes {bad}); end each with an end token")
         self.inner = [node for node in range(1, len(self.tokens)) if self.children[node]]
+        self.sees = torch.eye(len(self.inner), dtype=torch.bool)
+        place = {node: i for i, node in enumerate(self.inner)}
+        for node, i in place.items():
+            if (parent := self.parents[node]) != 0:
+                self.sees[i] |= self.sees[place[parent]]
 
     def _insert(self, label: int, tokens: list[int]) -> int:
         node = 0
@@ -77,6 +86,11 @@ class LabelScorer:
     def __init__(self, model: torch.nn.Module, pad: int = 0, batch: int = 16) -> None:
         self.model, self.pad, self.batch = model, pad, batch
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
     def scores(
         self,
@@ -98,7 +112,8 @@ class LabelScorer:
         past = self._run_prefix(prefix)
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         widest = max((len(trie.inner) + 1 for trie in each), default=1)
-        for rows in _batches(prompts, max(1, min(self.batch, SCORED_POSITIONS // widest))):
+        held = SCORED_POSITIONS if self.device.type == "cpu" else SCORED_ON_GPU
+        for rows in _batches(prompts, max(1, min(self.batch, held // widest))):
             logits = self._tree_logits([prompts[i] for i in rows], [each[i] for i in rows], past, len(prefix))
             for i, row in zip(rows, logits, strict=True):
                 found[i] = _path_sums(row, each[i])
@@ -136,15 +151,15 @@ class LabelScorer:
         while True:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             out = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
+                input_ids=tokens.to(self.device),
+                attention_mask=mask.to(self.device),
+                position_ids=positions.to(self.device),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
             cache = out.past_key_values
-            nodes = [_step(trie, node, row) for node, row in zip(nodes, out.logits[:, -1], strict=True)]
+            nodes = [_step(trie, node, row) for node, row in zip(nodes, out.logits[:, -1].cpu(), strict=True)]
             if all(len(trie.below[node]) == 1 for node in nodes):
                 return [trie.below[node][0] for node in nodes]
             tokens = torch.tensor([[trie.tokens[node]] for node in nodes])
@@ -160,20 +175,20 @@ class LabelScorer:
         positions = torch.zeros(len(prompts), width + widest, dtype=torch.long)
         positions[:, :width] = (real.cumsum(-1) - 1).clamp(min=0)
         for row, trie in enumerate(tries):
-            place = {node: width + i for i, node in enumerate(trie.inner)}
-            for node, i in place.items():
-                tail[row, i - width] = trie.tokens[node]
-                positions[row, i] = len(prompts[row]) - 1 + trie.depths[node]
-                sees[row, i, :width] = real[row].bool()
-                if (parent := trie.parents[node]) != 0:
-                    sees[row, i] |= sees[row, place[parent]]
+            count = len(trie.inner)
+            end = width + count
+            tail[row, :count] = torch.tensor([trie.tokens[node] for node in trie.inner], dtype=torch.long)
+            depths = torch.tensor([trie.depths[node] for node in trie.inner], dtype=torch.long)
+            positions[row, width:end] = len(prompts[row]) - 1 + depths
+            sees[row, width:end, :width] = real[row].bool()
+            sees[row, width:end, width:end] = trie.sees
         sees = torch.cat((torch.ones(len(prompts), width + widest, before, dtype=torch.bool), sees), -1)
         dtype = next(self.model.parameters()).dtype
         bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
         out = self.model(
-            input_ids=torch.cat((head, tail), 1),
-            attention_mask=bias[:, None],
-            position_ids=positions + before,
+            input_ids=torch.cat((head, tail), 1).to(self.device),
+            attention_mask=bias[:, None].to(self.device),
+            position_ids=(positions + before).to(self.device),
             past_key_values=_repeated(past, len(prompts)),
             use_cache=past is not None,
             logits_to_keep=widest + 1,
@@ -184,7 +199,8 @@ class LabelScorer:
     def _run_prefix(self, prefix: Sequence[int]) -> Any:
         if not prefix:
             return None
-        return self.model(input_ids=torch.tensor([list(prefix)]), use_cache=True, logits_to_keep=1).past_key_values
+        ids = torch.tensor([list(prefix)], device=self.device)
+        return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def answer_loss(
@@ -194,22 +210,20 @@ def answer_loss(
 
     The sum, not the mean over tokens: it is the quantity that answers are chosen by.
     """
-    longest = max(map(len, answers))
+    longest, device = max(map(len, answers)), next(model.parameters()).device
     tokens, mask = pad_left([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad)
     targets = torch.full((len(prompts), longest), IGNORE)
     for row, answer in enumerate(answers):
         targets[row, longest - len(answer) :] = torch.tensor(list(answer))
     out = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        input_ids=tokens.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
         use_cache=False,
         logits_to_keep=longest + 1,
     )
-    logits = out.logits[:, :-1].flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / len(
-        prompts
-    )
+    logits, wanted = out.logits[:, :-1].flatten(0, 1), targets.flatten().to(device)
+    return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum") / len(prompts)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -230,13 +244,14 @@ def _step(trie: LabelTrie, node: int, logits: Tensor) -> int:
 
 def _path_sums(logits: Tensor, trie: LabelTrie) -> Tensor:
     """Log-probabilities of the labels from the logits after the prompt and after each inner node."""
-    log_normalisers = logits.logsumexp(-1)
     rows = {node: i for i, node in enumerate((0, *trie.inner))}
-    total = torch.zeros(len(trie.tokens))
-    for node in range(1, len(trie.tokens)):
-        row = rows[trie.parents[node]]
-        total[node] = total[trie.parents[node]] + logits[row, trie.tokens[node]] - log_normalisers[row]
-    return total[trie.leaves]
+    above = torch.tensor([rows[parent] for parent in trie.parents[1:]], device=logits.device)
+    tokens = torch.tensor(trie.tokens[1:], device=logits.device)
+    steps = (logits[above, tokens] - logits.logsumexp(-1)[above]).tolist()
+    total = [0.0]
+    for parent, step in zip(trie.parents[1:], steps, strict=True):  # a parent comes before its children
+        total.append(total[parent] + step)
+    return torch.tensor(total)[trie.leaves]
 
 
 def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:

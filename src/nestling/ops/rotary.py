@@ -28,11 +28,11 @@ def rotation(
         time: tokens.
         device: of the result.
     """
-    if start is None:
-        start = torch.zeros(1, dtype=torch.int64, device="cpu")
-    elif len(start) > 1 and bool((start == start[0]).all()):
-        start = start[:1]
-    position = start.to(device)[:, None] + torch.arange(time, device=device)
+    position = torch.arange(time, device=device)[None]
+    if start is not None:
+        # A number needs no transfer to a GPU.
+        alike = len(start) == 1 or bool((start == start[0]).all())
+        position = position + (int(start[0]) if alike else start.to(device)[:, None])
     if isinstance(theta, Sequence):
         frequency = torch.tensor(theta, device=device, dtype=torch.float64)
     else:
