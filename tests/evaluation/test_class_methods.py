@@ -118,9 +118,9 @@ def test_in_context_reads_what_fits() -> None:
     prefixes: list[list[int]] = []
 
     class Spy(LabelScorer):
-        def greedy(self, prompts: Any, trie: Any, prefix: Sequence[int] = ()) -> list[int]:
+        def best(self, prompts: Any, tries: Any, prefix: Sequence[int] = ()) -> list[int]:
             prefixes.append(list(prefix))
-            return [trie.classes[-1]] * len(prompts)
+            return [tries.classes[-1]] * len(prompts)
 
     room = 300
     run_class_incremental(InContext(Spy(torch.nn.Linear(1, 1)), prompts, room), TASKS)

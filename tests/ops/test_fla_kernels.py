@@ -142,7 +142,8 @@ def test_kernels(form: str, precision: torch.dtype) -> None:
     limit = 2e-2 if precision == torch.bfloat16 else 4e-3
 
     def compare(gradients: bool) -> dict[str, float]:
-        pairs = zip(["y", "last weight", *t], *both(form, t, precision, gradients), strict=False)
+        with torch.set_grad_enabled(gradients):
+            pairs = zip(["y", "last weight", *t], *both(form, t, precision, gradients), strict=False)
         return {name: ratio for name, a, b in pairs if not (ratio := error_ratio(a, b)) < limit}
 
     assert not compare(gradients=False)

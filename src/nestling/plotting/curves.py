@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # The palette of Okabe and Ito, told apart with any kind of colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -76,6 +77,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, width: f
                 linewidth=1.4 if line.dashed else 2.0,
             )
         axes.grid(visible=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # they are written as whole numbers
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
