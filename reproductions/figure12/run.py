@@ -6,7 +6,7 @@ The parameters are a Transformer++'s of about so many millions, the gradients ra
 real run the forward and backward pass come on top, the same for all. The optimizers take turns in every round, and a
 round's times are divided by AdamW's and Muon's of the same round; medians of the rounds. AdaMuon is
 pytorch_optimizer's, with its iteration in float32 as the others' is on a CPU. Writes results.json, table.md and
-steps.svg beside this file.
+steps.svg beside this file after every size; sizes measured before on the same machine stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pytorch_optimizer.optimizer.muon import adamuon
 from torch import nn
 
 from nestling import NestlingForCausalLM, presets
+from nestling.evaluation.machine import processor_name
 from nestling.ops.newton_schulz import newton_schulz
 from nestling.optim import build
 from nestling.optim.groups import matrix_groups
@@ -70,7 +71,7 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
                 optimizer.step()
             times[name].append(1e3 * (time.perf_counter() - start) / steps)
     count = sum(p.numel() for p in model.parameters())
-    row: dict[str, Any] = {"parameters": count}
+    row: dict[str, Any] = {"parameters": count, "rounds": rounds}
     for name in NAMES:
         ratios = [a / b for a, b in zip(times[name], times["adamw"], strict=True)]
         over_muon = [a / b for a, b in zip(times[name], times["muon"], strict=True)]
@@ -101,16 +102,31 @@ def main() -> None:
     if args.quick:
         measure(0, 1)
         return
-    rows = [measure(size, args.rounds) for size in args.sizes]
+    machine = {"threads": args.threads, "torch": torch.__version__, "processor": processor_name()}
+    rows = known(machine)
+    for size in args.sizes:
+        new = measure(size, args.rounds)
+        rows = sorted([r for r in rows if r["parameters"] != new["parameters"]] + [new], key=lambda r: r["parameters"])
+        write(machine, rows)
+    print(table(rows))
+
+
+def known(machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured on this machine before."""
+    path = HERE / "results.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record["rows"] if all(record.get(key) == value for key, value in machine.items()) else []
+
+
+def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """results.json, table.md and steps.svg."""
     (HERE / "table.md").write_text(table(rows))
-    record = {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, "rows": rows}
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
     lines = [
         Series(name, [r["parameters"] / 1e6 for r in rows], [r[name]["ms"] for r in rows], i)
         for i, name in enumerate(NAMES)
     ]
     (HERE / "steps.svg").write_text(line_chart(lines, x_label="million parameters", y_label="milliseconds a step"))
-    print(table(rows))
 
 
 if __name__ == "__main__":
