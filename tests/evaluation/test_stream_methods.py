@@ -63,6 +63,14 @@ def test_at_rate_zero_every_method_is_the_frozen_model(base: LlamaForCausalLM, n
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "slow"), [("cms_2", 5e-4), ("cms_2+even", 1e-3), ("cms_2+rising", 2e-3)])
+def test_rates_of_the_slow_level(base: LlamaForCausalLM, name: str, slow: float) -> None:
+    reader = StreamModel(base, method_of(name), 1e-3, **SIZES)
+    assert reader.learner is not None
+    rates = {group["level"]: group["lr"] for group in reader.learner.optimizer.param_groups}
+    assert rates == {"level_1": 1e-3, "level_2": pytest.approx(slow)}
+
+
 @pytest.mark.parametrize("name", LEARNING)
 def test_what_learns(base: LlamaForCausalLM, name: str) -> None:
     reader = StreamModel(base, method_of(name), 1e-2, **SIZES)

@@ -41,6 +41,7 @@ class Method:
         long: read with the longest context, not the usual one.
         options: of the learner.
         sleep: `Learner.consolidate` after every text, with these arguments.
+        rate_exponent: of the learner.
         rank: of LoRA; its scale (alpha over rank) is 2.
     """
 
@@ -49,6 +50,7 @@ class Method:
     long: bool = False
     options: Options = field(default_factory=Options)
     sleep: dict[str, Any] | None = None
+    rate_exponent: float = -0.5
     rank: int = 8
 
 
@@ -71,8 +73,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
     "rank": {"options": {"rank": 16}},
     "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"retention": 0.5, "steps": 10, "rows": 2}},
+    "even": {"rate_exponent": 0.0},
+    "rising": {"rate_exponent": 0.5},
 }
-"""Options of a learner, each alone; `sleep` needs what `replay` keeps, so `replay` is what it is compared with."""
+"""Options of a learner, each alone; `sleep` needs what `replay` keeps, so `replay` is what it is compared with; `even` and
+`rising` give slow levels the rate of the fast one or a higher one."""
 
 
 def method_of(name: str) -> Method:
@@ -90,7 +95,7 @@ def method_of(name: str) -> Method:
     if not plus:
         return METHODS[base]
     change = ABLATIONS[option]
-    return replace(METHODS[base], options=replace(Options(), **change["options"]), sleep=change.get("sleep"))
+    return replace(METHODS[base], **change | {"options": replace(Options(), **change.get("options", {}))})
 
 
 def read_frozen(
@@ -152,7 +157,9 @@ class StreamModel:
         if method.learned != "nothing":
             # A piece is a chunk or half the context, as where nothing is learned.
             options = replace(method.options, seed=seed)
-            self.learner = Learner(self.model, levels, lr=rate, context=context, options=options)
+            self.learner = Learner(
+                self.model, levels, lr=rate, rate_exponent=method.rate_exponent, context=context, options=options
+            )
         if measure_every is not None and self.learner is not None and method.levels > 1 and options.rank is None:
             self._measure(self.learner, measure_every)
 
