@@ -76,8 +76,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "even": {"rate_exponent": 0.0},
     "rising": {"rate_exponent": 0.5},
 }
-"""Options of a learner, each alone; `sleep` needs what `replay` keeps, so `replay` is what it is compared with; `even` and
-`rising` give slow levels the rate of the fast one or a higher one."""
+"""Options of a learner, each alone. `sleep` needs what `replay` keeps, so `replay` is what it is compared with; `even`
+and `rising` give slow levels the rate of the fast one or a higher one."""
 
 
 def method_of(name: str) -> Method:
