@@ -70,7 +70,7 @@ class Method:
 
     Attributes:
         build: makes it from a setup and one of `grid`.
-        kept: texts it stores: "none", "one a class", "all", "buffer"; "joint" sees all at once and is the upper bound.
+        kept: texts it stores: "none", "one a class", "all", "buffer"; "joint" sees all at once.
         grid: settings that validation chooses from; a single one needs no validation.
     """
 

@@ -23,7 +23,7 @@ def write_report(rows: list[Row], name: str, folder: Path) -> None:
     mine = [row for row in rows if row["set"] == name and row["part"] == "test" and not row["diverged"]]
     if not mine:
         return
-    keys = ("model", "sizes", "layers", "blocks")
+    keys = ("model", "sizes", "layers", "blocks", "greedy", "max_tokens")
     mine = [row for row in mine if all(row[key] == mine[-1][key] for key in keys)]
     found = {method: [row for row in mine if row["method"] == method] for method in METHODS}
     found = {m: [row for row in own if row["options"] == own[-1]["options"]] for m, own in found.items() if own}

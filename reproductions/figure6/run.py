@@ -10,7 +10,7 @@ test texts. Answers are labels: `Text: ...`, `Label:` and then a path of the lab
 
 Settings of a method are chosen from the grid in methods.py by the accuracy at the end of a validation stream: the first
 --tune-tasks tasks of another order of classes (and another choice of training texts), asked about validation texts. No
-test text is asked before the settings stand. Joint training, the upper bound, sees all texts in one shuffled pass.
+test text is asked before the settings stand. Joint training, of one model in one pass, sees all texts in one shuffled pass.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
@@ -95,7 +95,7 @@ class Experiment:
         """The result of a method, measured now unless it is there."""
         name = {"set": self.data.name, "model": self.name, "method": method, "options": options, "part": part}
         name |= {"seed": seed, "sizes": self.sizes, "layers": self.layers, "blocks": self.blocks}
-        name |= {"greedy": True} if self.greedy else {}
+        name |= {"greedy": self.greedy, "max_tokens": self.prompts.max_tokens}
         return self.results.get(name, lambda: self._run(method, options, part, seed))
 
     def _run(self, method: str, options: Options, part: str, seed: int) -> Row:

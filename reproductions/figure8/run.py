@@ -194,7 +194,8 @@ def measure(made: Experiment, sentences: dict[str, list[str]]) -> str:
             ids = torch.tensor(made.tokenizer(text, add_special_tokens=False)["input_ids"])
             losses = read_frozen(made.model, ids, made.sizes.context)[1:]
             report = LossReport(float(losses.double().mean()), len(losses), len(text.encode()))
-            return {"loss": report.loss, "tokens": report.tokens, "bits_per_byte": report.bits_per_byte}
+            found = {"loss": report.loss, "tokens": report.tokens, "bits_per_byte": report.bits_per_byte}
+            return found | {"hardware": hardware(made.model.device)}
 
         key = {"part": "measure", "model": made.name, "language": name, "sentences": len(lines)}
         rows.append(made.results.get(key, run))

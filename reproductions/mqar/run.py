@@ -141,13 +141,15 @@ def tuned(results: ResultFile, preset: str, steps: int) -> float:
     return float(max(rows, key=_quality)["rate"])
 
 
-def report(results: ResultFile, steps: int) -> None:
-    """The table and the picture of all trainings of `steps` steps, of a preset those at the rate of the first."""
-    rows = [r for r in results.rows if r["steps"] == steps]
-    rates: dict[tuple[str, str | None], float] = {}
-    for row in rows:
-        rates.setdefault((row["preset"], row["ablation"]), row["rate"])
-    write_report([r for r in rows if r["rate"] == rates[r["preset"], r["ablation"]]], list(TASKS), HERE)
+def report(results: ResultFile, steps: int, tune_steps: int) -> None:
+    """The table and the picture of all trainings of `steps` steps at the rates that those of `tune_steps` chose."""
+    tuning: dict[str, list[Row]] = {}
+    for row in results.rows:
+        if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row["ablation"] is None:
+            tuning.setdefault(row["preset"], []).append(row)
+    rates = {preset: max(rows, key=_quality)["rate"] for preset, rows in tuning.items()}
+    kept = [r for r in results.rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
+    write_report(kept, list(TASKS), HERE)
 
 
 def _quality(row: Row) -> float:
@@ -179,13 +181,13 @@ def main() -> None:
     if args.ablations:
         names = [(preset, change) for change, (preset, _) in ABLATIONS.items()]
     if args.report:
-        report(results, args.steps)
+        report(results, args.steps, args.tune_steps)
         return
     rates = {name: tuned(results, name[0], args.tune_steps) for name in names}
     for seed in args.seeds:
         for (preset, ablation), rate in rates.items():
             measure(results, preset, seed, rate, args.steps, ablation)
-    report(results, args.steps)
+    report(results, args.steps, args.tune_steps)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from nestling.evaluation.stream_methods import StreamModel, method_of
 from nestling.tasks.text import read_documents, strip_gutenberg
 from nestling.tasks.translation import as_text, read_cldf_pairs
 
+OWN_RATES = ("rank", "even", "rising")
+"""Options that change what a rate means."""
 CHARACTERS = 8
 """Of a text are encoded for each token that is wanted; more where that is too few."""
 
@@ -181,7 +183,7 @@ class Experiment:
     def chosen(self, method: str, first: Text, second: Text) -> float:
         """The rate of the lowest criterion on the validation stream, on a grid that grows until it is inside.
 
-        An option's rate is its base method's or the next one, whichever is better; with ranks, from the whole grid.
+        An option's rate is its base method's or the next one, whichever is better; of `OWN_RATES`, from the whole grid.
         """
         kind = method_of(method)
         if kind.learned == "nothing":
@@ -191,7 +193,7 @@ class Experiment:
             return float(self.validation(method, rate, first, second)["criterion"])
 
         base, _, option = method.partition("+")
-        if not option or option == "rank":
+        if not option or option in OWN_RATES:
             return best_rate(tune_rate(measure))
         best = self.chosen(base, first, second)
         return best_rate({rate: measure(rate) for rate in (best, next_rate(best, up=True))})

@@ -21,7 +21,7 @@ The learning rate is the best of 3e-5, 1e-4, 3e-4, 1e-3 (and on, until the best 
 --validation, read one after the other. The criterion, against the frozen model and lower is better, is half learning,
 the mean of both texts' second halves while they are read, and half keeping, the held-out part of the first text after
 the second. An option of an ablation has its base's rate or the next higher of the grid, whichever is better there;
-ranks have the whole grid.
+ranks and other rates of the slow levels have the whole grid.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods and --parts). The report, table.md and a

@@ -139,6 +139,25 @@ def test_in_context_with_a_real_model_answers_with_classes_seen() -> None:
     assert set(method.predict([x.text for x in TASKS[1].test])) <= set(TASKS[0].classes)
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_in_context_asks_greedily_or_exactly(greedy: bool) -> None:
+    asked: list[str] = []
+
+    class Spy(LabelScorer):
+        def best(self, prompts: Any, tries: Any, prefix: Sequence[int] = ()) -> list[int]:
+            asked.append("exactly")
+            return [0] * len(prompts)
+
+        def greedy(self, prompts: Any, trie: Any, prefix: Sequence[int] = ()) -> list[int]:
+            asked.append("greedily")
+            return [0] * len(prompts)
+
+    method = InContext(Spy(torch.nn.Linear(1, 1)), byte_prompts(DATA), 120, greedy=greedy)
+    method.learn(TASKS[0])
+    method.predict(["rain"])
+    assert asked == ["greedily" if greedy else "exactly"]
+
+
 def test_features_are_means_over_the_text() -> None:
     model, prompts = tiny_llama(), byte_prompts(DATA)
     features = TextFeatures(model, prompts, (1, -1))

@@ -47,6 +47,15 @@ def test_in_sequence_the_last_class_is_left_and_a_full_buffer_keeps_more() -> No
     assert replayed.seen[-1] > 0.5 and replayed.forgetting < 0.5
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_answers_greedily_or_exactly(greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = trained(settings=TrainingSettings(greedy=greedy))
+    method.seen = [0]
+    for name in ("best", "greedy"):
+        monkeypatch.setattr(method.scorer, name, lambda prompts, trie, name=name: [name] * len(prompts))
+    assert method.predict(["rain"]) == ["greedy" if greedy else "best"]
+
+
 def test_joint_training_is_not_of_the_last_class() -> None:
     tasks = class_tasks(synthetic_set(4, 200), 1, 0, test_limit=6)
     assert run(trained(3e-3, TrainingSettings(batch=4)), joined(tasks)).seen[-1] > 0.6

@@ -137,8 +137,8 @@ def test_kernels(layer: str, autocast: bool) -> None:
     limit = 4e-2 if autocast else 5e-3
 
     def compare(gradients: bool) -> dict[str, float]:
-        enabled = torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast)
-        with enabled, torch.set_grad_enabled(gradients):
+        precision = torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast)
+        with precision, torch.set_grad_enabled(gradients):
             pairs = zip(names, *(run(made, x, mask, gradients) for made in (theirs, ours)), strict=False)
         return {name: ratio for name, a, b in pairs if not (ratio := error_ratio(a, b)) < limit}
 

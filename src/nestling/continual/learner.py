@@ -85,8 +85,8 @@ class Learner:
             its own), for the levels that name none.
         lr: rate of the fastest level. 1e-4 is where to start with AdamW, a model of 135M parameters and chunks of 256
             tokens; see `nestling.optim.build` for the others' sizes.
-        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. In a first trial slow
-            levels beat one level on learning and on forgetting at -0.5, and did worse than it at +0.5.
+        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. With -0.5 slow levels
+            forget less and learn a later text less than one level does (reproductions/reading).
         context: tokens that a piece is read with at most, its own included.
         options: everything else.
 

@@ -50,7 +50,8 @@ class TextFeatures:
         self.known: dict[str, Tensor] = {}
         self.path: Path | None = None
         if folder is not None:
-            choice = "-".join(map(str, [*self.layers, prompts.max_tokens]))
+            precision = torch.get_float32_matmul_precision()
+            choice = "-".join(map(str, [*self.layers, prompts.max_tokens, model.device.type, precision]))
             self.path = folder / f"features-{base_fingerprint(model)}-{choice}.safetensors"
             if self.path.exists():
                 self.known = load_file(self.path)

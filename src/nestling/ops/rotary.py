@@ -31,7 +31,7 @@ def rotation(
     position = torch.arange(time, device=device)[None]
     if start is not None:
         # A number needs no transfer to a GPU.
-        alike = len(start) == 1 or bool((start == start[0]).all())
+        alike = len(start) > 0 and bool((start == start[0]).all())
         position = position + (int(start[0]) if alike else start.to(device)[:, None])
     if isinstance(theta, Sequence):
         frequency = torch.tensor(theta, device=device, dtype=torch.float64)

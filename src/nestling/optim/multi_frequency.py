@@ -84,8 +84,7 @@ class MultiFrequency(Optimizer):
         reduce: "sum" is Eq. 71. "mean" divides by the period: for inner optimizers that are not invariant to the scale
             of their gradient (SGD), so that one rate fits all periods.
         rate_exponent: the learning rates of a level are multiplied by period^rate_exponent. 0 leaves them. With -0.5 a
-            level that sums more tokens a step moves less; in a first trial that beat one level on learning and on
-            forgetting, where +0.5 was worse than one level.
+            level that sums more tokens a step moves less.
 
     Raises:
         ValueError: no level, a level without parameters, a parameter in two levels, a period below 1, an unknown
