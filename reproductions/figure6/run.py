@@ -10,7 +10,7 @@ test texts. Answers are labels: `Text: ...`, `Label:` and then a path of the lab
 
 Settings of a method are chosen from the grid in methods.py by the accuracy at the end of a validation stream: the first
 --tune-tasks tasks of another order of classes (and another choice of training texts), asked about validation texts. No
-test text is asked before the settings stand. Joint training, of one model in one pass, sees all texts in one shuffled pass.
+test text is asked before the settings stand. Joint training sees all texts at once, in one shuffled pass.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
