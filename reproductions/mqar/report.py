@@ -9,12 +9,20 @@ from pathlib import Path
 from nestling.evaluation.result_file import Row
 from nestling.plotting.scatter import Point, scatter_chart
 
+Groups = dict[tuple[str, str | None], list[Row]]
+
 
 def write_report(rows: list[Row], tasks: list[str], folder: Path) -> None:
-    """`table.md` and `recall.svg` in `folder`, from one rate for every preset and ablation."""
+    """`table.md` and `recall.svg` in `folder`, from one rate for every preset and ablation.
+
+    Ablations stand under their unchanged preset, at the seeds they have.
+    """
     head = " | ".join(f"{task}: accuracy (seeds), state" for task in tasks)
     plain = _grouped(r for r in rows if r["ablation"] is None)
     ablated = _grouped(r for r in rows if r["ablation"] is not None)
+    seeds = {r["seed"] for found in ablated.values() for r in found}
+    bases = {preset: [r for r in plain.get((preset, None), ()) if r["seed"] in seeds] for preset, _ in ablated}
+    ablated = {(preset, "nothing"): found for preset, found in bases.items() if found} | ablated
     lines = [f"| preset | learning rate | {head} |", "| --- " * (2 + len(tasks)) + "|"]
     lines += [f"| `{preset}` | {_line(found, len(tasks))}" for (preset, _), found in plain.items()]
     if ablated:
@@ -34,9 +42,9 @@ def write_report(rows: list[Row], tasks: list[str], folder: Path) -> None:
     print("\n".join(lines))
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str | None], list[Row]]:
+def _grouped(rows: Iterable[Row]) -> Groups:
     """Rows by preset and ablation, by seed."""
-    groups: dict[tuple[str, str | None], list[Row]] = {}
+    groups: Groups = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
         groups.setdefault((row["preset"], row["ablation"]), []).append(row)
     return groups

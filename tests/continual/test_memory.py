@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from nestling.continual import memory_file
 from nestling.continual.applying import MemoryUseError
-from nestling.continual.memory import LowRank, Memory, MemoryFileError
+from nestling.continual.memory import DocumentRecord, LowRank, Memory, MemoryFileError
 from nestling.continual.records import dense
 from tests.continual.models import assert_same, make_memory
 from tests.llamas import random_llama
@@ -126,6 +127,20 @@ def test_a_file_holds_the_very_bits(model: LlamaForCausalLM, tmp_path: Path) -> 
     assert size == (tmp_path / "m").stat().st_size > memory.nbytes
     assert_same(Memory.load(tmp_path / "m"), memory)
     assert memory.tokens == 127
+
+
+def test_a_file_holds_very_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [
+        DocumentRecord(f"{i}.txt", f"{i:064}", i, True, 1.5, "2026-01-01T00:00:00+00:00") for i in range(60_000)
+    ]
+    memory = Memory("0" * 16, {}, {}, {}, documents)
+    memory.save(tmp_path / "m")
+    assert Memory.load(tmp_path / "m").documents == documents
+    monkeypatch.setattr(memory_file, "MAX_CONTENT", 1 << 20)
+    with pytest.raises(MemoryFileError, match="longer than 1 MiB; begin a new memory"):
+        memory.save(tmp_path / "m")
+    with pytest.raises(MemoryFileError, match="longer than 1 MiB"):
+        Memory.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])

@@ -84,7 +84,7 @@ def edits(whole: bytes, chance: random.Random) -> bytes:
         return pack("[" * chance.choice([10, 10**4, 10**6]), body)
 
     def strings() -> bytes:
-        header["__metadata__"][chance.choice(["format", "version", "sha256", "content", "more"])] = "x" * 50
+        header["__metadata__"][chance.choice(["format", "version", "sha256", "more"])] = "x" * 50
         return pack(json.dumps(header), body)
 
     def cut() -> bytes:
@@ -143,6 +143,8 @@ SIGNED: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
     "twice": (lambda c, t: c.update(raw='{"periods": {}, "periods": {}}'), "names a key twice"),
     "list": (lambda c, t: c.update(raw="[]"), "no JSON object"),
     "huge number": (lambda c, t: c.update(raw="9" * 10_000), "."),
+    "no text": (lambda c, t: t.update(content=torch.ones(9)), "no text"),
+    "long": (lambda c, t: t.update(content=torch.zeros((64 << 20) + 1, dtype=torch.uint8)), "longer than 64 MiB"),
     "no levels": (lambda c, t: c.pop("parameters"), "parameters"),
     "levels apart": (lambda c, t: c["periods"].update(more=3), "levels without their parameters"),
     "period": (lambda c, t: c["periods"].update(fast=-1), "period is not positive"),
@@ -172,10 +174,12 @@ def test_a_valid_checksum_does_not_make_content_usable(
     path.write_bytes(written[1])
     with safe_open(path, framework="pt") as file:
         header = dict(file.metadata())
-    tensors, content = load_file(path), json.loads(header["content"])
+    tensors = load_file(path)
+    content = json.loads(tensors.pop("content").numpy().tobytes())
     change, message = SIGNED[kind]
     change(content, tensors)
-    header["content"] = content.get("raw", json.dumps(content))
+    text = content.get("raw", json.dumps(content)).encode()
+    tensors.setdefault("content", torch.frombuffer(bytearray(text), dtype=torch.uint8))
     del header["sha256"]
     header["sha256"] = checksum(header, tensors)
     save_file(tensors, path, header)

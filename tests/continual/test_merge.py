@@ -60,6 +60,15 @@ def test_merge_is_the_weighted_sum(pair: tuple[Memory, Memory]) -> None:
     assert [d.digest for d in merged.documents] == ["aa", "b0", "b1"]
 
 
+def test_a_document_that_both_have_read_keeps_the_further_record(pair: tuple[Memory, Memory]) -> None:
+    a, b = pair
+    begun = replace(a.documents[0], tokens=5, finished=False)
+    further, done = replace(begun, tokens=9), replace(begun, tokens=7, finished=True)
+    for x, y, kept in ((begun, done, done), (done, begun, done), (begun, further, further), (further, done, done)):
+        merged = merge(replace(a, documents=[x]), replace(b, documents=[y]))
+        assert merged.documents == [kept]
+
+
 def test_low_ranks_stay_low(pair: tuple[Memory, Memory]) -> None:
     a, other = pair[0], make_memory(random_llama(), seed=2)
     name = next(n for n, d in a.differences.items() if isinstance(d, LowRank))

@@ -44,3 +44,4 @@ def test_rates_are_those_of_the_short_trainings(
     assert "0.003" not in table
     assert ("0.600 (0.500, 0.700), 1 KiB" if steps == 300 else "0.400 (0.400), 1 KiB") in table
     assert ("| chunk 1 | `hope` | 0.01 |" in table) == (steps == 300)
+    assert ("| nothing | `hope` | 0.01 | 0.500 (0.500), 1 KiB" in table) == (steps == 300)  # at the ablation's seeds

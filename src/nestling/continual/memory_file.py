@@ -1,4 +1,4 @@
-"""A memory as one file: safetensors, with everything that is no tensor as JSON in the header.
+"""A memory as one file: safetensors, with everything that is no tensor as the bytes of a JSON text in a tensor.
 
 Every file is read as if a stranger had made it: the format, the checksum, and the type of every value are checked
 before anything is used, and nothing in a file is ever executed.
@@ -21,7 +21,9 @@ from nestling.errors import UserError
 from nestling.memory.checked_file import CheckedFileError, checksum, read_checked, read_json, write_checked
 
 FORMAT = "nestling-memory"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+CONTENT = "content"
+MAX_CONTENT = 64 << 20  # bytes, some 350,000 documents: what a stranger's file may make JSON's parser hold
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DENSE, LEFT, RIGHT, OTHER = "difference/", "left/", "right/", "learner/"
 SMALLEST_EXPONENT = -100  # of a scale, whose inverse must be a float32
@@ -53,7 +55,10 @@ def write_fields(path: str | Path, memory: Mapping[str, Any], dtype: str = "floa
                 scales[prefix + name] = scale
     header = {"format": FORMAT, "version": FORMAT_VERSION}
     try:
-        header["content"] = json.dumps(_content(memory) | {"dtype": dtype, "scales": scales})
+        content = json.dumps(_content(memory) | {"dtype": dtype, "scales": scales}).encode("ascii")
+        if len(content) > MAX_CONTENT:
+            raise ValueError(f"its records of documents are longer than {MAX_CONTENT >> 20} MiB; begin a new memory")
+        tensors[CONTENT] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return write_checked(path, header, tensors)
     except (TypeError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"the memory cannot be written to {path}: {error}") from error
@@ -84,8 +89,7 @@ def read_fields(path: Path) -> tuple[dict[str, Any], str]:
     if digest is None or digest != checksum(header, tensors):
         raise MemoryFileError(f"{path} is damaged: its content does not have the checksum in its header")
     try:
-        content = read_json(header.get("content", ""))
-        return _fields(content, tensors), digest
+        return _fields(read_json(_text(tensors.pop(CONTENT))), tensors), digest
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MemoryFileError(f"{path} is not a usable memory: {str(error)[:200]}") from error
 
@@ -112,6 +116,13 @@ def _narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     exponent = math.frexp(float(tensor.abs().max()))[1] - 15
     scale = 2.0 ** max(exponent, SMALLEST_EXPONENT)
     return (tensor.float() / scale).to(dtype), scale
+
+
+def _text(content: Tensor) -> bytes:
+    """The JSON text in a tensor; ValueError where it holds none."""
+    _expect(content.dtype == torch.uint8 and content.dim() == 1, "its content is no text")
+    _expect(len(content) <= MAX_CONTENT, f"its content is longer than {MAX_CONTENT >> 20} MiB")
+    return content.numpy().tobytes()
 
 
 def _fields(content: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

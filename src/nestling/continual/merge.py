@@ -82,7 +82,8 @@ def merge(
     """A memory whose difference is `weights[0] * A + weights[1] * B`, parameter by parameter.
 
     The result holds no optimizer state, which has no meaning at the new place: learning goes on from it afresh.
-    Settings and periods are A's, documents those of both.
+    Settings and periods are A's. Documents are those of both; one that both have read keeps the record that is finished
+    or has more tokens.
 
     Args:
         a: learned on the same base model as `b`, with the same levels.
@@ -113,7 +114,7 @@ def merge(
             periods=dict(a.periods),
             parameters={name: list(names) for name, names in a.parameters.items()},
             differences=merged,
-            documents=[*a.documents, *_not_in(b.documents, a.documents)],
+            documents=_joined(a.documents, b.documents),
             settings=dict(a.settings),
         )
     )
@@ -152,6 +153,17 @@ def _check_base(a: Memory, b: Memory) -> None:
             )
 
 
+def _key(document: DocumentRecord) -> str:
+    return document.digest or document.name
+
+
 def _not_in(these: Sequence[DocumentRecord], those: Sequence[DocumentRecord]) -> list[DocumentRecord]:
-    known = {(d.digest or d.name) for d in those}
-    return [d for d in these if (d.digest or d.name) not in known]
+    known = {_key(d) for d in those}
+    return [d for d in these if _key(d) not in known]
+
+
+def _joined(these: Sequence[DocumentRecord], those: Sequence[DocumentRecord]) -> list[DocumentRecord]:
+    """All of `these`, each as the one that read further knows it, then what only `those` have."""
+    others = {_key(d): d for d in those}
+    further = [max(d, others.get(_key(d), d), key=lambda d: (d.finished, d.tokens)) for d in these]
+    return [*further, *_not_in(those, these)]

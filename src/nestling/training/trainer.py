@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ from nestling.training.divergence import DivergenceError, first_nonfinite, locat
 from nestling.training.rows import Row, StreamedRows, collate
 
 POSITION_FILE = "position.json"
+_FIELDS = {field.name for field in fields(TrainingArguments)}
+# transformers 5.23 renamed the argument and warns of the old name.
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's settings for a resolved run; logging, evaluation and rotation are this package's own."""
     assert config.steps is not None and config.learning_rate is not None and config.warmup_steps is not None
+    checkpointing: dict[str, Any] = {CHECKPOINTING: config.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=config.out,
         per_device_train_batch_size=config.batch_size,
@@ -50,7 +55,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.grad_clip,
         bf16=config.precision == "bf16",
         use_cpu=config.device == "cpu",
-        activation_checkpointing=config.gradient_checkpointing,
+        **checkpointing,
         seed=config.seed,
         use_cache=True,  # the Trainer writes it into the saved model's config
         train_sampling_strategy="sequential",  # the rows are in order already
@@ -107,8 +112,6 @@ class NestlingTrainer(Trainer):
         meter: measures the levels, when it is set before training.
     """
 
-    loss_is_scaled_for_ga = False  # each micro-batch's loss is its own mean
-
     def __init__(
         self,
         model: NestlingForCausalLM,
@@ -135,6 +138,7 @@ class NestlingTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.model_accepts_loss_kwargs = False  # each micro-batch's loss is its own mean: the Trainer divides
         self.remove_callback(PrinterCallback)
         self.net = model
         self.out = Path(str(args.output_dir))
