@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.continual.low_rank import limit_rank
-from nestling.continual.memory import LowRank, Memory
+from nestling.continual.memory import DocumentRecord, LowRank, Memory
 from nestling.continual.merge import MergeError, compare, merge
 from nestling.continual.records import dense
 from nestling.continual.summary import summarize
@@ -60,13 +60,32 @@ def test_merge_is_the_weighted_sum(pair: tuple[Memory, Memory]) -> None:
     assert [d.digest for d in merged.documents] == ["aa", "b0", "b1"]
 
 
-def test_a_document_that_both_have_read_keeps_the_further_record(pair: tuple[Memory, Memory]) -> None:
+def test_a_document_that_both_have_read_keeps_the_further_records(pair: tuple[Memory, Memory]) -> None:
+    """Records of one document add up: it was left and taken up again."""
     a, b = pair
-    begun = replace(a.documents[0], tokens=5, finished=False)
-    further, done = replace(begun, tokens=9), replace(begun, tokens=7, finished=True)
-    for x, y, kept in ((begun, done, done), (done, begun, done), (begun, further, further), (further, done, done)):
-        merged = merge(replace(a, documents=[x]), replace(b, documents=[y]))
-        assert merged.documents == [kept]
+    name = replace(a.documents[0], tokens=0, finished=False)
+
+    def parts(*tokens: int, finished: bool = False) -> list[DocumentRecord]:
+        begun = [replace(name, tokens=n) for n in tokens]
+        return [*begun[:-1], replace(begun[-1], finished=finished)]
+
+    for x, y, kept in (
+        (parts(512, 100), parts(800), 1),
+        (parts(800), parts(512, 100), 0),
+        (parts(512), parts(512, 300), 1),
+        (parts(900), parts(300, 458, finished=True), 1),
+        (parts(512, 100), parts(512, 100), 0),
+    ):
+        merged = merge(replace(a, documents=x), replace(b, documents=y))
+        assert merged.documents == (x, y)[kept]
+
+
+def test_streams_without_a_name_are_told_apart_by_their_beginning(pair: tuple[Memory, Memory]) -> None:
+    a, b = pair
+    one = replace(a.documents[0], name="", digest="", started="2026-01-01T00:00:00+00:00")
+    fork, other = replace(one, tokens=one.tokens + 5), replace(one, started="2026-01-02T00:00:00+00:00")
+    assert merge(replace(a, documents=[one]), replace(b, documents=[fork])).documents == [fork]
+    assert merge(replace(a, documents=[one]), replace(b, documents=[other])).documents == [one, other]
 
 
 def test_low_ranks_stay_low(pair: tuple[Memory, Memory]) -> None:

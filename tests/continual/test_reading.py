@@ -66,7 +66,7 @@ def test_whole_chunks_are_read_once_and_nothing_more() -> None:
     calls.clear()
     learner.observe(text(3))
     learner.observe(text(5))
-    assert calls == [(False, 4), (True, 8)]  # the last for the token that comes next
+    assert calls == [(False, 3), (True, 8)]
 
 
 def test_a_chunk_the_gate_leaves_out_costs_no_backward_pass() -> None:

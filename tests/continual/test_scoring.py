@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import JambaConfig, JambaForCausalLM, PreTrainedModel
 
 from nestling import NestlingForCausalLM, presets
 from nestling.continual.learner import Learner
-from nestling.continual.options import Level
+from nestling.continual.options import Level, Options
 from nestling.continual.reading import Reader
+from nestling.continual.scoring import Scorer
 from tests.continual.stream_models import VOCABULARY, text, tiny_llama
 
 SIZES = (1, 1, 3, 7, 2, 20, 1, 5)
@@ -38,7 +39,8 @@ class WithoutCache(nn.Module):
 
 
 def learner_of(model: PreTrainedModel, chunk: int = 64) -> Learner:
-    return Learner(model, {"all": Level(chunk, ("*",))}, "sgd", lr=0.1, context=32)
+    options = Options(cache_scores=True)
+    return Learner(model, {"all": Level(chunk, ("*",))}, "sgd", lr=0.1, context=32, options=options)
 
 
 def whole(model: nn.Module, ids: Tensor) -> Tensor:
@@ -119,10 +121,42 @@ def test_after_a_step_nothing_is_kept() -> None:
     assert learner.scorer.kept is None
 
 
+def jamba() -> PreTrainedModel:
+    """A model whose recurrent layers go on from a cache one token at a time only."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1}
+    state = {"num_key_value_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    return JambaForCausalLM(JambaConfig(vocab_size=VOCABULARY, **shape, **layers, **state))
+
+
+def dynamic_rope() -> PreTrainedModel:
+    """A model whose cached keys hold for one length only."""
+    model = tiny_llama()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    return model
+
+
+@pytest.mark.parametrize("make", [jamba, dynamic_rope])
+def test_a_cache_that_would_be_wrong_is_not_kept(make: Callable[[], PreTrainedModel]) -> None:
+    model, ids = make(), text(16)
+    expected, learner = whole(model, ids), learner_of(model)
+    found = torch.cat([learner.observe(part).losses for part in ids.split([2, 1, 3, 7, 3])])
+    torch.testing.assert_close(found[1:].to(expected), expected, rtol=1e-4, atol=1e-5)
+    assert learner.scorer.kept is None
+
+
+def test_it_is_off_unless_asked_for() -> None:
+    learner = Learner(tiny_llama(), {"all": Level(64, ("*",))}, lr=0.1, context=32)
+    calls = counted(learner.model)
+    for part in text(8).split(2):
+        learner.observe(part)
+    assert calls == [2, 4, 6, 8]
+
+
 def test_a_model_that_takes_no_cache_is_read_anew() -> None:
     model = tiny_llama()
     learner, plain = learner_of(model), WithoutCache(model)
-    learner.reader = learner.scorer.reader = Reader(plain)
+    learner.scorer = Scorer(Reader(plain), keep=True)
     calls = counted(plain)
     found = torch.cat([learner.observe(part).losses for part in text(8).split(2)])
     torch.testing.assert_close(found[1:].double(), whole(model, text(8)), rtol=1e-5, atol=1e-6)

@@ -119,7 +119,7 @@ class Learner:
             )
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
-        self.scorer = Scorer(self.reader)
+        self.scorer = Scorer(self.reader, options.cache_scores)
         self.weights = make_weights(model, self.settings)
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)

@@ -23,7 +23,9 @@ from nestling.memory.checked_file import CheckedFileError, checksum, read_checke
 FORMAT = "nestling-memory"
 FORMAT_VERSION = "2"
 CONTENT = "content"
-MAX_CONTENT = 64 << 20  # bytes, some 350,000 documents: what a stranger's file may make JSON's parser hold
+# Bytes, some 100,000 documents. JSON's parser takes up to thirty times as much, for a stranger's file as well.
+MAX_CONTENT = 24 << 20
+MAX_NESTING = 32
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DENSE, LEFT, RIGHT, OTHER = "difference/", "left/", "right/", "learner/"
 SMALLEST_EXPONENT = -100  # of a scale, whose inverse must be a float32
@@ -57,7 +59,10 @@ def write_fields(path: str | Path, memory: Mapping[str, Any], dtype: str = "floa
     try:
         content = json.dumps(_content(memory) | {"dtype": dtype, "scales": scales}).encode("ascii")
         if len(content) > MAX_CONTENT:
-            raise ValueError(f"its records of documents are longer than {MAX_CONTENT >> 20} MiB; begin a new memory")
+            raise ValueError(
+                f"its {len(memory['documents']):,} documents' records and its settings are longer than "
+                f"{MAX_CONTENT >> 20} MiB; begin a new memory"
+            )
         tensors[CONTENT] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return write_checked(path, header, tensors)
     except (TypeError, ValueError, RecursionError) as error:
@@ -90,7 +95,7 @@ def read_fields(path: Path) -> tuple[dict[str, Any], str]:
         raise MemoryFileError(f"{path} is damaged: its content does not have the checksum in its header")
     try:
         return _fields(read_json(_text(tensors.pop(CONTENT))), tensors), digest
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise MemoryFileError(f"{path} is not a usable memory: {str(error)[:200]}") from error
 
 
@@ -137,7 +142,7 @@ def _fields(content: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     levels = content["parameters"]
     _expect(_is_map(levels, list) and levels.keys() == content["periods"].keys(), "levels without their parameters")
     _expect(all(isinstance(n, str) for names in levels.values() for n in names), "a parameter's name is no text")
-    _expect(isinstance(content["settings"], dict), "the settings are no JSON object")
+    _check_settings(content["settings"])
     _expect(isinstance(content["documents"], list), "the documents are no list")
     return {
         "fingerprint": content["fingerprint"],
@@ -148,6 +153,21 @@ def _fields(content: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "settings": content["settings"],
         "tensors": {n.removeprefix(OTHER): t for n, t in tensors.items() if n.startswith(OTHER)},
     }
+
+
+def _check_settings(settings: Any) -> None:
+    """As far as the commands use them; the rest is for the learner to refuse."""
+    _expect(isinstance(settings, dict), "the settings are no JSON object")
+    layer: list[Any] = [settings]
+    for _ in range(MAX_NESTING):
+        layer = [v for x in layer for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())]
+    _expect(not layer, f"the settings are nested more than {MAX_NESTING} deep")
+    learner = settings.get("learner")
+    if learner is not None:
+        _expect(isinstance(learner, dict) and _is_map(learner.get("levels"), dict), "the learner has no levels")
+        made = [*learner["levels"].values(), learner.get("options")]
+        kept = all(isinstance(m, dict) and isinstance(m.get("rank", ""), int | None) for m in made)
+        _expect(kept, "the learner's ranks are no numbers")
 
 
 def _differences(tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor | LowRank]:
@@ -175,7 +195,8 @@ def _document(record: Any) -> DocumentRecord:
     _expect(isinstance(record, dict), "a document is no JSON object")
     _expect(record.keys() == {f.name for f in fields(DocumentRecord)}, "a document has other fields")
     texts = all(isinstance(record[key], str) for key in ("name", "digest", "started"))
-    _expect(texts and type(record["tokens"]) is int and record["tokens"] >= 0, "a document's fields are of wrong kinds")
+    counted = type(record["tokens"]) is int and 0 <= record["tokens"] < 1 << 63
+    _expect(texts and counted, "a document's fields are of wrong kinds")
     _expect(isinstance(record["finished"], bool), "a document is neither finished nor not")
     loss = record["loss"]
     _expect(loss is None or type(loss) in (int, float), "a document's loss is no number")

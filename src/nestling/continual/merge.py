@@ -82,8 +82,8 @@ def merge(
     """A memory whose difference is `weights[0] * A + weights[1] * B`, parameter by parameter.
 
     The result holds no optimizer state, which has no meaning at the new place: learning goes on from it afresh.
-    Settings and periods are A's. Documents are those of both; one that both have read keeps the record that is finished
-    or has more tokens.
+    Settings and periods are A's. Documents are those of both; of one that both have read, the records of the side that
+    finished it or read more of it.
 
     Args:
         a: learned on the same base model as `b`, with the same levels.
@@ -154,7 +154,8 @@ def _check_base(a: Memory, b: Memory) -> None:
 
 
 def _key(document: DocumentRecord) -> str:
-    return document.digest or document.name
+    """A stream without a name is known by when it began."""
+    return document.digest or document.name or document.started
 
 
 def _not_in(these: Sequence[DocumentRecord], those: Sequence[DocumentRecord]) -> list[DocumentRecord]:
@@ -163,7 +164,21 @@ def _not_in(these: Sequence[DocumentRecord], those: Sequence[DocumentRecord]) ->
 
 
 def _joined(these: Sequence[DocumentRecord], those: Sequence[DocumentRecord]) -> list[DocumentRecord]:
-    """All of `these`, each as the one that read further knows it, then what only `those` have."""
-    others = {_key(d): d for d in those}
-    further = [max(d, others.get(_key(d), d), key=lambda d: (d.finished, d.tokens)) for d in these]
-    return [*further, *_not_in(those, these)]
+    """All documents of both, `these` first, each with all the records of the side that has read further."""
+    own, other = _by_document(these), _by_document(those)
+    further = {key: max(parts, other.get(key, []), key=_read) for key, parts in own.items()}
+    rest = {key: parts for key, parts in other.items() if key not in own}
+    return [d for parts in (further | rest).values() for d in parts]
+
+
+def _by_document(records: Sequence[DocumentRecord]) -> dict[str, list[DocumentRecord]]:
+    """A document that was left and taken up again has several records, whose tokens add up."""
+    found: dict[str, list[DocumentRecord]] = {}
+    for record in records:
+        found.setdefault(_key(record), []).append(record)
+    return found
+
+
+def _read(parts: Sequence[DocumentRecord]) -> tuple[bool, int]:
+    """How far a document was read."""
+    return any(d.finished for d in parts), sum(d.tokens for d in parts)
