@@ -2,7 +2,8 @@
 
     python reproductions/continuum_target/run.py --train BOOK... --valid BOOK [--tokens 200000] [--jobs 2]
 
-Two seeds for each target and one run without updates, at one learning rate; prints validation losses in nats per byte.
+Two seeds for each target and for no updates, at one learning rate. Validation losses in nats per byte are appended to
+results.jsonl beside this file; what is there is skipped.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from nestling.evaluation.result_file import ResultFile, Row
+
 RATE = 3e-3
 CASES: list[tuple[str, dict[str, Any], int]] = [
     *((t, {"target": t, "periods": [16, 64, None]}, s) for s in (0, 1) for t in ("next", "value", "reconstruction")),
-    ("no updates", {"periods": [None]}, 0),
+    *(("no updates", {"periods": [None]}, s) for s in (0, 1)),
 ]
 
 
@@ -39,16 +42,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/continuum_target"))
     args = parser.parse_args()
-    lm = small_lm()
+    lm, results = small_lm(), ResultFile(Path(__file__).parent / "results.jsonl")
     data, valid = (lm.prepare(books, args.work / "books") for books in (args.train, [args.valid]))
 
     def run(case: tuple[str, dict[str, Any], int]) -> None:
         name, overrides, seed = case
         out = args.work / f"{name.replace(' ', '-')}-{seed}"
-        loss = lm.train_once(out, args.tokens, data, valid, "hope_attention", RATE, seed, overrides)["validation"][
-            "loss"
-        ]
-        print(f"{name:15} seed {seed}: {loss:.4f}", flush=True)
+
+        def trained() -> Row:
+            result = lm.train_once(out, args.tokens, data, valid, "hope_attention", RATE, seed, overrides)
+            return {"loss": result["validation"]["loss"], "parameters": result["parameters"]}
+
+        row = results.get({"target": name, "seed": seed, "tokens": args.tokens, "rate": RATE}, trained)
+        print(f"{name:15} seed {seed}: {row['loss']:.4f}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, CASES))

@@ -49,6 +49,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk 16": ("titans_lmm", {"chunk_size": 16}),
     "chunk 256": ("titans_lmm", {"chunk_size": 256}),
     "no momentum": ("titans_lmm", {"momentum": False}),
+    "9 times the inner learning rate": ("titans_lmm", {"inner_lr_scale": 0.9}),
+    "no retention": ("titans_lmm", {"use_retention": False}),
     "no output gate": ("titans_lmm", {"output_gate": False}),
     "ascent in place of descent": ("titans_lmm", {"ascend": True}),
     "chunk 1, 2 inner steps": ("titans_lmm", {"chunk_size": 1, "inner_steps": 2}),

@@ -56,6 +56,21 @@ def core(layer: Combination) -> LongTermMemory:
     return layer.memory.memory if isinstance(layer, MemoryAsLayer) else layer.memory
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("mac", {"segment_size": 2}), ("mag", {"window": 3}), ("mal", {"window": 3})]
+)
+def test_gradcheck_of_the_whole_layer(kind: str, settings: dict[str, Any]) -> None:
+    layer = make(kind, hidden_size=4, chunk_size=2, conv_size=2, persistent_tokens=1, **settings)
+    names = [n for n, _ in layer.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+
+    def run(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        y, state = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+        return (y, *(t for _, t in state.tensors() if t.is_floating_point() and t.requires_grad))
+
+    assert torch.autograd.gradcheck(run, (noise(1, 5, 4).requires_grad_(), *values), fast_mode=True)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_equals_loops_over_tokens(name: str) -> None:
     kind, settings = CASES[name]

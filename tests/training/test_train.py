@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nestling import presets
 from nestling.errors import UserError
 from nestling.evaluation.language import evaluate_loss, next_token_loss
 from nestling.training import DivergenceError, NestlingTrainer, TrainConfig, train
@@ -53,6 +55,17 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, micro_step: int) -> None:
 def without_speed(out: str | Path) -> list[dict[str, Any]]:
     records = read_metrics(Path(out) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records]
+
+
+@pytest.mark.parametrize("preset", sorted(presets.PRESETS))
+def test_every_preset_trains(tiny_config: Make, preset: str) -> None:
+    """By its name, two steps, and the saved model answers."""
+    wide = {"hidden_size": 32, "num_layers": 1}
+    out = train(tiny_config(preset=preset, overrides=wide, steps=2, batch_size=2, sample_tokens=0, eval_tokens=64)).out
+    losses = [r["loss"] for r in read_metrics(Path(out) / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 
 def test_a_run_leaves_a_model_and_its_record(tiny_config: Make, tmp_path: Path) -> None:
