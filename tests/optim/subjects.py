@@ -33,7 +33,6 @@ class Subject:
         reference: the equation for one parameter; see `reference.py`.
         lr: a rate at which the network learns.
         toy: a rate at which the quadratic and the curved valley go down.
-        sharded: whether it trains parameters that FSDP2 has spread.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Subject:
     reference: Callable[..., Any]
     lr: float = 0.02
     toy: float = 0.02
-    sharded: bool = True
 
 
 def of(kind: type[Optimizer], **settings: Any) -> Callable[..., Optimizer]:
@@ -96,7 +94,7 @@ SUBJECTS = [
     Subject("feature momentum", of(FeatureMomentum), ref.feature_momentum, 0.01, toy=0.01),
     Subject("delta gradient descent", watching(DeltaGradientDescent), ref.delta_gradient_descent, 0.1),
     Subject("delta gradient descent, step", watching(DeltaGradientDescent, solver="step"), ref.delta_step, 0.1),
-    Subject("generalized", watching(GeneralizedGradientDescent), ref.generalized, 0.1, sharded=False),
+    Subject("generalized", watching(GeneralizedGradientDescent), ref.generalized, 0.1),
     Subject("M3", by_role(M3, frequency=3), ref.m3, toy=0.2),
     Subject("M3, algorithm", by_role(M3, frequency=3, form="algorithm"), ref.m3_algorithm, 0.01, toy=0.5),
 ]

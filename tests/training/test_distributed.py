@@ -47,3 +47,13 @@ def test_two_processes_equal_one_and_resume(tmp_path: Path) -> None:
         (tmp_path / "two" / name).rename(tmp_path / name)
     assert "checkpoint-4" in two_processes(tmp_path / "two", "--resume")
     assert losses(tmp_path / "two") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["delta_gradient_descent", "generalized_gradient_descent"])
+def test_optimizers_that_see_layer_inputs_see_all_processes(tmp_path: Path, optimizer: str) -> None:
+    """At every step and at a slow level, where a row can be shorter than what a layer waits for."""
+    more = ("--optimizer", optimizer, "--lr", "0.3", "--levels", "cms.1=2")
+    assert main([*ARGUMENTS, "--batch-size", "4", "--out", str(tmp_path / "one"), *more]) == 0
+    two_processes(tmp_path / "two", *more)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -44,6 +45,7 @@ def build(
     betas: tuple[float, float] = (0.9, 0.95),
     heads: Iterable[nn.Module] = (),
     only: Iterable[Tensor] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Optimizer:
     """The optimizer called `name`, with its defaults, over the parameters of `model` that need gradients.
 
@@ -63,6 +65,8 @@ def build(
         betas: AdamW's; the first is the momentum of `sgd` and of the memories that are not Newton-Schulz's.
         heads: see `matrix_groups`.
         only: parameters of the model; None is all. For one level of `MultiFrequency`.
+        process_group: the processes of a DistributedDataParallel around the model, for the optimizers that see layer
+            inputs (`DeltaGradientDescent`); the others need none.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -91,8 +95,8 @@ def build(
     if name == "deep_momentum":
         return DeepMomentum(groups, lr, betas[0])
     if name == "delta_gradient_descent":
-        return DeltaGradientDescent(groups, lr, model=model)
-    return GeneralizedGradientDescent(groups, lr, model=model)
+        return DeltaGradientDescent(groups, lr, model=model, process_group=process_group)
+    return GeneralizedGradientDescent(groups, lr, model=model, process_group=process_group)
 
 
 def _trained(groups: list[dict[str, Any]], only: set[int] | None) -> list[dict[str, Any]]:
@@ -110,7 +114,7 @@ class TrainerFactory:
         Trainer(..., optimizer_cls_and_kwargs=(TrainerFactory, {"name": "m3", "lr": 1e-3, "weight_decay": 0.1}))
 
     The Trainer passes a class like `M3` its own groups, which do not tell an embedding from a matrix; this sees the
-    model.
+    model, and says that the Trainer averages gradients over all processes, where there are several.
     """
 
     def __call__(
@@ -124,4 +128,6 @@ class TrainerFactory:
         heads: Iterable[nn.Module] = (),
     ) -> Optimizer:
         """See `build`."""
-        return build(name, model, lr=lr, weight_decay=weight_decay, betas=betas, heads=heads)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        everyone = dist.group.WORLD if several else None
+        return build(name, model, lr=lr, weight_decay=weight_decay, betas=betas, heads=heads, process_group=everyone)

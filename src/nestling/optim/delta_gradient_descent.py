@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
@@ -12,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
 from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, check_reduction, mean_gram, record_gram
 from nestling.optim.memories import Memories
+from nestling.optim.replicas import Replicas
 from nestling.optim.shards import local, part_of, whole
 
 Solver = Literal["exact", "step"]
@@ -34,8 +36,13 @@ class DeltaGradientDescent(InputOptimizer):
     gradients and complex parameters are refused. A weight used by other modules too (a tied embedding) counts the
     linear layer's inputs only.
 
-    State per parameter: none. Between backward and step, one `[in, in]` matrix a layer. Under FSDP2 build it after
-    `fully_shard`; the Gram matrices are summed over the processes.
+    State per parameter: none. Between backward and step, one `[in, in]` matrix a layer. At a level of `MultiFrequency`
+    with a period above 1, C is summed as the gradient is, and so covers the whole period: one `[in, in]` matrix a layer
+    is kept and saved there.
+
+    Several processes: C is the mean over the tokens of all of them. Under FSDP2 build it after `fully_shard`; under
+    DistributedDataParallel give `process_group`. A loss that is a sum must be multiplied by the number of processes,
+    since both average the gradients.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class DeltaGradientDescent(InputOptimizer):
         maximize: bool = False,
         foreach: bool = True,
         on_nonfinite: OnNonfinite = "raise",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
             params: parameters or groups.
@@ -61,30 +69,51 @@ class DeltaGradientDescent(InputOptimizer):
                 with C for x x^T and the trace of C for |x|^2: cheaper, the same for one token, a shorter step for many.
             reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
             weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
+            process_group: the processes of a DistributedDataParallel, `torch.distributed.group.WORLD` for all. None:
+                the gradients of parameters that are not spread are this process's own.
 
         Raises:
-            ValueError: a setting outside its range.
+            ValueError: a setting outside its range; in a forward pass, DistributedDataParallel over several processes
+                without `process_group`.
         """
         check_range("erase", erase, 0.0)
         if solver not in ("exact", "step"):
             raise ValueError(f'solver must be "exact" or "step", got {solver!r}')
         check_reduction(reduction)
         self.solver, self.reduction = solver, reduction
-        self.layers = LayerInputs(model, record_gram)
+        self.layers = LayerInputs(model, record_gram, Replicas(process_group))
         super().__init__(params, {**shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite), "erase": erase})
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
         for parameter, gradient in zip(memories.parameters, gradients, strict=True):
-            seen = self.layers.of(parameter)
-            if seen is None or group["erase"] == 0:
+            gram = self._gram(group, parameter)
+            if gram is None:
                 results.append(gradient)
                 continue
-            gram = mean_gram(seen, parameter, self.reduction).to(gradient.dtype) * group["erase"]
+            gram = gram.to(gradient.dtype) * group["erase"]
             w = whole(local(parameter).to(gradient.dtype), parameter)
             direction = delta_direction(w, whole(gradient, parameter), gram, float(group["lr"]), self.solver)
             results.append(part_of(direction, parameter))
         return results
+
+    def take_inputs(self, last: bool) -> dict[Tensor, Tensor]:
+        """C of every layer, for sums over several steps."""
+        found = {
+            p: gram
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and (gram := self._gram(group, p)) is not None
+        }
+        self.layers.clear()
+        return found
+
+    def _gram(self, group: Group, parameter: Tensor) -> Tensor | None:
+        """C, None where there is nothing to erase."""
+        if group["erase"] == 0:
+            return None
+        given = self.layers.summed.get(parameter)
+        return mean_gram(self.layers, parameter, self.reduction) if given is None else given
 
 
 def delta_direction(

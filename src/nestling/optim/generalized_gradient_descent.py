@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, Seen, check_reduction, record_pairs
+from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, check_reduction, record_pairs
 from nestling.optim.memories import Memories
+from nestling.optim.replicas import Replicas
+from nestling.optim.shards import local, part_of, whole
 
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
 Retention = Callable[[Tensor, Tensor], Tensor]
@@ -70,9 +71,16 @@ class GeneralizedGradientDescent(InputOptimizer):
 
     The retention window c of Eq. 59 is 1: only W_t is kept.
 
-    Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent. Sparse gradients, complex
-    parameters and parameters spread by FSDP2 are refused (each process would need all processes' tokens). State per
-    parameter: none; between backward and step, in + out numbers a token and layer.
+    Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent. Sparse gradients and
+    complex parameters are refused. State per parameter: none; between backward and step, in + out numbers a token and
+    layer.
+
+    At a level of `MultiFrequency` with a period above 1, linear layers learn from the tokens of the period's last step
+    alone: an arbitrary inner loss needs the tokens themselves, and a period's are too many to keep. Where that step had
+    no gradient they take gradient descent.
+
+    Several processes: as `DeltaGradientDescent`; the mean of Definition 5 is over the tokens of all of them, at the
+    price of adding up one slope of the weight's size an inner step.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class GeneralizedGradientDescent(InputOptimizer):
         maximize: bool = False,
         foreach: bool = True,
         on_nonfinite: OnNonfinite = "raise",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
             params: parameters or groups.
@@ -101,9 +110,11 @@ class GeneralizedGradientDescent(InputOptimizer):
             inner_steps: five come within 1% of L2's minimiser where lr mean|x|^2 is below 1.
             reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
             weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
+            process_group: as of `DeltaGradientDescent`.
 
         Raises:
-            ValueError: a setting outside its range, or parameters spread over processes.
+            ValueError: a setting outside its range; in a forward pass, DistributedDataParallel over several processes
+                without `process_group`.
         """
         check_range("inner_steps", inner_steps, 1)
         check_range("objective.smoothness", objective.smoothness, 0.0)
@@ -111,37 +122,51 @@ class GeneralizedGradientDescent(InputOptimizer):
         self.objective, self.target, self.retention = objective, target, retention
         self.inner_steps, self.reduction = inner_steps, reduction
         super().__init__(params, shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite))
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            raise ValueError(
-                "GeneralizedGradientDescent needs every token of the batch in one process and cannot train parameters "
-                "that FSDP2 has spread; DeltaGradientDescent can"
-            )
-        self.layers = LayerInputs(model, record_pairs)
+        self.layers = LayerInputs(model, record_pairs, Replicas(process_group))
+
+    def take_inputs(self, last: bool) -> dict[Tensor, Tensor]:
+        """Nothing, since tokens do not add up: those of the last gradients are kept for the step, others forgotten."""
+        if not last:
+            self.layers.clear()
+        for p in [p for p in self.layers.seen if p.grad is None]:
+            del self.layers.seen[p]
+        return {}
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
-        lr = float(group["lr"])
+        lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
         for parameter, gradient in zip(memories.parameters, gradients, strict=True):
-            seen = self.layers.of(parameter)
-            if seen is None or lr == 0:
-                results.append(gradient)
-                continue
-            start = parameter.detach().to(gradient.dtype)
-            results.append((start - self._solve(start, seen, lr, -1.0 if group["maximize"] else 1.0)) / lr)
+            solved = self._solve(parameter, gradient.dtype, lr, sign) if lr and self.layers.watches(parameter) else None
+            results.append(gradient if solved is None else part_of(solved, parameter))
         return results
 
-    def _solve(
-        self, start: Float[Tensor, "out inner"], seen: Seen, lr: float, sign: float
-    ) -> Float[Tensor, "out inner"]:
-        x, gradient = torch.cat(seen.inputs), torch.cat(seen.output_gradients)
-        share = 1.0 / seen.tokens if self.reduction == "mean" else 1.0
-        u = self.target(x, x @ start.mT, gradient * (-sign / share))
-        rate = lr / (1 + lr * self.objective.smoothness * share * float(x.square().sum()))
+    def _solve(self, parameter: Tensor, dtype: torch.dtype, lr: float, sign: float) -> Tensor | None:
+        """(W_t - W) / lr of the whole weight; None where no process has a token.
+
+        Tokens stay where they are: the processes add up their slopes, and so take the same inner steps.
+        """
+        replicas, seen = self.layers.replicas, self.layers.of(parameter)
+        if seen is None and not replicas.groups(parameter):
+            return None
+        start = whole(local(parameter.detach()).to(dtype), parameter)
+        x, pull = start.new_empty(0, start.shape[1]), start.new_empty(0, start.shape[0])
+        if seen is not None:
+            x, pull = torch.cat(seen.inputs), torch.cat(seen.output_gradients)
+        tokens, squares = float(len(x)), float(x.square().sum())
+        if replicas.groups(parameter):
+            counted = replicas.add_up(torch.tensor([tokens, squares], dtype=torch.float64, device=x.device), parameter)
+            tokens, squares = counted.tolist()
+        if not tokens:
+            return None
+        share = 1.0 / tokens if self.reduction == "mean" else 1.0
+        processes = replicas.count(parameter)
+        u = self.target(x, x @ start.mT, pull * (-sign / (share * processes)))
+        rate = lr / (1 + lr * self.objective.smoothness * share * squares)
         w = start
         for _ in range(self.inner_steps):
             with torch.enable_grad():
                 w = w.detach().requires_grad_()
-                loss = self.objective.loss(x @ w.mT, u).sum() * share + self.retention(w, start) / lr
+                loss = self.objective.loss(x @ w.mT, u).sum() * share + self.retention(w, start) / (lr * processes)
                 (slope,) = torch.autograd.grad(loss, w)
-            w = w.detach() - rate * slope
-        return w
+            w = w.detach() - rate * replicas.add_up(slope, parameter)
+        return (start - w) / lr

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nestling.optim.base import MemoryOptimizer
 from nestling.optim.memories import working_dtype
+from nestling.optim.replicas import Replicas
 
 Record = Callable[["Seen", Tensor, Tensor], None]
 Reduction = Literal["mean", "sum"]
@@ -52,13 +51,21 @@ class LayerInputs:
     Only tokens through which a gradient flows count: padding and what does not enter the loss have no target. Nothing
     is recorded without a gradient (evaluation, frozen weights). Records last until `clear`, or until the next forward
     pass finds the weight's gradient gone, as `model.zero_grad()` leaves it.
+
+    Attributes:
+        seen: the records by weight, of this process.
+        summed: what the inputs of several steps come to, by weight, where a caller has summed the gradients of those
+            steps too (`InputOptimizer.take_inputs`); it then stands in place of `seen`.
     """
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
-        """Args: whose layers; what to keep of a call (`record_gram` or `record_pairs`)."""
-        self.record = record
+    def __init__(self, model: nn.Module, record: Record, replicas: Replicas) -> None:
+        """Args: whose layers; what to keep of a call (`record_gram` or `record_pairs`); whose gradients are one."""
+        self.record, self.replicas = record, replicas
         self.seen: dict[Tensor, Seen] = {}
+        self.summed: dict[Tensor, Tensor] = {}
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        # Numbers and not the weights, which a copy of this would copy.
+        self.watched = frozenset(id(layer.weight) for layer in layers)
         # Parameters as they are now: FSDP2 shows a layer another tensor during its forward pass.
         self.handles = [layer.register_forward_hook(self._hook(layer.weight)) for layer in layers]
 
@@ -67,9 +74,14 @@ class LayerInputs:
         seen = self.seen.get(weight)
         return seen if seen is not None and seen.tokens else None
 
+    def watches(self, weight: Tensor) -> bool:
+        """Whether it is the weight of a layer of the model, used or not."""
+        return id(weight) in self.watched
+
     def clear(self) -> None:
         """Forget everything recorded."""
         self.seen.clear()
+        self.summed.clear()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -81,6 +93,7 @@ class LayerInputs:
         def after_forward(layer: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if not (torch.is_grad_enabled() and weight.requires_grad and output.requires_grad):
                 return
+            self.replicas.check_forward()
             if weight.grad is None and weight in self.seen:
                 del self.seen[weight]
             x = args[0].detach()
@@ -116,6 +129,23 @@ class InputOptimizer(MemoryOptimizer):
         """Take the hooks off the model."""
         self.layers.remove()
 
+    def take_inputs(self, last: bool) -> dict[Tensor, Tensor]:
+        """What the inputs behind the present gradients come to, for a caller that sums the gradients of several steps,
+        sums this likewise, and steps with both (`give_inputs`). The inputs are forgotten.
+
+        Args:
+            last: whether these are the last gradients before that step.
+
+        Returns:
+            by parameter, a tensor that adds up as gradients do, the same on all processes that share the gradients;
+            nothing for a parameter without gradient.
+        """
+        raise NotImplementedError
+
+    def give_inputs(self, inputs: dict[Tensor, Tensor]) -> None:
+        """For the next step, sums of what `take_inputs` gave."""
+        self.layers.summed = dict(inputs)
+
     def _stepped(self) -> None:
         self.layers.clear()
 
@@ -126,13 +156,24 @@ def check_reduction(reduction: Reduction) -> None:
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
 
 
-def mean_gram(seen: Seen, weight: Tensor, reduction: Reduction) -> Tensor:
-    """Sum of x x^T over all tokens, of all processes, over their number (for `reduction="mean"`)."""
-    assert seen.gram is not None
-    gram, tokens = seen.gram, torch.tensor(float(seen.tokens), device=seen.gram.device, dtype=torch.float64)
-    if isinstance(weight, DTensor):
-        gram = gram.clone()
-        for dim in range(weight.device_mesh.ndim):
-            dist.all_reduce(gram, group=weight.device_mesh.get_group(dim))
-            dist.all_reduce(tokens, group=weight.device_mesh.get_group(dim))
-    return gram / tokens.to(gram.dtype) if reduction == "mean" else gram
+def mean_gram(layers: LayerInputs, weight: Tensor, reduction: Reduction) -> Tensor | None:
+    """Sum of x x^T over all tokens, of all processes, over their number (for `reduction="mean"`).
+
+    None where no process has a token, or the weight is of no layer. Every process that shares the weight's gradient
+    must call it, also one whose own tokens missed the layer.
+    """
+    seen = layers.of(weight)
+    if not layers.watches(weight) or (seen is None and not layers.replicas.groups(weight)):
+        return None
+    if seen is None:
+        gram = torch.zeros(weight.shape[-1], weight.shape[-1], dtype=working_dtype(weight.dtype), device=weight.device)
+        tokens = 0
+    else:
+        assert seen.gram is not None
+        gram, tokens = seen.gram, seen.tokens
+    if layers.replicas.groups(weight):
+        gram = layers.replicas.add_up(gram.clone(), weight)
+        tokens = int(layers.replicas.add_up(torch.tensor(tokens, device=gram.device), weight))
+    if not tokens:
+        return None
+    return gram / tokens if reduction == "mean" else gram

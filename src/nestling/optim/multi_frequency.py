@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nestling.optim.layer_inputs import InputOptimizer
+
 ACCUMULATED = "accumulated"
 """Name of a slow level's gradient sum among its parameters' optimizer states."""
+
+ACCUMULATED_INPUTS = "accumulated_inputs"
+"""Name of the like sum of what layer inputs come to, where the inner optimizer needs them (`InputOptimizer`)."""
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Factory = Callable[[list[Any]], Optimizer]
@@ -75,6 +80,8 @@ class MultiFrequency(Optimizer):
       because an arbitrary optimizer takes one rate. They agree while the rate stands still.
     - `param_groups` are the inner optimizers' own groups, one after the other, so schedulers act on them; each also has
       `level`, `level_period` and `level_elapsed` (steps since the level's last update).
+    - An inner optimizer that needs its layers' inputs gets those of the whole period, summed (or averaged) as the
+      gradients are; see `DeltaGradientDescent`, and `GeneralizedGradientDescent` for what does not add up.
     - A gradient sum that has not reached its period when training ends has changed nothing.
     - Every state must live in the inner optimizer's `state` and `param_groups`, as PyTorch's contract has it.
 
@@ -133,6 +140,7 @@ class MultiFrequency(Optimizer):
             due = elapsed == level.period
             if level.period > 1:
                 self._accumulate(level)
+                self._accumulate_inputs(level, last=due)
             for group in level.optimizer.param_groups:
                 group["level_elapsed"] = 0 if due else elapsed
             if due and level.period == 1:
@@ -163,19 +171,41 @@ class MultiFrequency(Optimizer):
         for sums, gradients in alike.values():
             torch._foreach_add_(sums, gradients)
 
+    def _accumulate_inputs(self, level: RunningLevel, last: bool) -> None:
+        if isinstance(level.optimizer, InputOptimizer):
+            for p, inputs in level.optimizer.take_inputs(last).items():
+                state = self.state[p]
+                state[ACCUMULATED_INPUTS] = (
+                    state[ACCUMULATED_INPUTS] + inputs if ACCUMULATED_INPUTS in state else inputs
+                )
+
     def _update(self, level: RunningLevel) -> None:
         """Step a level with its sums, which it empties; `p.grad` is afterwards what it was."""
         own = [(p, p.grad) for p in level.parameters]
+        inputs: dict[Tensor, Tensor] = {}
         for p, _ in own:
-            total = self.state.pop(p, {}).get(ACCUMULATED)
-            if total is not None and self.reduce == "mean":
-                total.div_(level.period)
-            p.grad = None if total is None else total.to(p.dtype)
+            sums = self.state.pop(p, {})
+            if self.reduce == "mean":
+                for value in sums.values():
+                    value.div_(level.period)
+            p.grad = sums[ACCUMULATED].to(p.dtype) if ACCUMULATED in sums else None
+            if ACCUMULATED_INPUTS in sums:
+                inputs[p] = sums[ACCUMULATED_INPUTS]
+        watching = level.optimizer if isinstance(level.optimizer, InputOptimizer) else None
+        if watching is not None:
+            watching.give_inputs(inputs)
         try:
             level.optimizer.step()
         finally:
             for p, gradient in own:
                 p.grad = gradient
+            if watching is not None:
+                watching.layers.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, by the inner optimizers: some forget more than the gradients. The sums stay."""
+        for level in self.levels:
+            level.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizers' states and groups in PyTorch's layout, with the gradient sums and the counters.
@@ -219,12 +249,14 @@ class MultiFrequency(Optimizer):
         indices = [i for group in groups for i in group["params"]]
         inner = {key[1]: v for key, v in state.items() if isinstance(key, tuple) and key[0] == level.name}
         for index in indices:
-            if values := {name: v for name, v in state.get(index, {}).items() if name != ACCUMULATED}:
+            values = {n: v for n, v in state.get(index, {}).items() if n not in (ACCUMULATED, ACCUMULATED_INPUTS)}
+            if values:
                 inner[index] = values
         level.optimizer.load_state_dict({"state": inner, "param_groups": groups})
         for index, p in zip(indices, level.parameters, strict=True):
-            if (total := state.get(index, {}).get(ACCUMULATED)) is not None:
-                self.state[p][ACCUMULATED] = total.detach().to(p.device, copy=True)
+            for name in (ACCUMULATED, ACCUMULATED_INPUTS):
+                if (total := state.get(index, {}).get(name)) is not None:
+                    self.state[p][name] = total.detach().to(p.device, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the level it names under `level`.

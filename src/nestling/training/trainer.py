@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -184,6 +185,7 @@ class NestlingTrainer(Trainer):
             lr=a.learning_rate,
             weight_decay=a.weight_decay,
             betas=(a.adam_beta1, a.adam_beta2),
+            process_group=dist.group.WORLD if a.world_size > 1 else None,
         )
         exponent = self.level_rate_exponent
         self.optimizer = multi_frequency(model, self.levels, named, exponent) if self.levels else named()
