@@ -23,10 +23,9 @@ from nestling.continual.guards import LearningDivergedError, LearningWarning, Sp
 from nestling.continual.levels import make_optimizer, make_weights, resolve
 from nestling.continual.memory import Memory
 from nestling.continual.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.pieces import Piece, Stream, check_tokens, decode, placed
+from nestling.continual.pieces import Piece, Stream, batches, check_tokens, decode, placed
 from nestling.continual.reading import Reader, learning
 from nestling.continual.reservoir import Reservoir
-from nestling.continual.scoring import Scorer
 from nestling.continual.steps import limit_step, retain
 
 
@@ -119,7 +118,6 @@ class Learner:
             )
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
-        self.scorer = Scorer(self.reader, options.cache_scores)
         self.weights = make_weights(model, self.settings)
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
@@ -208,7 +206,6 @@ class Learner:
         if self.attached:
             return
         _check_free(self.model, self)
-        self.scorer.forget()
         for weights in self.weights.values():
             weights.attach()
         self.attached = True
@@ -218,7 +215,6 @@ class Learner:
         """Give the model its base weights back, to the last bit; what was learned stays here."""
         if not self.attached:
             return
-        self.scorer.forget()
         for weights in self.weights.values():
             weights.detach()
         self.attached = False
@@ -248,7 +244,6 @@ class Learner:
 
         See `nestling.continual.consolidation.consolidate`.
         """
-        self.scorer.forget()
         return consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
@@ -264,7 +259,6 @@ class Learner:
         Raises:
             ValueError: a memory of another base model, of other levels, or one that does not fit together.
         """
-        self.scorer.forget()
         resume.load(self, memory)
 
     @classmethod
@@ -307,12 +301,17 @@ class Learner:
 
     def _score(self, new: int) -> Float[Tensor, " new"]:
         """Losses of the chunk's last tokens."""
+        wanted = []
+        for piece, own in self.stream.last(new):
+            late = torch.arange(len(piece)) >= len(piece) - own
+            wanted.append(Piece(piece.ids, piece.start, piece.scored & late))
         with learning(self.model, ()):
-            return self.scorer.scores(self.stream.last(new), self.settings.options.batch_tokens)
+            work = batches(wanted, self.settings.options.batch_tokens)
+            found = [self.reader.scores(batch).cpu().float() for batch in work]
+        return placed(wanted, torch.cat(found) if found else torch.empty(0))[-new:]
 
     def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
         """Learn from the full chunk; losses of its last tokens."""
-        self.scorer.forget()
         pieces, options = self.stream.pieces, self.settings.options
         replayed, apart = self._replayed(), options.replay is not None and options.replay.projection
         weight = 0.0 if options.replay is None else options.replay.weight

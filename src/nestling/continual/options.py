@@ -133,10 +133,6 @@ class Options:
         gate: surprise gate.
         replay: replay buffer.
         bfloat16: run the forward pass under autocast; weights, gradients and optimizer states stay float32.
-        cache_scores: keep the model's cache between calls that do not fill a chunk, so that a call costs its own tokens
-            and not its piece again (`nestling.continual.scoring`). Between such calls the weights change through the
-            learner alone (steps in place are noticed, writes to `.data` are not), and a learner that is restored in
-            the middle of a chunk gives the chunk's losses to rounding; what is learned is the same.
         betas: of the named optimizers, see `nestling.optim.build`.
         spike: a chunk whose mean loss exceeds this many times the running mean of the chunks', and that of a guess
             among all tokens, is not learned from; None learns from all that is finite.
@@ -152,7 +148,6 @@ class Options:
     gate: Gate | None = None
     replay: Replay | None = None
     bfloat16: bool = False
-    cache_scores: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     spike: float | None = 10.0
     patience: int = 3

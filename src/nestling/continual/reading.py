@@ -22,18 +22,14 @@ class Reader:
     goes without a mask, so that attention takes its fastest form. Logits are asked for where a target follows only.
 
     Args:
-        model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`, with `past_key_values` and a cache
-            by `read_on`, and with `logits_to_keep` if its forward takes that.
+        model: called as `model(input_ids=..., attention_mask=..., use_cache=False)`, and with `logits_to_keep` if its
+            forward takes that.
         bfloat16: run it under autocast.
-
-    Attributes:
-        remembers: whether the model takes a cache by that name; `read_on` is for those.
     """
 
     def __init__(self, model: nn.Module, bfloat16: bool = False) -> None:
         self.model, self.bfloat16 = model, bfloat16
-        parameters = inspect.signature(model.forward).parameters
-        self.selects, self.remembers = "logits_to_keep" in parameters, "past_key_values" in parameters
+        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(self, pieces: Sequence[Piece]) -> Float[Tensor, "targets vocab"]:
         """What the model says about every target of the pieces, in order, float32 at least."""
@@ -43,7 +39,13 @@ class Reader:
         if len(pieces) > 1:
             lengths = torch.tensor([len(piece.ids) for piece in pieces])
             arguments["attention_mask"] = (torch.arange(rows.shape[1]) < lengths[:, None]).long().to(device)
-        logits, _ = self._call(arguments, low, high)
+        if self.selects:
+            arguments["logits_to_keep"] = torch.arange(low, high, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits: Tensor = self.model(**arguments).logits
+        if not self.selects:
+            logits = logits[:, low:high]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         kept = torch.zeros(len(pieces), high - low, dtype=torch.bool)
         for row, piece in enumerate(pieces):
             kept[row, piece.targets.nonzero()[:, 0] + piece.start - 1 - low] = True
@@ -51,29 +53,6 @@ class Reader:
             return logits.flatten(0, 1)
         # Found on the CPU: a mask on a GPU would have to be waited for.
         return logits.flatten(0, 1)[kept.flatten().nonzero()[:, 0].to(device)]
-
-    def read_on(self, ids: Int[Tensor, " n"], cache: Any, low: int) -> tuple[Float[Tensor, "n_low vocab"], Any]:
-        """Logits after the tokens from `low` on, which follow those in a cache, and the cache with them in it.
-
-        Args:
-            ids: of one row.
-            cache: what an earlier call gave, which it may change; None to begin with.
-            low: the first of them whose logits are wanted.
-        """
-        device = next(self.model.parameters()).device
-        arguments = {"input_ids": ids[None].to(device), "past_key_values": cache, "use_cache": True}
-        logits, cache = self._call(arguments, low, len(ids))
-        return logits[0], cache
-
-    def _call(self, arguments: dict[str, Any], low: int, high: int) -> tuple[Float[Tensor, "rows n vocab"], Any]:
-        """Logits at the positions low .. high - 1, float32 at least, and the cache."""
-        ids = arguments["input_ids"]
-        if self.selects:
-            arguments["logits_to_keep"] = torch.arange(low, high, device=ids.device)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
-            out = self.model(**arguments)
-        logits: Tensor = out.logits if self.selects else out.logits[:, low:high]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), getattr(out, "past_key_values", None)
 
     def losses(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
         """Cross-entropy of every target of the pieces, in order, nats."""
