@@ -192,8 +192,8 @@ class Experiment:
         def measure(rate: float) -> float:
             return float(self.validation(method, rate, first, second)["criterion"])
 
-        base, _, option = method.partition("+")
-        if not option or option in OWN_RATES:
+        base, _, option = method.rpartition("+")
+        if not base or option in OWN_RATES:
             return best_rate(tune_rate(measure))
         best = self.chosen(base, first, second)
         return best_rate({rate: measure(rate) for rate in (best, next_rate(best, up=True))})

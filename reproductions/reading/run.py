@@ -11,7 +11,8 @@ every token is scored before anything is learned from it. Parts:
     alone      every text from the base model
     sequence   two texts one after the other (--sequence FILE FILE; the first and the last of --texts), with the
                held-out parts after each, the first text's first tokens again, WikiText, LAMBADA and multiple choice
-    ablations  the best of cms_2, cms_3 and cms_4 (or --ablate NAME) with one option each, in sequence
+    ablations  the best of cms_2, cms_3 and cms_4 (or --ablate NAME) with one option each, or several joined by +
+               (--options even+projection), in sequence
 
 Methods: frozen and frozen_long (contexts of --context and --long tokens); one_level, cms_2, cms_3, cms_4 (all MLPs, by
 depth, the top fastest, periods of 1, 4, 16 and 64 chunks, rates times period^-0.5); lora (rank 8 on all linear layers
@@ -21,7 +22,8 @@ The learning rate is the best of 3e-5, 1e-4, 3e-4, 1e-3 (and on, until the best 
 --validation, read one after the other. The criterion, against the frozen model and lower is better, is half learning,
 the mean of both texts' second halves while they are read, and half keeping, the held-out part of the first text after
 the second. An option of an ablation has its base's rate or the next higher of the grid, whichever is better there;
-ranks and other rates of the slow levels have the whole grid.
+ranks and other rates of the slow levels have the whole grid. Of several options the rate is that of the last one with
+all before it as its base.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods and --parts). The report, table.md and a
@@ -108,8 +110,8 @@ class Plan:
 
     def _names(self) -> list[str]:
         """All methods that have a rate, options after what they are options of."""
-        stacked = [f"{base}+{option}" for base in ("one_level", *STACKS) for option in ABLATIONS]
-        return [m for m in (*METHODS, *stacked) if not _still(m)]
+        found = {row["method"] for row in self.made.results.rows} - set(METHODS)
+        return [m for m in (*METHODS, *sorted(found, key=_order)) if not _still(m)]
 
     def _finished(self, method: str) -> list[Row]:
         key = self.made.key("validation", method, 0.0, self.validation)
@@ -124,6 +126,12 @@ class Plan:
 
 def _still(method: str) -> bool:
     return method_of(method).learned == "nothing"
+
+
+def _order(method: str) -> list[int]:
+    """By base method, then by options as they are listed."""
+    base, *options = method.split("+")
+    return [list(METHODS).index(base), *(list(ABLATIONS).index(option) for option in options)]
 
 
 def _best(rows: list[Row]) -> float:
@@ -182,7 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--ablate", choices=("one_level", *STACKS))
-    parser.add_argument("--options", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
+    parser.add_argument("--options", nargs="*", default=list(ABLATIONS), metavar="OPTION[+OPTION]")
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0)
     add_machine_arguments(parser)
@@ -190,6 +198,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    for option in args.options:
+        if unknown := set(option.split("+")) - set(ABLATIONS):
+            parser.error(f"--options: there is no {', '.join(sorted(unknown))}; there are {', '.join(ABLATIONS)}")
     if not args.quick and (args.model is None or not args.texts or args.validation is None):
         parser.error("--model PATH, --texts FILE ... and --validation FILE FILE are needed (or --quick)")
     return args

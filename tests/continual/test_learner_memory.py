@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from nestling.continual.applying import MemoryUseError
 from nestling.continual.learner import Learner
 from nestling.continual.memory import LowRank, Memory
 from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
@@ -219,6 +220,39 @@ def test_a_memory_that_does_not_fit_is_refused(spoil, message: str) -> None:
         Learner.restore(model, spoil(learner.memory()))
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
     Learner.restore(model, learner.memory())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors, index: {f"optimizer.{index}.exp_avg": torch.zeros(2, 3)},
+        lambda tensors, index: {f"optimizer.{index}.exp_avg_sq": torch.zeros(())[None, None, None]},
+    ],
+)
+def test_optimizer_state_of_another_shape_is_explained(spoil) -> None:
+    learner = Learner(tiny_llama(), {"fast": Level(8, (TOP,))}, lr=0.01, context=16)
+    learner.observe(text(16))
+    memory = learner.memory()
+    index = next(name.split(".")[1] for name in memory.tensors if name.endswith("exp_avg"))
+    spoiled = replace(memory, tensors=memory.tensors | spoil(memory.tensors, index))
+    again = Learner.restore(tiny_llama(), spoiled)
+    with pytest.raises(MemoryUseError, match=r"optimizer state does not fit.*fresh optimizer"):
+        again.observe(text(8))
+    lacking = {name: t for name, t in memory.tensors.items() if not name.endswith("exp_avg")}
+    again = Learner.restore(tiny_llama(), replace(memory, tensors=lacking))
+    with pytest.raises(MemoryUseError, match=r"KeyError.*fresh optimizer"):
+        again.observe(text(8))
+
+
+def test_a_factory_that_fails_is_not_blamed_on_a_memory() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None) -> None:
+            raise KeyError("its own")
+
+    level = Level(8, (TOP,), optimizer=lambda parameters: Broken(parameters, lr=0.01))
+    learner = Learner(tiny_llama(), {"fast": level}, lr=1.0, context=16)
+    with pytest.raises(KeyError, match="its own"):
+        learner.observe(text(8))
 
 
 def test_optimizers_given_as_functions_come_back_by_load() -> None:

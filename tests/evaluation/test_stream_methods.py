@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from nestling.continual.options import Replay
 from nestling.evaluation.stream_methods import (
     ABLATIONS,
     METHODS,
@@ -108,7 +109,10 @@ def test_periods_and_options() -> None:
     assert period_names(3, 256) == {"level_1": 256, "level_2": 1024, "level_3": 4096}
     assert method_of("cms_3+retention").options.retention == 0.98
     assert method_of("cms_3+sleep").sleep is not None and method_of("cms_3").sleep is None
-    for name in ("cms_9", "lora+replay", "cms_2+nothing", "frozen+gate"):
+    several = method_of("cms_2+even+split+projection+retention")
+    assert several.rate_exponent == 0.0 and several.assignment == "split"
+    assert several.options.replay == Replay(weight=0.0, projection=True) and several.options.retention == 0.98
+    for name in ("cms_9", "lora+replay", "cms_2+nothing", "frozen+gate", "cms_2+even+nothing", "cms_2+"):
         with pytest.raises(ValueError, match="unknown method"):
             method_of(name)
 

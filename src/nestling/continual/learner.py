@@ -141,7 +141,7 @@ class Learner:
         self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
-        self._refused = 0
+        self._refused, self._loaded = 0, False
 
     def observe(
         self,
@@ -260,6 +260,7 @@ class Learner:
             ValueError: a memory of another base model, of other levels, or one that does not fit together.
         """
         resume.load(self, memory)
+        self._loaded = True
 
     @classmethod
     def restore(cls, model: PreTrainedModel, memory: Memory) -> Learner:
@@ -350,7 +351,8 @@ class Learner:
         for name in due:
             if (kept := options.retention_of(name)) != 1:
                 retain(self.weights[name].anchored, kept)
-        self.optimizer.step()
+        with resume.fitting(self._loaded):
+            self.optimizer.step()
         for name, old in before.items():
             if (limit := options.limit_of(name)) is not None:
                 limit_step([p.detach() for p in self._learned[name]], old, limit)

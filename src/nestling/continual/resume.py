@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nestling.continual.applying import MemoryUseError
 from nestling.continual.memory import Memory
 from nestling.continual.pieces import Piece, decode
 from nestling.continual.reservoir import Reservoir
@@ -67,6 +69,31 @@ def load(learner: Learner, memory: Memory) -> None:
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
     learner.log.records = list(memory.documents)
+
+
+@contextmanager
+def fitting(loaded: bool) -> Iterator[None]:
+    """An optimizer's step, which is where state of other names, types or shapes than its own shows: only the optimizer
+    knows them.
+
+    Args:
+        loaded: the state came from a memory.
+
+    Raises:
+        MemoryUseError: the step failed, and the state came from a memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+        if not loaded:
+            raise
+        raise MemoryUseError(
+            f"the memory's optimizer state does not fit its parameters ({type(error).__name__}, {error}); nothing of "
+            "this step is saved. What the memory has learned is whole: export it, fork the export, and learn from that "
+            "with a fresh optimizer"
+        ) from error
 
 
 def _check_same(learner: Learner, memory: Memory) -> None:

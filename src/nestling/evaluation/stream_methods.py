@@ -22,6 +22,7 @@ from nestling.evaluation.lora import add_lora
 from nestling.levels.assignment import stream_levels
 from nestling.levels.measures import LevelMeter, roles_by_depth
 from nestling.models import convert
+from nestling.models.conversion import Assignment
 
 BATCH_TOKENS = 2048
 PERIODS = (1, 4, 16, 64)
@@ -35,9 +36,10 @@ class Method:
     """A way to read a stream.
 
     Attributes:
-        learned: "nothing"; "levels" of the MLPs, by depth, the top fastest; "lora": low-rank factors on all linear
-            layers but the head, by peft; "everything".
+        learned: "nothing"; "levels" of the MLPs; "lora": low-rank factors on all linear layers but the head, by peft;
+            "everything".
         levels: how many, with the periods 1, 4, 16, 64 chunks.
+        assignment: of the MLPs to the levels, see `convert`; by depth the top is fastest.
         long: read with the longest context, not the usual one.
         options: of the learner.
         sleep: `Learner.consolidate` after every text, with these arguments.
@@ -47,6 +49,7 @@ class Method:
 
     learned: Literal["nothing", "levels", "lora", "everything"] = "nothing"
     levels: int = 1
+    assignment: Assignment = "depth"
     long: bool = False
     options: Options = field(default_factory=Options)
     sleep: dict[str, Any] | None = None
@@ -75,27 +78,31 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"retention": 0.5, "steps": 10, "rows": 2}},
     "even": {"rate_exponent": 0.0},
     "rising": {"rate_exponent": 0.5},
+    "interleaved": {"assignment": "interleaved"},
+    "split": {"assignment": "split"},
 }
-"""Options of a learner, each alone. `sleep` needs what `replay` keeps, so `replay` is what it is compared with; `even`
-and `rising` give slow levels the rate of the fast one or a higher one."""
+"""What a method of levels can be changed by. `sleep` needs what `replay` keeps, so `replay` is what it is compared with;
+`even` and `rising` give slow levels the rate of the fast one or a higher one; `interleaved` and `split` are assignments
+other than by depth."""
 
 
 def method_of(name: str) -> Method:
-    """A method by name: one of `METHODS`, or with an option of `ABLATIONS`, as `cms_3+replay`.
+    """A method by name: one of `METHODS`, or with options of `ABLATIONS`, as `cms_3+replay` or `cms_2+split+even`.
 
     Raises:
         ValueError: an unknown name.
     """
-    base, plus, option = name.partition("+")
-    if base not in METHODS or (plus and (option not in ABLATIONS or METHODS[base].learned != "levels")):
+    base, *options = name.split("+")
+    if base not in METHODS or (options and (set(options) - set(ABLATIONS) or METHODS[base].learned != "levels")):
         raise ValueError(
-            f"unknown method {name!r}; there are {', '.join(METHODS)}, and those of levels with one of "
+            f"unknown method {name!r}; there are {', '.join(METHODS)}, and those of levels with "
             f"+{', +'.join(ABLATIONS)}"
         )
-    if not plus:
-        return METHODS[base]
-    change = ABLATIONS[option]
-    return replace(METHODS[base], **change | {"options": replace(Options(), **change.get("options", {}))})
+    method = METHODS[base]
+    for option in options:
+        change = ABLATIONS[option]
+        method = replace(method, **change | {"options": replace(method.options, **change.get("options", {}))})
+    return method
 
 
 def read_frozen(
@@ -222,7 +229,7 @@ def _prepare(
     if method.learned == "nothing":
         return base, None
     if method.learned == "levels":
-        converted = convert(base, period_names(method.levels, chunk))
+        converted = convert(base, period_names(method.levels, chunk), method.assignment)
         assert len(stream_levels(converted)) == method.levels
         return converted, None
     model = copy.deepcopy(base)
