@@ -81,7 +81,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "interleaved": {"assignment": "interleaved"},
     "split": {"assignment": "split"},
 }
-"""What a method of levels can be changed by. `sleep` needs what `replay` keeps, so `replay` is what it is compared with;
+"""What a method of levels can be changed by. `sleep` needs what `replay` keeps, so that is what it is compared with;
 `even` and `rising` give slow levels the rate of the fast one or a higher one; `interleaved` and `split` are assignments
 other than by depth."""
 
