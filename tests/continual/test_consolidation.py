@@ -119,6 +119,9 @@ def test_a_consolidation_that_fails_leaves_everything() -> None:
         ({"held_out": 1.0}, "held_out"),
         ({"steps": -1}, "steps"),
         ({"rows": 0}, "rows"),
+        ({"rows": 1.5}, "rows"),
+        ({"lr": -1.0}, "lr is a number"),
+        ({"lr": float("nan")}, "lr is a number"),
     ],
 )
 def test_arguments_out_of_range(arguments, message: str) -> None:

@@ -84,8 +84,9 @@ def test_weights_that_are_not_finite_end_learning() -> None:
             learner.observe(text(8))
 
 
-def test_an_interrupted_call_is_as_if_it_had_not_been() -> None:
-    learner, other = two_levels(), two_levels()
+@pytest.mark.parametrize("replay", [None, Replay(4)])
+def test_an_interrupted_call_is_as_if_it_had_not_been(replay: Replay | None) -> None:
+    learner, other = two_levels(Options(replay=replay)), two_levels(Options(replay=replay))
     ids = text(40)
     for each in (learner, other):
         each.observe(ids[:13])
@@ -118,6 +119,9 @@ def test_empty_and_absurd_input() -> None:
         learner.observe(torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="whole numbers"):
         learner.observe(torch.ones(3))
+    for wrong in (None, {1, 2}, "abc", [[1], [2, 3]], [10**30]):
+        with pytest.raises(ValueError, match="tensors or sequences"):
+            learner.observe(wrong)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="scored has shape"):
         learner.observe([1, 2, 3], scored=[True])
     assert learner.stream.filled == 5

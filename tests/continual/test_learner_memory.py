@@ -255,6 +255,12 @@ def test_a_factory_that_fails_is_not_blamed_on_a_memory() -> None:
         learner.observe(text(8))
 
 
+def test_a_memory_of_another_architecture_is_named_as_that() -> None:
+    learner = everything()
+    with pytest.raises(ValueError, match="belongs to the base model"):
+        Learner.restore(tiny_llama(layers=1), learner.memory())
+
+
 def test_optimizers_given_as_functions_come_back_by_load() -> None:
     def make(model: nn.Module) -> Learner:
         level = Level(8, (TOP,), optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nestling.continual import Learner, Level, Memory, Options, Replay
 from nestling.continual.applying import MemoryUseError
 from nestling.continual.low_rank import limit_rank
 from nestling.continual.merge import merge
+from nestling.continual.records import LowRank, dense
 from tests.continual.stream_models import copy_of, text, tiny_llama
 
 LEVELS = {"all": Level(8, ("*.mlp.*",))}
@@ -42,20 +44,39 @@ def test_learners_and_applied_memories_exclude_each_other() -> None:
     learner_of(model)
 
 
-def test_a_memory_without_progress_brings_none_of_the_last_users() -> None:
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_memory_without_progress_brings_none_of_the_last_users(rank: int | None) -> None:
     model = tiny_llama()
-    learner = learner_of(model, replay=Replay(8))
+    learner = learner_of(model, replay=Replay(8), rank=rank)
     learner.observe(text(20, seed=1))
     ann = learner.memory()
     ben = Memory(ann.fingerprint, ann.periods, ann.parameters, {})
     learner.load(ben)
     assert learner.stream.filled == 0 and learner.counters.tokens == 0 and not len(learner.buffer or ())
     assert not learner.log.records and not learner.optimizer.state_dict()["state"]
-    fresh = learner_of(tiny_llama(), replay=Replay(8))
+    fresh = learner_of(tiny_llama(), replay=Replay(8), rank=rank)
     for each in (learner, fresh):
         each.observe(text(30, seed=2))
     for name, value in copy_of(fresh.model).items():
         assert torch.equal(copy_of(model)[name], value)
+    for name, found in fresh.memory().differences.items():
+        assert torch.equal(dense(learner.memory().differences[name]), dense(found)), name
+
+
+def test_a_memory_of_a_lower_rank_brings_no_factors_of_the_last_users() -> None:
+    ben = learner_of(tiny_llama(), rank=1)
+    ben.observe(text(24, seed=2))
+    memory = replace(ben.memory(), tensors={})
+    learner, fresh = learner_of(tiny_llama(), rank=4), learner_of(tiny_llama(), rank=4)
+    learner.observe(text(40, seed=1))
+    for each in (learner, fresh):
+        each.load(memory)
+        each.observe(text(30, seed=2))
+    for name, found in fresh.memory().differences.items():
+        assert isinstance(found, LowRank)
+        other = learner.memory().differences[name]
+        assert isinstance(other, LowRank)
+        assert torch.equal(other.left, found.left) and torch.equal(other.right, found.right)
 
 
 def test_an_impossible_optimizer_leaves_no_hooks() -> None:

@@ -107,6 +107,14 @@ def held_by(model: nn.Module) -> Applied | None:
     return record if isinstance(record, Applied) else None
 
 
+def check_free(model: nn.Module, learner: object) -> None:
+    """Raises ValueError for a model that another learner than this one, or a memory, is on."""
+    if getattr(model, LEARNER, learner) is not learner:
+        raise ValueError("another learner is attached to this model; call its detach() first")
+    if (held := held_by(model)) is not None and held.owner is not None:
+        raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")
+
+
 def _check_base(model: nn.Module, fingerprint: str, record: Applied | None) -> None:
     found = base_fingerprint(model)
     if found == fingerprint:

@@ -95,7 +95,8 @@ def consolidate(
     """
     if not learner.attached:
         raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
-    slow = _sides(learner, fast, retention, steps, rows, held_out)
+    slow = _sides(learner, fast)
+    _check(retention, steps, lr, rows, held_out)
     names = [name for name in learner.weights if name not in slow]
     pieces = _text(learner, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -214,10 +215,8 @@ def _divergence(said: Float[Tensor, "n vocab"], says: Float[Tensor, "n vocab"]) 
     return F.kl_div(says.log_softmax(-1), said.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-def _sides(
-    learner: Learner, fast: Sequence[str] | None, retention: float, steps: int, rows: int, held_out: float
-) -> list[str]:
-    """Names of the levels that learn, checked with the other arguments."""
+def _sides(learner: Learner, fast: Sequence[str] | None) -> list[str]:
+    """Names of the levels that learn."""
     names = list(learner.weights)
     fast = names[:-1] if fast is None else list(fast)
     slow = [name for name in names if name not in fast]
@@ -226,12 +225,18 @@ def _sides(
     if not fast or not slow:
         raise ValueError(f"consolidation takes levels to forget and levels to learn; of {', '.join(names)} it has only "
                          f"{'levels to forget' if fast else 'levels to learn'}")  # fmt: skip
-    if not 0 <= retention <= 1 or not 0 <= held_out < 1 or steps < 0 or rows < 1:
+    return slow
+
+
+def _check(retention: float, steps: int, lr: float | None, rows: int, held_out: float) -> None:
+    whole = all(isinstance(n, int) for n in (steps, rows))
+    if not whole or not 0 <= retention <= 1 or not 0 <= held_out < 1 or steps < 0 or rows < 1:
         raise ValueError(
-            "retention is in [0, 1], held_out in [0, 1), steps 0 or more, rows 1 or more; got "
+            "retention is in [0, 1], held_out in [0, 1), steps a whole number from 0, rows one from 1; got "
             f"{retention}, {held_out}, {steps}, {rows}"
         )
-    return slow
+    if lr is not None and not 0 <= lr < math.inf:
+        raise ValueError(f"lr is a number, 0 or more, or None, not {lr}")
 
 
 def _text(learner: Learner, seed: int) -> list[Piece]:

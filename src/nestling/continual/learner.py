@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.continual import consolidation, resume
-from nestling.continual.applying import LEARNER, held_by
+from nestling.continual.applying import LEARNER, check_free
 from nestling.continual.documents import Document, DocumentLog
 from nestling.continual.fingerprint import base_fingerprint
 from nestling.continual.gradients import add_replay_apart, all_finite, read_with_gradients
@@ -25,7 +25,7 @@ from nestling.continual.memory import Memory
 from nestling.continual.options import Factory, Level, Options, Settings, settings_from
 from nestling.continual.pieces import Piece, Stream, batches, check_tokens, decode, placed
 from nestling.continual.reading import Reader, learning
-from nestling.continual.reservoir import Reservoir
+from nestling.continual.reservoir import Reservoir, undone_on_error
 from nestling.continual.steps import limit_step, retain
 
 
@@ -105,7 +105,7 @@ class Learner:
         context: int = 512,
         options: Options | None = None,
     ) -> None:
-        _check_free(model, None)
+        check_free(model, None)
         options = options or Options()
         self.model = model
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
@@ -116,6 +116,8 @@ class Learner:
             raise ValueError(
                 f"pieces of {self.stream.size} tokens do not fit a context of {context}: each needs one token before it"
             )
+        if (most := getattr(model.config, "max_position_embeddings", None)) is not None and context > most:
+            raise ValueError(f"a context of {context} tokens is more than the model's {most} positions")
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
@@ -184,7 +186,7 @@ class Learner:
         while done < len(ids):
             part = slice(done, done + min(self.stream.room, len(ids) - done))
             new = part.stop - part.start
-            with self.stream.undone_on_error():
+            with self.stream.undone_on_error(), undone_on_error(self.buffer):
                 self.stream.add(ids[part], targets[part])
                 full = not self.stream.room
                 losses[part] = self._learn(new, updated, notes) if full else self._score(new)
@@ -205,7 +207,7 @@ class Learner:
         """
         if self.attached:
             return
-        _check_free(self.model, self)
+        check_free(self.model, self)
         for weights in self.weights.values():
             weights.attach()
         self.attached = True
@@ -275,6 +277,7 @@ class Learner:
         """
         if "learner" not in memory.settings:
             raise ValueError("this memory has no learner's settings: make a Learner and call its load")
+        resume.check_model(memory, base_fingerprint(model))
         made = settings_from(memory.settings["learner"])
         learner = cls(
             model,
@@ -385,10 +388,3 @@ class Learner:
         note = f"{self.stream.chunk} tokens were not learned from: {reason}"
         notes.append(note)
         warnings.warn(note, LearningWarning, stacklevel=4)
-
-
-def _check_free(model: PreTrainedModel, learner: Learner | None) -> None:
-    if getattr(model, LEARNER, learner) is not learner:
-        raise ValueError("another learner is attached to this model; call its detach() first")
-    if (held := held_by(model)) is not None and held.owner is not None:
-        raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nestling.continual.options import Level, Settings
 from nestling.continual.weights import FullWeights, LowRankWeights, Weights
 from nestling.levels.assignment import stream_levels
-from nestling.optim import NAMES, MultiFrequency, OptimizerLevel, build
+from nestling.optim import MultiFrequency, OptimizerLevel, build
 
 
 def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[str, Level]:
@@ -78,9 +78,6 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiF
     The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
     memories that follow a gradient's size would otherwise grow with the period on top of `rate_exponent`. So a level's
     rate means the same for every period and every optimizer.
-
-    Raises:
-        ValueError: an unknown optimizer's name.
     """
     fastest = min(level.period for level in settings.levels.values())
     return MultiFrequency(
@@ -103,8 +100,6 @@ def _factory(settings: Settings, level: Level, weights: Weights, fastest: int) -
     chosen = level.optimizer or settings.optimizer
     if not isinstance(chosen, str):
         return chosen
-    if chosen not in NAMES:
-        raise ValueError(f"unknown optimizer {chosen!r}; choose one of: {', '.join(NAMES)}")
     lr = rate(settings, level, fastest)
     return partial(_build, chosen, weights.owner, lr=lr, betas=settings.options.betas)
 

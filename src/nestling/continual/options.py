@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from nestling.optim import NAMES
+
 Factory = Callable[[list[Any]], Optimizer]
+
+MOST_EXPONENT = 8.0
+"""Of a rate that follows the period: far beyond any use, and no float's limit."""
+LARGEST = 2**63 - 1
+"""Of a whole number: what a tensor, a `deque` and a generator's seed can take."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,15 @@ class Level:
     def __post_init__(self) -> None:
         """Raises ValueError for a period, rank or rate that cannot be, or no parameters."""
         _whole("period", self.period, "a number of tokens")
-        given: object = self.parameters
-        if isinstance(given, str) or not given:
+        given: Any = self.parameters
+        if isinstance(given, str) or not given or not all(isinstance(name, str) for name in given):
             raise ValueError(f"parameters of a level are a tuple of names or patterns, not {self.parameters!r}")
         if self.rank is not None:
             _whole("rank", self.rank, "a whole number")
         if self.lr is not None:
-            _within("lr", self.lr, 0.0)
+            _rate("lr", self.lr)
+        if self.optimizer is not None:
+            _optimizer(self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class Gate:
             raise ValueError("a Gate has a quantile or a threshold, or both")
         if self.quantile is not None:
             _within("quantile", self.quantile, 0.0, 1.0)
+        if self.threshold is not None:
+            _within("threshold", self.threshold, -math.inf)
         _whole("window", self.window, "a number of losses")
 
 
@@ -114,6 +126,7 @@ class Replay:
         _whole("capacity", self.capacity, "a number of pieces")
         _whole("pieces", self.pieces, "a number of pieces")
         _within("weight", self.weight, 0.0)
+        _flag("projection", self.projection)
 
 
 @dataclass(frozen=True)
@@ -166,6 +179,12 @@ class Options:
         if self.spike is not None:
             _within("spike", self.spike, 1.0)
         _whole("patience", self.patience, "a number of chunks")
+        _whole("seed", self.seed, "a whole number", least=0)
+        _flag("bfloat16", self.bfloat16)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas are two numbers, not {self.betas!r}")
+        for value in self.betas:
+            _within("a beta", value, 0.0, 1.0, open_end=True)
 
     def check_levels(self, names: list[str]) -> None:
         """Raises ValueError for a retention or limit of a level that does not exist."""
@@ -199,6 +218,13 @@ class Settings:
     context: int
     options: Options = field(default_factory=Options)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of range, or a level's rate that no float holds."""
+        _rate("lr", self.lr)
+        _within("rate_exponent", self.rate_exponent, -MOST_EXPONENT, MOST_EXPONENT)
+        _whole("context", self.context, "a number of tokens")
+        _optimizer(self.optimizer)
+
     def values(self) -> dict[str, Any]:
         """JSON values; an optimizer that was given as a function is left out."""
         found = asdict(self)
@@ -215,6 +241,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: an optimizer was given as a function, or a value is missing, unknown or out of range.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a learner's settings are values by name, in this memory {_shown(values)}")
     values = dict(values)
     if values.pop("functions", False):
         raise ValueError(
@@ -241,13 +269,45 @@ def _limits(value: Any) -> UpdateLimit | dict[str, UpdateLimit] | None:
     return {name: UpdateLimit(**limit) for name, limit in value.items()}
 
 
-def _whole(name: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {what}, 1 or more, not {value!r}")
+def _whole(name: str, value: object, what: str, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+        raise ValueError(f"{name} is {what}, {least} or more, not {_shown(value)}")
 
 
-def _within(name: str, value: float, low: float, high: float = float("inf"), open_start: bool = False) -> None:
+def _within(
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_start: bool = False,
+    open_end: bool = False,
+) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} is a number in [{low}, {high}], not {value!r}")
+        raise ValueError(f"{name} is a number in [{low}, {high}], not {_shown(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name} is a number of a sensible size, not {_shown(value)}")
     if open_start and value == low:
         raise ValueError(f"{name} is larger than {low}, not {value!r}")
+    if open_end and value == high:
+        raise ValueError(f"{name} is smaller than {high}, not {value!r}")
+
+
+def _rate(name: str, value: float) -> None:
+    _within(name, value, 0.0, math.inf, open_end=True)
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is True or False, not {_shown(value)}")
+
+
+def _optimizer(value: object) -> None:
+    if not callable(value) and value not in NAMES:
+        raise ValueError(f"unknown optimizer {_shown(value)}; choose one of: {', '.join(NAMES)}")
+
+
+def _shown(value: object) -> str:
+    """A value for an error message, however long it is."""
+    text = repr(value) if not isinstance(value, int) or abs(value) <= LARGEST else "a number of more than 64 bits"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -155,7 +155,11 @@ def check_tokens(
     Raises:
         ValueError: tokens that are no whole numbers or not in the vocabulary, or `scored` of another length.
     """
-    ids = torch.as_tensor(tokens).cpu()
+    try:
+        ids = torch.as_tensor(tokens).cpu()
+        given = None if scored is None else torch.as_tensor(scored).cpu().bool()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"tokens and scored are tensors or sequences, of shape [n] ({error})") from error
     if not ids.numel():
         ids = torch.empty(0, dtype=torch.int64)
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -165,9 +169,7 @@ def check_tokens(
     if len(outside):
         place = int(outside[0])
         raise ValueError(f"token {int(ids[place])} at {place} is not in the vocabulary of {vocabulary}")
-    if scored is None:
-        return ids, torch.ones(len(ids), dtype=torch.bool)
-    targets = torch.as_tensor(scored).cpu().bool()
+    targets = torch.ones(len(ids), dtype=torch.bool) if given is None else given
     if targets.shape != ids.shape:
         raise ValueError(f"scored has shape {tuple(targets.shape)}, tokens {tuple(ids.shape)}")
     return ids, targets

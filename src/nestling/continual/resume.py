@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,12 @@ def to_memory(learner: Learner) -> Memory:
 
 def load(learner: Learner, memory: Memory) -> None:
     """Give a learner the state of a memory; see `Learner.load`."""
-    _check_same(learner, memory)
+    check_model(memory, learner.fingerprint)
+    _check_levels(learner, memory)
     exact = {name.removeprefix("exact."): t for name, t in memory.tensors.items() if name.startswith("exact.")}
     try:
+        for weights in learner.weights.values():
+            weights.check(memory.differences, exact)
         if memory.tensors:
             _load_progress(learner, memory)
         else:
@@ -96,12 +100,16 @@ def fitting(loaded: bool) -> Iterator[None]:
         ) from error
 
 
-def _check_same(learner: Learner, memory: Memory) -> None:
-    if memory.fingerprint != learner.fingerprint:
+def check_model(memory: Memory, fingerprint: str) -> None:
+    """Raises ValueError for a memory of another base model than that of `fingerprint`."""
+    if memory.fingerprint != fingerprint:
         raise ValueError(
-            f"the memory belongs to the base model {memory.fingerprint}, this one is {learner.fingerprint}; load it on "
-            "the model it was learned on"
+            f"the memory belongs to the base model {memory.fingerprint}, this one is {fingerprint}; load it on the "
+            "model it was learned on"
         )
+
+
+def _check_levels(learner: Learner, memory: Memory) -> None:
     own = learner.settings.levels
     if memory.periods != {name: level.period for name, level in own.items()}:
         raise ValueError(
@@ -118,6 +126,10 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     settings, tensors = memory.settings, memory.tensors
     starts: list[int] = settings["stream"]["starts"]
     pieces: list[Piece] = [decode(tensors[f"pieces.{i}"], start) for i, start in enumerate(starts)]
+    opened = bool(settings["stream"]["open"])
+    count = sum(name.startswith("pieces.") for name in tensors)
+    if len(pieces) != count or (opened and not count) or any(not 0 <= p.start < len(p.ids) for p in pieces):
+        raise ValueError("the memory's pending tokens and their places do not fit together")
     if sum(len(piece) for piece in pieces) >= learner.stream.chunk:
         raise ValueError(f"the memory's pending tokens do not fit a chunk of {learner.stream.chunk}")
     if any(len(p.ids) and not 0 <= int(p.ids.min()) <= int(p.ids.max()) < learner.vocabulary for p in pieces):
@@ -134,17 +146,19 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     if buffer is not None and settings["replay"] is not None:
         held = {name: tensors[f"replay.{name}"] for name in ("tokens", "lengths")}
         buffer = Reservoir.load(held, settings["replay"])
+        if any(set(i.metadata) != {"start"} or not 0 <= i.metadata["start"] < len(i.tokens) for i in buffer.items):
+            raise ValueError("the memory's replayed pieces and their places do not fit together")
         ids = torch.where(held["tokens"] < 0, ~held["tokens"], held["tokens"])
         if bool((ids >= learner.vocabulary).any()):
             raise ValueError(f"the memory's replayed tokens are not in the vocabulary of {learner.vocabulary}")
     recent = tensors.get("gate", torch.empty(0)).tolist()
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
-    mean, spikes = guard["mean"], int(guard["spikes"])
+    mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     learner.optimizer.load_state_dict(_with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
-    learner.stream.open = bool(settings["stream"]["open"])
+    learner.stream.open = opened
     learner.buffer = buffer
     if learner.gate is not None:
         learner.gate.recent.clear()
@@ -188,5 +202,20 @@ def _with_state(learner: Learner, saved: Mapping[str, Any], tensors: Mapping[str
         state.setdefault(int(index), {}).update(values)
     if any(not 0 <= index < count for index in state):
         raise ValueError("the memory's optimizer has more parameters than the learner's")
+    for group, new in zip(packed["param_groups"], saved["groups"], strict=True):
+        _check_group(group["level_period"], new)
     groups = [group | new for group, new in zip(packed["param_groups"], saved["groups"], strict=True)]
     return {"state": state, "param_groups": groups}
+
+
+def _check_group(period: int, group: Mapping[str, Any]) -> None:
+    """What a memory keeps of a parameter group: its rate, and the chunks since its level's last update."""
+    if set(group) != {"lr", "level_elapsed"}:
+        raise ValueError(f"a parameter group of the memory's optimizer has {', '.join(sorted(group))}")
+    lr, elapsed = group["lr"], group["level_elapsed"]
+    if not isinstance(lr, float) or not 0 <= lr < math.inf:
+        raise ValueError(f"a rate of the memory's optimizer is {str(lr)[:80]}, and not a number, 0 or more")
+    if not isinstance(elapsed, int) or not 0 <= elapsed < period:
+        raise ValueError(
+            f"a level's chunks since its update are 0 to {period - 1} by its period, in the memory {str(elapsed)[:80]}"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nestling.continual.memory import LowRank
+from nestling.continual.records import LowRank, dense, shape_of
 
 
 class Weights(Protocol):
@@ -44,8 +44,11 @@ class Weights(Protocol):
     def exact(self) -> dict[str, Tensor]:
         """What `differences` lacks to give the learned values to the last bit."""
 
+    def check(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where `load` could not take them."""
+
     def load(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
-        """Become what `differences` and `exact` were taken of."""
+        """Become what `differences` and `exact` were taken of; both are checked."""
 
 
 class FullWeights:
@@ -99,6 +102,19 @@ class FullWeights:
                 found |= {f"{name}.index": wrong.cpu(), f"{name}.value": new.flatten()[wrong].cpu()}
         return found
 
+    def check(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for a difference of another shape than its parameter, or corrections not of it."""
+        for name, p in self.parameters.items():
+            if name not in differences:
+                continue
+            if (shape := shape_of(differences[name])) != tuple(p.shape):
+                raise ValueError(f"the memory's difference of {name} has shape {shape}, the parameter {tuple(p.shape)}")
+            index, value = (exact.get(f"{name}.{part}", torch.empty(0)) for part in ("index", "value"))
+            fits = index.dim() == 1 and index.shape == value.shape
+            inside = not len(index) or (index.dtype == torch.int64 and 0 <= index.min() <= index.max() < p.numel())
+            if not fits or not inside:
+                raise ValueError(f"the memory's exact values of {name} are not of its {p.numel()} numbers")
+
     @torch.no_grad()
     def load(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
         """Base + difference, corrected."""
@@ -108,11 +124,7 @@ class FullWeights:
             if difference is None:
                 new.copy_(old)
                 continue
-            dense = difference.dense() if isinstance(difference, LowRank) else difference
-            if dense.shape != new.shape:
-                raise ValueError(f"the memory's difference of {name} has shape {tuple(dense.shape)}, the parameter "
-                                 f"{tuple(new.shape)}")  # fmt: skip
-            new.copy_(_sum(old, dense.to(new.device)))
+            new.copy_(_sum(old, dense(difference).to(new.device)))
             if (index := exact.get(f"{name}.index")) is not None:
                 new.view(-1)[index.to(new.device)] = exact[f"{name}.value"].to(new)
 
@@ -144,10 +156,15 @@ class Factors(nn.Module):
         place = {"device": like.weight.device, "dtype": like.weight.dtype}
         self.right = nn.Linear(like.in_features, rank, bias=False, **place)
         self.left = nn.Linear(rank, like.out_features, bias=False, **place)
-        with torch.no_grad():
-            drawn = torch.randn(rank, like.in_features, generator=generator, dtype=torch.float64)
-            self.right.weight.copy_(drawn / math.sqrt(like.in_features))
-            self.left.weight.zero_()
+        self.begin(generator)
+
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator) -> None:
+        """First values."""
+        rank, width = self.right.weight.shape
+        drawn = torch.randn(rank, width, generator=generator, dtype=torch.float64)
+        self.right.weight.copy_(drawn / math.sqrt(width))
+        self.left.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """The difference of the layer's output."""
@@ -178,6 +195,7 @@ class LowRankWeights:
             if rank > min(layers[name].weight.shape):
                 raise ValueError(f"rank={rank} is more than {name} of shape {tuple(layers[name].weight.shape)} has")
         generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.layers = {name: layers[name] for name in names}
         self.factors = {name: Factors(layer, rank, generator) for name, layer in self.layers.items()}
         self.owner: nn.Module = nn.ModuleList(self.factors.values())
@@ -218,25 +236,32 @@ class LowRankWeights:
             found |= {f"{name}.right": factors.right.weight.detach().cpu().clone()}
         return found
 
+    def check(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for a difference that is not of factors, of a higher rank or of another shape."""
+        for name, factors in self.factors.items():
+            if (found := differences.get(name)) is None:
+                continue
+            most, shape = factors.right.out_features, (factors.left.out_features, factors.right.in_features)
+            rank = found.left.shape[1] if isinstance(found, LowRank) else most + 1
+            if rank > most or shape_of(found) != shape:
+                raise ValueError(f"the memory's difference of {name} is not of rank {most}; "
+                                 "make the learner with the rank of the memory")  # fmt: skip
+            assert isinstance(found, LowRank)
+            for side, own in (("left", found.left), ("right", found.right)):
+                if exact.get(f"{name}.{side}", own).shape != own.shape:
+                    raise ValueError(f"the memory's exact values of {name} have another shape than its difference")
+
     @torch.no_grad()
     def load(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
-        """Take factors of the same rank, or of a smaller one: the others then start as at the beginning."""
+        """Take factors of the same rank, or of a smaller one: the others start as at the beginning."""
+        generator = torch.Generator().manual_seed(self.seed)
         for name, factors in self.factors.items():
-            found = differences.get(name)
-            if found is None:
-                factors.left.weight.zero_()
-                continue
-            rank = found.left.shape[1] if isinstance(found, LowRank) else 0
-            if (
-                not isinstance(found, LowRank)
-                or rank > factors.right.out_features
-                or (found.left.shape[0], found.right.shape[1]) != (factors.left.out_features, factors.right.in_features)
-            ):
-                raise ValueError(f"the memory's difference of {name} is not of rank {factors.right.out_features}; "
-                                 "make the learner with the rank of the memory")  # fmt: skip
-            factors.left.weight[:, rank:] = 0
-            factors.left.weight[:, :rank] = exact.get(f"{name}.left", found.left)
-            factors.right.weight[:rank] = exact.get(f"{name}.right", found.right)
+            # Whatever these factors have learned before must not stay beside what comes.
+            factors.begin(generator)
+            if isinstance(found := differences.get(name), LowRank):
+                rank = found.left.shape[1]
+                factors.left.weight[:, :rank] = exact.get(f"{name}.left", found.left)
+                factors.right.weight[:rank] = exact.get(f"{name}.right", found.right)
 
     def _uncommon(self) -> Iterator[tuple[str, Factors]]:
         for name, factors in self.factors.items():
