@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.breakdown import breakdown
 from benchmarks.decoding import decoding
+from benchmarks.learning import learning
 from benchmarks.mixers import against_naive, all_mixers
 from benchmarks.optimizers import optimizers
 from benchmarks.peak_memory import peak_memory
@@ -36,6 +37,7 @@ class Suite(StrEnum):
     MIXERS = "mixers"
     NAIVE = "naive"
     OPTIMIZERS = "optimizers"
+    LEARNING = "learning"
 
 
 def main(
@@ -61,6 +63,7 @@ def main(
         Suite.MIXERS: lambda: all_mixers(rounds, quick, threads),
         Suite.NAIVE: lambda: [against_naive(rounds, quick)],
         Suite.OPTIMIZERS: lambda: optimizers(rounds, quick),
+        Suite.LEARNING: lambda: [learning(rounds, quick, threads)],
     }
     reports: list[Report] = []
     for suite in only or list(Suite):

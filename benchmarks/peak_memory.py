@@ -6,9 +6,7 @@ resident set rose above its size before the step.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Report, Verdict
+from benchmarks.resident import peak, reset_peak
 from benchmarks.subjects import MIXERS, attention_subject, matrix_config, mixer_subject, mlp_config, titans_subject
 from benchmarks.timing import Subject
 
@@ -40,9 +39,9 @@ def measure_here(name: str, time: int) -> int:
     """Bytes that one step adds to the resident set of this process; call it once a process."""
     build(name, 128).step()  # thread pools and workspaces are no activations
     subject = build(name, time)
-    before = _reset_peak()
+    before = reset_peak()
     subject.step()
-    return _peak() - before
+    return peak() - before
 
 
 def measure(name: str, time: int, threads: int) -> int:
@@ -83,26 +82,6 @@ def peak_memory(quick: bool, threads: int) -> Report:
 def _slope(peaks: dict[int, int]) -> float:
     times = sorted(peaks)
     return math.log(peaks[times[-1]] / peaks[times[0]]) / math.log(times[-1] / times[0])
-
-
-def _reset_peak() -> int:
-    """Start a new high-water mark where the system can (Linux), and return the present one in bytes."""
-    marker = Path("/proc/self/clear_refs")
-    if marker.exists():
-        # Not permitted in some containers; the old mark then stays, which the warm-up keeps low.
-        with contextlib.suppress(OSError):
-            marker.write_text("5", encoding="ascii")
-    return _peak()
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 if __name__ == "__main__":

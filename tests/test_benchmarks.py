@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peak_memory
+from benchmarks.learning import measure_here
 from benchmarks.optimizers import Float32Muon, _float32_iteration
 from benchmarks.report import Report, Verdict, write_json
 from benchmarks.subjects import MIXERS, matrix_config, mixer_subject, mlp_config, neural_memory_subject, titans_subject
@@ -87,6 +88,14 @@ def test_a_verdict_knows_its_direction(tmp_path: Path) -> None:
     write_json([Report("t", ["a"], [["1"]], [Verdict("speed", 1.0, 2.0)])], tmp_path / "out.json", threads=2)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["reports"][0]["verdicts"][0]["value"] == 1.0 and written["machine"]["threads"] == 2
+
+
+@pytest.mark.parametrize(("name", "learned"), [("two levels", 2 * 3 * 48 * 96), ("rank 16", 2 * 3 * 16 * (48 + 96))])
+def test_the_cost_of_learning(name: str, learned: int) -> None:
+    """On a small model: two blocks of three matrices, or their factors."""
+    cost = measure_here(name, rounds=1, quick=True)
+    assert cost.learned == learned
+    assert cost.tokens_per_second > 0 and cost.added >= 0
 
 
 @pytest.mark.slow  # three processes that import PyTorch
