@@ -170,6 +170,54 @@ def test_only_its_own_snapshots_are_swept(store: MemoryStore, memories: list[Mem
     assert MemoryStore(store.path).head().note == "of caf\udce9.txt"
 
 
+class Writer:
+    """Stands in for `read_fields` and saves before every read, `times` times: what another process may do."""
+
+    def __init__(self, store: MemoryStore, memories: list[Memory], times: int, autosave: bool) -> None:
+        self.store, self.memories, self.left, self.autosave = store, memories, times, autosave
+
+    def __call__(self, file: Path) -> tuple[dict[str, Any], str]:
+        if self.left:
+            self.left -= 1
+            self.store.save(self.memories[self.left], autosave=self.autosave)
+        return read_fields(file)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_reader_finds_the_new_head_where_an_autosave_replaces_the_old(
+    store: MemoryStore, memories: list[Memory], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int
+) -> None:
+    store.save(memories[3], autosave=True)
+    monkeypatch.setattr(store_module, "read_fields", Writer(store, memories, times, True))
+    assert_same(MemoryStore(store.path).load(), memories[0])
+    monkeypatch.setattr(store_module, "read_fields", Writer(store, memories, times, True))
+    assert_same(fork(store.path, tmp_path / "fork").load(), memories[0])
+
+
+def test_a_fork_is_of_the_head_that_was_read(
+    store: MemoryStore, memories: list[Memory], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another process saves in between: file, checksum and records are of one snapshot."""
+    store.save(memories[3])
+    monkeypatch.setattr(store_module, "read_fields", Writer(store, memories, 1, False))
+    forked = fork(store.path, tmp_path / "fork")
+    assert_same(forked.load(), memories[3])
+    assert forked.head().sha256 == store.index().snapshots[0].sha256
+
+
+def test_a_snapshot_that_is_missing_for_good_is_an_error(store: MemoryStore, memories: list[Memory]) -> None:
+    store.save(memories[0])
+    (store.path / "snapshot-0001.safetensors").unlink()
+    with pytest.raises(MemoryFileError, match="no memory file at"):
+        store.load()
+
+
+def test_a_fork_of_a_linked_file_has_a_file_of_its_own(memories: list[Memory], tmp_path: Path) -> None:
+    memories[0].save(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert_same(fork(tmp_path / "link", tmp_path / "fork").load(), memories[0])
+
+
 HOLD = """
 import sys
 from nestling.continual.store import MemoryStore

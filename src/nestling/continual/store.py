@@ -25,12 +25,14 @@ from nestling.continual.snapshots import INDEX, NAME, Index, Snapshot, read_inde
 
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds; reading and writing an index takes milliseconds, so a longer wait is for a learner
+TRIES = 8  # of a reader, while a writer replaces what it wants to read
 
 
 class MemoryStore:
     """A directory of snapshots of one memory.
 
-    Readers need no lock: snapshots never change and memory.json is replaced in one step. Writers hold `lock`.
+    Readers need no lock: snapshots never change and memory.json is replaced in one step. A reader whose snapshot is
+    replaced between the two reads memory.json again. Writers hold `lock`.
 
     Attributes:
         path: the directory.
@@ -73,8 +75,7 @@ class MemoryStore:
         Raises:
             MemoryFileError: nothing saved here.
         """
-        index = self.index()
-        return index.snapshot(index.head, self.path)
+        return self._chosen(None)
 
     def load(self, number: int | None = None) -> Memory:
         """The memory of a snapshot; the head's where no number is given.
@@ -82,12 +83,24 @@ class MemoryStore:
         Raises:
             MemoryFileError: no such snapshot, or a file that is not what memory.json says.
         """
-        index = self.index()
-        snapshot = index.snapshot(index.head if number is None else number, self.path)
-        fields, digest = read_fields(self._file(snapshot))
-        if digest != snapshot.sha256:
-            raise MemoryFileError(f"{self._file(snapshot)} is not the file that {INDEX} names; restore it from a copy")
-        return Memory(**fields)
+        return self.read(number)[1]
+
+    def read(self, number: int | None = None) -> tuple[Snapshot, Memory]:
+        """A snapshot, the head where no number is given, and the memory in it, which belong together.
+
+        Raises:
+            MemoryFileError: as `load`.
+        """
+        snapshot = self._chosen(number)
+        for _ in range(TRIES - 1):
+            try:
+                return snapshot, self._content(snapshot)
+            except MemoryFileError:
+                # Only a writer that has replaced the snapshot meanwhile is a reason to try again.
+                before, snapshot = snapshot, self._chosen(number)
+                if snapshot == before:
+                    raise
+        return snapshot, self._content(snapshot)
 
     @contextmanager
     def lock(self, patience: float = PATIENCE) -> Iterator[None]:
@@ -123,16 +136,18 @@ class MemoryStore:
         """
         return self._add(lambda file: write_fields(file, vars(memory)), memory, note, autosave)
 
-    def adopt(self, file: Path, memory: Memory, note: str) -> Snapshot:
-        """Take over another store's snapshot file, `memory` being what is in it; linked, not copied, where possible."""
+    def adopt(self, file: Path, digest: str, memory: Memory, note: str) -> Snapshot:
+        """Take over a file with this checksum, `memory` being what is in it; linked, not copied, where possible."""
 
         def link(target: Path) -> str:
             target.unlink(missing_ok=True)
             try:
-                os.link(file, target)
-            except OSError:
-                return write_fields(target, vars(memory))
-            return read_fields(target)[1]
+                os.link(file.resolve(), target)  # of a symbolic link's file, not of the symbolic link
+                if read_fields(target)[1] == digest:
+                    return digest
+            except (OSError, MemoryFileError):
+                pass  # no links can be made here, or another process has replaced the file since it was read
+            return write_fields(target, vars(memory))
 
         return self._add(link, memory, note, False)
 
@@ -211,6 +226,16 @@ class MemoryStore:
         for scratch in (*self.path.glob(".snapshot-*.tmp"), *self.path.glob(f".{INDEX}.*.tmp")):
             scratch.unlink(missing_ok=True)
 
+    def _chosen(self, number: int | None) -> Snapshot:
+        index = self.index()
+        return index.snapshot(index.head if number is None else number, self.path)
+
+    def _content(self, snapshot: Snapshot) -> Memory:
+        fields, digest = read_fields(self._file(snapshot))
+        if digest != snapshot.sha256:
+            raise MemoryFileError(f"{self._file(snapshot)} is not the file that {INDEX} names; restore it from a copy")
+        return Memory(**fields)
+
     def _file(self, snapshot: Snapshot) -> Path:
         file = self.path / snapshot_name(snapshot.number)
         if file.is_symlink():
@@ -229,12 +254,7 @@ def load_memory(path: str | Path, number: int | None = None) -> Memory:
     Raises:
         MemoryFileError: nothing there, damaged, or a snapshot number with a single file.
     """
-    place = Path(path)
-    if place.is_dir():
-        return MemoryStore(place).load(number)
-    if number is not None:
-        raise MemoryFileError(f"{path} is a single file and has no snapshot {number}")
-    return Memory.load(place)
+    return _found(Path(path), number)[2]
 
 
 def fork(source: str | Path, target: str | Path, number: int | None = None) -> MemoryStore:
@@ -243,18 +263,25 @@ def fork(source: str | Path, target: str | Path, number: int | None = None) -> M
     Raises:
         MemoryFileError: no memory at `source`, or something at `target` already.
     """
-    memory = load_memory(source, number)
+    file, digest, memory = _found(Path(source), number)
     place = Path(target)
     if place.exists():
         raise MemoryFileError(f"there is already something at {target}; give a new path")
     store = MemoryStore(place)
-    origin = Path(source)
-    if origin.is_dir():
-        index = read_index(origin)
-        origin = origin / snapshot_name(index.head if number is None else number)
     try:
-        store.adopt(origin, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
+        store.adopt(file, digest, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
     return store
+
+
+def _found(path: Path, number: int | None) -> tuple[Path, str, Memory]:
+    """The file, its checksum and the memory in it."""
+    if path.is_dir():
+        snapshot, memory = MemoryStore(path).read(number)
+        return path / snapshot_name(snapshot.number), snapshot.sha256, memory
+    if number is not None:
+        raise MemoryFileError(f"{path} is a single file and has no snapshot {number}")
+    fields, digest = read_fields(path)
+    return path, digest, Memory(**fields)
