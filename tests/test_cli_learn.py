@@ -184,6 +184,19 @@ def test_killed_it_learns_what_it_would_have(model: Path, texts: list[str], tmp_
     assert [d.tokens for d in store.load().documents] == [1470, 5880]
 
 
+def test_a_memory_inside_the_directory_that_is_read_is_no_text(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [model, Path(texts[0]).parent, "--memory", tmp_path / "memory", "--quick"]
+    assert run(*arguments, *LEVELS) == 0
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out == "".join(f"{text}: learned already, skipped\n" for text in texts)
+    (tmp_path / "memory" / "memory.json").unlink()
+    (tmp_path / "memory" / "snapshot-0001.safetensors").rename(tmp_path / "memory" / "snapshot-0001.found")
+    assert run(*arguments, *LEVELS) == 0  # a directory without an index is left out where it is the memory's own
+
+
 def test_what_a_user_can_put_right(
     model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

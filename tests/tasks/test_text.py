@@ -21,6 +21,23 @@ def test_directory_is_read_in_sorted_order_without_hidden_and_empty_files(tmp_pa
     assert read_documents(tmp_path / "b.txt") == [Document(str(tmp_path / "b.txt"), "second")]
 
 
+def test_memories_are_no_text(tmp_path: Path) -> None:
+    """Known by their index; a memory.json of anything else is a text as any other."""
+    for folder, text in (("book", '{"format": "nestling-memory"}'), ("mine", '{"format": "diary"}'), ("cut", '{"for')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.json").write_text(text)
+        (tmp_path / folder / "note.txt").write_text(folder)
+    (tmp_path / "book" / "snapshot-0001.safetensors").write_bytes(b"\xff")
+    (tmp_path / "z.txt").write_text("last")
+    assert [d.text for d in read_documents(tmp_path)] == ['{"for', "cut", '{"format": "diary"}', "mine", "last"]
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    left = [d.text for d in read_documents(tmp_path, leave_out=tmp_path / "link")]
+    assert left == ['{"for', "cut", "last"]
+    assert read_documents(tmp_path / "mine", leave_out=tmp_path / "cut")[1].text == "mine"
+    with pytest.raises(UserError, match="holds no text"):
+        read_documents(tmp_path / "book")
+
+
 def test_unreadable_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file or directory at .*nowhere; check the path"):
         read_documents(tmp_path / "nowhere")

@@ -174,7 +174,7 @@ def run(
         UserError: whatever the user can put right; a memory that exists is then as it was last saved.
     """
     store, console = MemoryStore(place), stdout_console()
-    documents = [document for path in paths for document in _documents(path)]
+    documents = [document for path in paths for document in _documents(path, place)]
     quiet_libraries()
     with store.lock():
         saved = store.load() if store.exists() else None
@@ -264,9 +264,10 @@ def interruptible() -> Iterator[Callable[..., None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _documents(path: str) -> list[Document]:
+def _documents(path: str, memory: Path) -> list[Document]:
+    """Of a file or directory (but the memory's own, which may be inside), or of standard input."""
     if path != "-":
-        return read_documents(path)
+        return read_documents(path, leave_out=memory)
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -105,6 +105,19 @@ def read_index(directory: Path) -> Index:
         raise MemoryFileError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def is_memory_directory(directory: Path) -> bool:
+    """Whether a directory says that it is a memory of this format. Damage is for `read_index` to find."""
+    path = directory / INDEX
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            value = read_json(file.read(MAX_INDEX))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
 def write_index(directory: Path, index: Index) -> None:
     """Replace memory.json in one step.
 

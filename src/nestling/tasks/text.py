@@ -22,17 +22,22 @@ class Document:
     text: str
 
 
-def read_documents(path: str | Path) -> list[Document]:
+def read_documents(path: str | Path, *, leave_out: Path | None = None) -> list[Document]:
     """The text of a file, or of every file below a directory in sorted order, one document per file.
 
-    Hidden files and empty files are passed over; a byte order mark is dropped, nothing else is changed.
+    Hidden files, empty files and the directories of memories (`continual.store`) are passed over; a byte order mark is
+    dropped, nothing else is changed.
+
+    Args:
+        path: the file or directory.
+        leave_out: a directory below it that is not read, whatever it holds.
 
     Raises:
         UserError: nothing at `path`, no text in it, or a file that is not UTF-8.
     """
     root = Path(path)
     if root.is_dir():
-        files = [f for f in sorted(root.rglob("*")) if f.is_file() and not _hidden(f.relative_to(root))]
+        files = _files(root, leave_out)
     elif root.exists():
         files = [root]
     else:
@@ -129,6 +134,17 @@ def open_stream(name: str, subset: str | None, split: str, column: str) -> Any:
         texts = [key for key, value in first.items() if isinstance(value, str)]
         raise UserError(f"{name!r} has no text column {column!r}; choose with --column one of: {', '.join(texts)}")
     return stream
+
+
+def _files(root: Path, leave_out: Path | None) -> list[Path]:
+    """Sorted, those of memories left out."""
+    from nestling.continual.snapshots import INDEX, is_memory_directory  # brings the learner; most texts need none
+
+    found = [f for f in sorted(root.rglob("*")) if f.is_file() and not _hidden(f.relative_to(root))]
+    closed = {f.parent for f in found if f.name == INDEX and is_memory_directory(f.parent)}
+    if leave_out is not None and leave_out.resolve().is_relative_to(root.resolve()):
+        closed.add(root / leave_out.resolve().relative_to(root.resolve()))
+    return [f for f in found if closed.isdisjoint(f.parents)]
 
 
 def _hidden(relative: Path) -> bool:
