@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.continual.memory import Memory
+from nestling.continual.pieces import Stream
 from nestling.continual.records import DocumentRecord
 from nestling.continual.store import MemoryStore
 
@@ -31,6 +32,10 @@ class Notes(Protocol):
 
 class Student(Protocol):
     """The part of a `Learner` that this module uses."""
+
+    @property
+    def stream(self) -> Stream:
+        """Its chunks: how many tokens one has, and how many the present one still takes."""
 
     def observe(self, tokens: Tensor, *, document: DocumentRecord | None = None) -> Notes:
         """Score tokens, then learn from them."""
@@ -130,6 +135,11 @@ def learn_text(
 ) -> None:
     """Learn from a document to its end.
 
+    Tokens are given in steps that end with a chunk of the learner's, because those of a chunk that is not full are read
+    once for their losses and once more when it is: every token but those after the document's last full chunk is read
+    once. A chunk longer than `step` is one step. Parts of it could be stopped between, but would be read twice, and the
+    last of them takes as long as all, since it brings the learning from the whole chunk.
+
     An exception of `on_step` leaves the student whole, after the step: that is the place to stop at.
 
     Args:
@@ -137,14 +147,16 @@ def learn_text(
         text: the document.
         start: tokens of it that were learned from before.
         autosave: where the memory goes meanwhile.
-        step: tokens given to the learner at once; changes no result.
+        step: tokens given to the learner at once at most, where chunks are not longer; changes no result.
         on_step: called after every step.
     """
     document = DocumentRecord(text.name, text.digest, 0, False, 0.0, "")
-    for place in range(start, len(text.ids), step):
-        ids = text.ids[place : place + step]
+    place = start
+    while place < len(text.ids):
+        ids = text.ids[place : place + _whole_chunks(student.stream, step)]
+        place += len(ids)
         seen = student.observe(ids, document=document)
-        if place + step >= len(text.ids):
+        if place == len(text.ids):
             student.end_document()
         autosave.count(student, len(ids))
         on_step(Progress(len(ids), seen.losses, seen.notes))
@@ -180,3 +192,8 @@ def frozen_loss(
     finally:
         model.train(was_training)
     return total / (len(ids) - 1) if len(ids) > 1 else float("nan")
+
+
+def _whole_chunks(stream: Stream, most: int) -> int:
+    """Tokens to the end of the present chunk, and of as many more as fit."""
+    return stream.room + max(0, most - stream.room) // stream.chunk * stream.chunk
