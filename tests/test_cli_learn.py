@@ -209,8 +209,13 @@ def test_what_a_user_can_put_right(
     assert "no multiple of the fastest" in fails(capsys, *common, "--levels", "*.0.mlp.*=64,*.1.mlp.*=100")
     assert "optimizer" in fails(capsys, *common, "--optimizer", "nothing")
     assert "learning rate" in fails(capsys, *common, "--lr", "-1")
-    assert not MemoryStore(place).exists()
-    assert "single memory file" in fails(capsys, "learn", model, texts[0], "--memory", texts[1])
+    assert "learning rate" in fails(capsys, *common, "--lr", "nan")
+    assert "rank" in fails(capsys, *common, "--rank", "1000")
+    other = tmp_path / "other"
+    random_llama(seed=1).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    assert not place.exists()
+    assert "is a file and no memory" in fails(capsys, "learn", model, texts[0], "--memory", texts[1])
     assert run(*common[1:], *LEVELS, "--quick") == 0
     more = ["learn", model, texts[1], "--memory", place]
     error = fails(capsys, *more, "--lr", "1e-5")

@@ -107,6 +107,7 @@ def test_merge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model and --text go together" in fails(capsys, *new, "--model", place / "model")
     MemoryStore(place / "z").save(make_memory(random_llama(seed=5)))
     assert "different base models" in fails(capsys, "memory", "merge", place / "a", place / "z", place / "d")
+    assert "beyond float32" in fails(capsys, *new, "--weight", "1e39,1e39")
     assert not (place / "d").exists()
 
 

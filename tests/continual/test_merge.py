@@ -113,6 +113,8 @@ def test_what_cannot_be_merged(pair: tuple[Memory, Memory]) -> None:
         merge(a, b, level_weights={"mid": (1, 1)})
     with pytest.raises(MergeError, match="not a finite number"):
         merge(a, b, (math.nan, 1))
+    with pytest.raises(MergeError, match="beyond float32"):
+        merge(a, b, level_weights={"slow": (1e39, 1e39)})
     name = next(iter(a.differences))
     with pytest.raises(MergeError, match="in one memory and"):
         merge(a, replace(b, differences={name: torch.zeros(2, 2)}))

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,42 @@ with MemoryStore(sys.argv[1]).lock():
 """
 
 
+def test_a_directory_made_for_nothing_is_removed(tmp_path: Path, memories: list[Memory]) -> None:
+    """With the directories above it that were made too; what was there, or holds anything, stays."""
+    (tmp_path / "there").mkdir()
+    for place in ("new", "a/b/new", "there", "there/new"):
+        with pytest.raises(ZeroDivisionError), MemoryStore(tmp_path / place).lock():
+            raise ZeroDivisionError
+    broken = replace(memories[1], differences={"a": torch.tensor([torch.inf])})
+    with pytest.raises(MemoryFileError):
+        MemoryStore(tmp_path / "new").save(broken)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "there"]
+    store = MemoryStore(tmp_path / "new")
+    with pytest.raises(MemoryFileError), store.lock():
+        store.save(memories[0])
+        store.save(broken)
+    assert_same(store.load(), memories[0])
+
+
+def test_who_waits_for_a_directory_that_is_removed_makes_it_again(store: MemoryStore, memories: list[Memory]) -> None:
+    other = MemoryStore(store.path)
+    failures: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            other.save(memories[0])
+        except BaseException as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=save)
+    with store.lock():
+        waiting.start()
+        time.sleep(0.2)
+    waiting.join()
+    assert not failures
+    assert_same(store.load(), memories[0])
+
+
 def test_two_writers_do_not_interleave(store: MemoryStore, memories: list[Memory]) -> None:
     store.save(memories[0])
     command = [sys.executable, "-c", HOLD, str(store.path)]
@@ -272,6 +310,9 @@ def test_places_that_are_no_memory(tmp_path: Path, memories: list[Memory]) -> No
     memories[0].save(tmp_path / "file")
     with pytest.raises(MemoryFileError, match="single memory file"):
         MemoryStore(tmp_path / "file")
+    (tmp_path / "text").write_text("Once upon a time.")
+    with pytest.raises(MemoryFileError, match="a file and no memory"):
+        MemoryStore(tmp_path / "text")
     with pytest.raises(MemoryFileError, match=r"a directory without memory\.json"):
         MemoryStore(tmp_path)
     with pytest.raises(MemoryFileError, match="no memory file at"):

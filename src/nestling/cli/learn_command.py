@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -98,8 +99,8 @@ def learn(
             name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"
         ),
     )
-    if lr < 0:
-        raise UserError(f"--lr {lr:g}: a learning rate is 0 or more")
+    if not 0 <= lr < math.inf:
+        raise UserError(f"--lr {lr:g}: a learning rate is a finite number, 0 or more")
     stopped = run(
         model,
         paths,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestling.continual.low_rank import nearest_of_low, with_ranks
 from nestling.continual.memory import Memory
-from nestling.continual.records import DocumentRecord, LowRank, dense, dot, shape_of
+from nestling.continual.records import DocumentRecord, LowRank, dense, dot, shape_of, tensors_of
 from nestling.errors import UserError
 
 Weights = tuple[float, float]
@@ -93,7 +93,8 @@ def merge(
         level_weights: other weights for the levels named.
 
     Raises:
-        MergeError: different base models or levels, an unknown level, or weights that are not finite.
+        MergeError: different base models or levels, an unknown level, weights that are not finite, or so large that the
+            sum is not.
     """
     _check_base(a, b)
     given = dict(level_weights or {})
@@ -108,6 +109,8 @@ def merge(
     for name in sorted(a.differences.keys() | b.differences.keys()):
         pair = given.get(levels.get(name, ""), weights)
         merged[name] = _weighted(a.differences.get(name), b.differences.get(name), pair)
+        if not all(bool(torch.isfinite(t).all()) for t in tensors_of(merged[name])):
+            raise MergeError(f"the weights {pair[0]:g} and {pair[1]:g} give values in {name} beyond float32; give less")
     return with_ranks(
         Memory(
             fingerprint=a.fingerprint,

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nestling.continual.memory import Memory
-from nestling.continual.memory_file import MemoryFileError, read_fields, write_fields
+from nestling.continual.memory_file import MemoryFileError, is_memory_file, read_fields, write_fields
 from nestling.continual.snapshots import INDEX, NAME, Index, Snapshot, read_index, snapshot_name, write_index
 
 LOCK = ".lock"
@@ -45,6 +45,8 @@ class MemoryStore:
             MemoryFileError: `path` is a file, or a directory of something else.
         """
         self.path = Path(path)
+        if self.path.is_file() and not is_memory_file(self.path):
+            raise MemoryFileError(f"{path} is a file and no memory; a memory is a directory, so give another path")
         if self.path.is_file():
             raise MemoryFileError(
                 f"{path} is a single memory file, which is only read; to go on from it, make a directory of it with: "
@@ -106,12 +108,13 @@ class MemoryStore:
     def lock(self, patience: float = PATIENCE) -> Iterator[None]:
         """Keep other writers out; a process that holds it may take it again. The system frees it when a process dies.
 
+        A directory that is made for the lock goes again with it when nothing was saved.
+
         Raises:
             MemoryFileError: another process has it for longer than `patience` seconds, or no directory can be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=patience)
+            made = self._acquire(patience)
         except Timeout as error:
             raise MemoryFileError(
                 f"{self.path} is being written by another process; wait for it, or fork the memory"
@@ -121,6 +124,8 @@ class MemoryStore:
         try:
             yield
         finally:
+            if made:
+                self._remove_unused(made)
             self._lock.release()
 
     def save(self, memory: Memory, note: str = "", *, autosave: bool = False) -> Snapshot:
@@ -225,6 +230,30 @@ class MemoryStore:
                 file.unlink(missing_ok=True)
         for scratch in (*self.path.glob(".snapshot-*.tmp"), *self.path.glob(f".{INDEX}.*.tmp")):
             scratch.unlink(missing_ok=True)
+
+    def _acquire(self, patience: float) -> list[Path]:
+        """Take the lock; returns the directories that were made for it, innermost first."""
+        for attempt in range(TRIES):
+            made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=patience)
+                break
+            except FileNotFoundError:  # its last holder had made the directory for nothing, and removed it
+                if attempt == TRIES - 1:
+                    raise
+        return made
+
+    def _remove_unused(self, made: list[Path]) -> None:
+        """Remove directories that were made, innermost first, where they hold nothing but the lock."""
+        try:
+            if any(p.name != LOCK for p in self.path.iterdir()):
+                return
+            (self.path / LOCK).unlink(missing_ok=True)  # still held: who waits for it finds that it is gone
+            for place in made:
+                place.rmdir()
+        except OSError:
+            pass  # not empty or gone already, or a system that deletes no open file
 
     def _chosen(self, number: int | None) -> Snapshot:
         index = self.index()
