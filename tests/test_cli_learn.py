@@ -221,9 +221,10 @@ def test_what_a_user_can_put_right(
     error = fails(capsys, *more, "--lr", "1e-5")
     assert "--lr 1e-05: this memory was begun with 0.003" in error
     assert "--levels" in fails(capsys, *more, "--levels", "*.mlp.*=64")
-    other = tmp_path / "other"
-    random_llama(seed=1).save_pretrained(other)
-    byte_tokenizer().save_pretrained(other)
+    # The same where there is nothing to learn.
+    assert "--lr 1e-05: this memory was begun with 0.003" in fails(capsys, *common, "--lr", "1e-5")
+    assert "no file or directory" in fails(capsys, "learn", tmp_path / "none" / "such", texts[0], "--memory", place)
+    assert "belongs to the base model" in fails(capsys, "learn", other, texts[0], "--memory", place)
     assert "belongs to the base model" in fails(capsys, "learn", other, texts[1], "--memory", place)
     with MemoryStore(place).lock():
         code = "import sys; from nestling.cli import main; sys.exit(main(sys.argv[1:]))"

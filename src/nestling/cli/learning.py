@@ -170,6 +170,9 @@ def run(
 ) -> bool:
     """Learn from texts into a memory, and report; returns whether it was interrupted.
 
+    The model is loaded even where all texts are learned already: what it is, and whether the memory and the options fit
+    it, is in its weights only, and a mistake must not pass because there is nothing to do.
+
     Raises:
         UserError: whatever the user can put right; a memory that exists is then as it was last saved.
     """
@@ -178,14 +181,13 @@ def run(
     quiet_libraries()
     with store.lock():
         saved = store.load() if store.exists() else None
-        known = [] if saved is None else saved.documents
-        if not [d for d in documents if tokens_read(known, text_digest(d.text)) is not None]:
+        model, tokenizer = load_causal_lm(source)
+        learner = make_learner(model, saved, settings)
+        if not any(tokens_read(learner.log.records, text_digest(d.text)) is not None for d in documents):
             for document in documents:
                 console.print(f"{document.name}: learned already, skipped", markup=False)
             return False
-        model, tokenizer = load_causal_lm(source)
         texts = [Text(d.name, text_digest(d.text), document_tokens(source, tokenizer, d.text)) for d in documents]
-        learner = make_learner(model, saved, settings)
         autosave = Autosave(store, save_tokens, save_seconds)
         with interruptible() as check, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the learner's are printed as notes
