@@ -119,12 +119,29 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("% of the difference's energy", *losses(place, None, load_memory(place / "a"), exported)):
         assert part in text
     assert f"{(place / 'x.safetensors').stat().st_size:,} bytes" in text
+    assert "with --overwrite" in fails(capsys, *arguments[:4])
+    assert_same(Memory.load(place / "x.safetensors"), exported)
+    out(capsys, *arguments[:4], "--overwrite")
+    assert not all(isinstance(d, LowRank) for d in Memory.load(place / "x.safetensors").differences.values())
+    assert "exists and is no memory" in fails(capsys, *arguments[:3], place / "text.txt", "--overwrite")
     assert "choose one of" in fails(capsys, *arguments[:4], "--dtype", "int8")
     assert "cannot be a file" in fails(capsys, *arguments[:3], place / "none" / "x")
     assert "among the snapshots" in fails(capsys, *arguments[:3], place / "a" / "x")
     assert "belongs to another model" in fails(
         capsys, "generate", converted(place), "--prompt", "It", "--memory", place / "x.safetensors"
     )
+
+
+def test_a_refused_export_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", "export", place / "a", place / "x.safetensors"]
+    text = ["--text", place / "text.txt"]
+    for measuring, error in (
+        (["--model", converted(place), *text], "belongs to another model"),
+        (["--model", place / "none" / "such", *text], "no file or directory"),
+        (["--model", place / "model", "--text", place / "none.txt"], "no file or directory"),
+    ):
+        assert error in fails(capsys, *arguments, *measuring)
+        assert not (place / "x.safetensors").exists()
 
 
 def converted(place: Path) -> Path:

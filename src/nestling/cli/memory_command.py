@@ -95,19 +95,21 @@ def merge(
     With --model and --text the losses of the base, A, B and the merge are shown. Forks of one memory are best merged
     with weights that sum to 1; 1,1 adds up what was learned of different things.
     """
+    from nestling.cli import memory_tables
     from nestling.cli.console import stdout_console
-    from nestling.cli.memory_tables import base_and, check_measuring, check_new, parse_weights, print_losses
     from nestling.continual.merge import merge as merge_memories
     from nestling.continual.store import MemoryStore, load_memory
 
-    check_new(out)
-    check_measuring(model, text)
-    weights, by_level = parse_weights(weight, level or [])
+    memory_tables.check_new(out)
+    memory_tables.check_measuring(model, text)
+    weights, by_level = memory_tables.parse_weights(weight, level or [])
     one, two = load_memory(a), load_memory(b)
     merged = merge_memories(one, two, weights, by_level)
     console = stdout_console()
     if model is not None:
-        print_losses(console, model, text or [], measure, base_and({"A": one, "B": two, "merged": merged}))
+        measured = memory_tables.load_measured(model, text or [], measure)
+        losses = measured.losses({"base": None, "A": one, "B": two, "merged": merged})
+        memory_tables.print_losses(console, measured, losses)
     head = MemoryStore(out).save(merged, f"merge of {a} and {b}, weights {', '.join([weight, *(level or [])])}")
     console.print(f"{out}: {head.note} ({head.bytes:,} bytes)", markup=False)
 
@@ -150,21 +152,25 @@ def export(
     text: Texts = None,
     measure: Measured = 4096,
     at: Annotated[int | None, typer.Option(min=1, metavar="N", help="Export snapshot N. Default: the head.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the memory in OUT.")] = False,
 ) -> None:
     """Write one file to use or to share: the differences without what only learning needs.
 
     With --rank it states the share of the difference's energy (squared norm) that was kept, and with --model and --text
     what that costs in loss.
     """
+    from nestling.cli import memory_tables
     from nestling.cli.console import stdout_console
-    from nestling.cli.memory_tables import base_and, check_export, check_measuring, print_losses
     from nestling.continual.low_rank import for_use, limit_rank
     from nestling.continual.memory import Memory
     from nestling.continual.store import load_memory
 
-    check_export(path, out, dtype)
-    check_measuring(model, text)
+    memory_tables.check_export(path, out, dtype, overwrite)
+    memory_tables.check_measuring(model, text)
     found = load_memory(path, at)
+    # A model or text that is refused must be so before anything is written.
+    measured = None if model is None else memory_tables.load_measured(model, text or [], measure)
+    losses = {} if measured is None else measured.losses({"base": None, "memory": found})
     small = for_use(found)
     console = stdout_console()
     if rank is not None:
@@ -173,9 +179,9 @@ def export(
         console.print(f"rank {rank} keeps {limited.energy:.2%} of the difference's energy")
     size = small.save(out, dtype)
     console.print(f"{out}: {size:,} bytes, {dtype}", markup=False)
-    if model is not None:
-        written = {"memory": found, "exported": Memory.load(out)}
-        print_losses(console, model, text or [], measure, base_and(written))
+    if measured is not None:
+        losses |= measured.losses({"exported": Memory.load(out)})
+        memory_tables.print_losses(console, measured, losses)
 
 
 def _finite(value: object) -> object:

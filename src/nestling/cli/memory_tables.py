@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nestling.cli.console import quiet_libraries
 from nestling.cli.loading import document_tokens, load_causal_lm
@@ -92,30 +94,48 @@ def print_comparison(console: Console, a: Path, b: Path, comparison: Comparison)
             print_documents(console, documents)
 
 
-def base_and(memories: Mapping[str, Memory]) -> dict[str, Memory | None]:
-    """The memories, and before them the base model without one."""
-    return {"base": None, **memories}
+@dataclass(frozen=True)
+class Measured:
+    """What losses are measured with.
+
+    Attributes:
+        model: the base model.
+        texts: tokens by name.
+    """
+
+    model: PreTrainedModel
+    texts: dict[str, Tensor]
+
+    def losses(self, memories: Mapping[str, Memory | None]) -> dict[str, list[float]]:
+        """Mean loss in nats of each text with each memory.
+
+        Raises:
+            MemoryUseError: a memory of another model.
+        """
+        found = {}
+        for name, memory in memories.items():
+            with nullcontext() if memory is None else memory.applied(self.model):
+                found[name] = [frozen_loss(self.model, ids) for ids in self.texts.values()]
+        return found
 
 
-def print_losses(
-    console: Console, source: str, paths: Sequence[str], measure: int, memories: Mapping[str, Memory | None]
-) -> None:
-    """Mean loss in nats of each memory on the first tokens of each text.
+def load_measured(source: str, paths: Sequence[str], measure: int) -> Measured:
+    """A model, and the first `measure` tokens of each text.
 
     Raises:
-        UserError: a model or text that cannot be loaded, or memories of another model.
+        UserError: a model or text that cannot be loaded.
     """
     documents = [document for path in paths for document in read_documents(path)]
     quiet_libraries()
     model, tokenizer = load_causal_lm(source)
-    texts = {d.name: document_tokens(source, tokenizer, d.text)[:measure] for d in documents}
-    columns: dict[str, dict[str, float]] = {}
-    for name, memory in memories.items():
-        with nullcontext() if memory is None else memory.applied(model):
-            columns[name] = {text: frozen_loss(model, ids) for text, ids in texts.items()}
-    table = _table("text", "tokens", *columns, title="loss in nats")
-    for text, ids in texts.items():
-        table.add_row(escape(text), f"{len(ids):,}", *(f"{column[text]:.4f}" for column in columns.values()))
+    return Measured(model, {d.name: document_tokens(source, tokenizer, d.text)[:measure] for d in documents})
+
+
+def print_losses(console: Console, measured: Measured, losses: Mapping[str, Sequence[float]]) -> None:
+    """A row for every text, a column for every memory."""
+    table = _table("text", "tokens", *losses, title="loss in nats")
+    for place, (text, ids) in enumerate(measured.texts.items()):
+        table.add_row(escape(text), f"{len(ids):,}", *(f"{column[place]:.4f}" for column in losses.values()))
     console.print(table)
 
 
@@ -146,8 +166,8 @@ def check_measuring(model: str | None, texts: Sequence[str] | None) -> None:
         raise UserError("--model and --text go together: a loss needs both")
 
 
-def check_export(path: Path, out: Path, dtype: str) -> None:
-    """Raises UserError for a place or dtype that cannot be, before any work is done."""
+def check_export(path: Path, out: Path, dtype: str, overwrite: bool) -> None:
+    """Raises UserError for a place or dtype that cannot be, before any work is done. Only memories are replaced."""
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of: {', '.join(DTYPES)}")
     if out.is_dir() or not out.parent.is_dir():
@@ -156,6 +176,8 @@ def check_export(path: Path, out: Path, dtype: str) -> None:
         raise UserError(f"{out} is among the snapshots of {out.parent}; give a place outside")
     if out.exists() and not is_memory_file(out):
         raise UserError(f"{out} exists and is no memory; give a new path")
+    if out.exists() and not overwrite:
+        raise UserError(f"there is already a memory at {out}; give a new path, or replace it with --overwrite")
 
 
 def _pair(option: str, entry: str, pair: str) -> Weights:
