@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from nestling.continual.records import dense
 from nestling.continual.store import MemoryStore, load_memory
 from nestling.continual.study import frozen_loss
 from nestling.models.conversion import convert
-from nestling.training.progress import printable
+from nestling.printing import printable
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same, make_memory
 from tests.llamas import random_llama
@@ -70,6 +72,40 @@ def test_show(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert "no memory file at" in fails(capsys, "memory", "show", place / "none")
     assert "without memory.json" in fails(capsys, "memory", "show", place / "model")
+
+
+ESCAPES = "\x1b[2J\x9b31m\x07[/b]\nsecond line\udce9"
+
+
+def test_names_from_elsewhere_are_harmless(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Terminal escapes, markup, line ends and halves of characters in whatever a stranger's memory names."""
+    memory = make_memory(random_llama())
+    memory.documents = [replace(memory.documents[0], name=f"doc {ESCAPES}", digest="cc", started=ESCAPES)]
+    memory.periods = {f"{name} {ESCAPES}": period for name, period in memory.periods.items()}
+    memory.parameters = {f"{name} {ESCAPES}": names for name, names in memory.parameters.items()}
+    store = MemoryStore(place / "hostile")
+    store.save(load_memory(place / "a"), f"note {ESCAPES}")
+    store.save(memory, f"note {ESCAPES}")
+    for arguments in (["show", store.path], ["diff", store.path, place / "a"], ["rollback", store.path, "--to", "2"]):
+        for more in [[], ["--json"]] if arguments[0] != "rollback" else [[]]:
+            text = out(capsys, "memory", *arguments, *more)
+            assert not any(character in text for character in "\x1b\x9b\x07\udce9") and "second line" in text
+    assert "\x1b" not in out(capsys, "memory", "fork", store.path, place / f"new {ESCAPES}")
+    assert "\x1b" not in fails(capsys, "memory", "fork", store.path, place / f"new {ESCAPES}")
+    assert "[/b] second line" in out(capsys, "memory", "rollback", store.path)
+
+
+def test_long_names_are_cut_and_show_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = make_memory(random_llama())
+    memory.documents = [replace(memory.documents[0], name="d" * 3_000_000 + ".txt")] * 3
+    name = next(iter(memory.differences))
+    memory.differences[f"layers.{'9' * 5000}.weight"] = memory.differences[name]
+    MemoryStore(place / "long").save(memory, "n" * 1_000_000)
+    began = time.monotonic()
+    text = out(capsys, "memory", "show", place / "long")
+    assert time.monotonic() - began < 5 and len(text) < 10_000
+    assert "ddd…ddd" in text and ".txt" in text and "nnn…nnn" in text
+    assert "-1" in json.loads(out(capsys, "memory", "show", place / "long", "--json"))["layers"]
 
 
 def test_diff(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

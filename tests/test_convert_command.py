@@ -52,6 +52,12 @@ def test_a_model_its_tokenizer_and_what_follows(
     assert main(["generate", str(out), "--prompt", "ab", "--max-new-tokens", "3"]) == 0
 
 
+def test_names_are_no_markup(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out[/b]"
+    assert main(["convert", str(source), str(out), *LEVELS]) == 0
+    assert f"saved in {out}" in capsys.readouterr().out
+
+
 def test_inspect_shows_the_levels(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(source), str(tmp_path / "out"), *LEVELS]) == 0
     capsys.readouterr()

@@ -16,6 +16,7 @@ MAX_LINES = 400
 # Imports point one way: a package may import from its own rank and from lower ones.
 RANKS = {
     "errors": 0,
+    "printing": 0,
     "ops": 1,
     "memory": 2,
     "layers": 3,

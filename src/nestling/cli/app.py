@@ -20,6 +20,7 @@ from nestling.cli.memory_command import memory
 from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
+from nestling.printing import printable
 
 LIST_OPTIONS = ("--data", "--valid", "--set")
 
@@ -99,5 +100,5 @@ def spread_lists(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

@@ -5,11 +5,24 @@ from __future__ import annotations
 import os
 
 from rich.console import Console
+from rich.markup import escape
+
+from nestling.printing import one_line, short
 
 
 def stdout_console() -> Console:
     """Standard output; silent in all but the first of several data-parallel processes."""
     return Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line that holds names from elsewhere: no markup, and nothing that a terminal would obey."""
+    console.print(one_line(line), markup=False)
+
+
+def cell(text: str) -> str:
+    """A text from elsewhere as a table shows it: on one line, at most 200 characters, nothing in it obeyed."""
+    return escape(one_line(short(text)))
 
 
 def quiet_libraries() -> None:

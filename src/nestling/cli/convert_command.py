@@ -44,7 +44,7 @@ def convert(
 
     Until it learns, the new model computes what the old one did. Llama, SmolLM2, Mistral, Qwen2 and Qwen3.
     """
-    from nestling.cli.console import quiet_libraries, stdout_console
+    from nestling.cli.console import quiet_libraries, say, stdout_console
     from nestling.levels.assignment import parse_levels, stream_levels
     from nestling.models.conversion import ASSIGNMENTS
     from nestling.models.conversion import convert as convert_model
@@ -78,8 +78,8 @@ def convert(
     console = stdout_console()
     for level, names in stream_levels(converted).items():
         count = sum(sizes[n] for n in names)
-        console.print(f"{level}: {count:,} parameters every {periods[level]:,} tokens")
-    console.print(f"{sum(sizes.values()):,} parameters in all, by {assignment}; saved in {out}")
+        say(console, f"{level}: {count:,} parameters every {periods[level]:,} tokens")
+    say(console, f"{sum(sizes.values()):,} parameters in all, by {assignment}; saved in {out}")
 
 
 def _check_out(out: Path, source: str, overwrite: bool) -> None:

@@ -41,7 +41,7 @@ def generate(
     from nestling.cli.loading import check_memory_target, load_causal_lm, load_memories, prompt_tokens
     from nestling.cli.loading import save_memory as write_memory
     from nestling.evaluation.sampling import continue_text
-    from nestling.training.progress import printable
+    from nestling.printing import printable
     from nestling.training.tokenization import special_ids
 
     if temperature < 0 or not 0 < top_p <= 1:

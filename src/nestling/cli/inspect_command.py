@@ -37,7 +37,7 @@ def inspect(
     Columns: level and updates (the fastest first), component, what flows into it, what it minimises and how, its
     parameters, and what else it holds. docs/levels.md explains them.
     """
-    from nestling.cli.console import quiet_libraries, stdout_console
+    from nestling.cli.console import quiet_libraries, say, stdout_console
     from nestling.cli.loading import load_model
     from nestling.levels import inspect as find_levels
 
@@ -56,7 +56,7 @@ def inspect(
     console = stdout_console()
     system.print(console)
     if plot is not None:
-        console.print(f"picture written to {plot}", highlight=False)
+        say(console, f"picture written to {plot}")
 
 
 def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None) -> Any:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from nestling.printing import short
+
 memory = typer.Typer(
     help="Look after what models learned: PATH is a directory of snapshots; where a memory is only read, an exported "
     "file will do.",
@@ -38,7 +40,7 @@ def show(path: Source, as_json: Annotated[bool, typer.Option("--json", help="Pri
     found = load_memory(path)
     index = MemoryStore(path).index() if path.is_dir() else None
     if as_json:
-        print(json.dumps(description(found, index), ensure_ascii=False))
+        print(json.dumps(description(found, index)))
     else:
         print_memory(stdout_console(), path, found, index)
 
@@ -57,7 +59,7 @@ def diff(
 
     comparison = compare(load_memory(a), load_memory(b))
     if as_json:
-        print(json.dumps(_finite(asdict(comparison)), ensure_ascii=False))
+        print(json.dumps(_finite(asdict(comparison))))
     else:
         print_comparison(stdout_console(), a, b, comparison)
 
@@ -69,11 +71,11 @@ def fork(
     at: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fork snapshot N. Default: the head.")] = None,
 ) -> None:
     """Begin a new memory with what another holds; both then go on apart."""
-    from nestling.cli.console import stdout_console
+    from nestling.cli.console import say, stdout_console
     from nestling.continual import store
 
     head = store.fork(path, target, at).head()
-    stdout_console().print(f"{target}: {head.note} ({head.tokens:,} tokens, {head.bytes:,} bytes)", markup=False)
+    say(stdout_console(), f"{target}: {short(head.note)} ({head.tokens:,} tokens, {head.bytes:,} bytes)")
 
 
 @memory.command()
@@ -96,7 +98,7 @@ def merge(
     with weights that sum to 1; 1,1 adds up what was learned of different things.
     """
     from nestling.cli import memory_tables
-    from nestling.cli.console import stdout_console
+    from nestling.cli.console import say, stdout_console
     from nestling.continual.merge import merge as merge_memories
     from nestling.continual.store import MemoryStore, load_memory
 
@@ -111,7 +113,7 @@ def merge(
         losses = measured.losses({"base": None, "A": one, "B": two, "merged": merged})
         memory_tables.print_losses(console, measured, losses)
     head = MemoryStore(out).save(merged, f"merge of {a} and {b}, weights {', '.join([weight, *(level or [])])}")
-    console.print(f"{out}: {head.note} ({head.bytes:,} bytes)", markup=False)
+    say(console, f"{out}: {short(head.note)} ({head.bytes:,} bytes)")
 
 
 @memory.command()
@@ -120,11 +122,11 @@ def rollback(
     to: Annotated[int | None, typer.Option(min=1, metavar="N", help="Snapshot. Default: the one before.")] = None,
 ) -> None:
     """Go back to an earlier snapshot, or forward again. Nothing is deleted."""
-    from nestling.cli.console import stdout_console
+    from nestling.cli.console import say, stdout_console
     from nestling.continual.store import MemoryStore
 
     head = MemoryStore(path).rollback(to)
-    stdout_console().print(f"{path}: now at snapshot {head.number}, {head.time}: {head.note}", markup=False)
+    say(stdout_console(), f"{path}: now at snapshot {head.number}, {head.time}: {short(head.note)}")
 
 
 @memory.command()
@@ -132,12 +134,12 @@ def prune(
     path: Source, keep: Annotated[int, typer.Option(min=1, metavar="N", help="Snapshots to keep.", show_default=False)]
 ) -> None:
     """Delete all snapshots but the head and the N - 1 before it, for good."""
-    from nestling.cli.console import stdout_console
+    from nestling.cli.console import say, stdout_console
     from nestling.continual.store import MemoryStore
 
     gone = MemoryStore(path).prune(keep)
     numbers = ", ".join(str(s.number) for s in gone) or "none"
-    stdout_console().print(f"{path}: deleted snapshots {numbers} ({sum(s.bytes for s in gone):,} bytes)", markup=False)
+    say(stdout_console(), f"{path}: deleted snapshots {numbers} ({sum(s.bytes for s in gone):,} bytes)")
 
 
 @memory.command()
@@ -160,7 +162,7 @@ def export(
     what that costs in loss.
     """
     from nestling.cli import memory_tables
-    from nestling.cli.console import stdout_console
+    from nestling.cli.console import say, stdout_console
     from nestling.continual.low_rank import for_use, limit_rank
     from nestling.continual.memory import Memory
     from nestling.continual.store import load_memory
@@ -178,7 +180,7 @@ def export(
         small = limited.memory
         console.print(f"rank {rank} keeps {limited.energy:.2%} of the difference's energy")
     size = small.save(out, dtype)
-    console.print(f"{out}: {size:,} bytes, {dtype}", markup=False)
+    say(console, f"{out}: {size:,} bytes, {dtype}")
     if measured is not None:
         losses |= measured.losses({"exported": Memory.load(out)})
         memory_tables.print_losses(console, measured, losses)

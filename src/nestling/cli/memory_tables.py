@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.cli.console import quiet_libraries
+from nestling.cli.console import cell, quiet_libraries, say
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.memory import Memory
 from nestling.continual.memory_file import DTYPES, is_memory_file
@@ -25,6 +24,7 @@ from nestling.continual.snapshots import INDEX, Index
 from nestling.continual.study import frozen_loss
 from nestling.continual.summary import summarize
 from nestling.errors import UserError
+from nestling.printing import short
 from nestling.tasks.text import read_documents
 
 ROWS = 20  # documents and snapshots shown
@@ -50,12 +50,12 @@ def description(memory: Memory, index: Index | None) -> dict[str, Any]:
 def print_memory(console: Console, path: Path, memory: Memory, index: Index | None) -> None:
     """Print what `show` shows."""
     summary = summarize(memory)
-    console.print(f"{path}: {memory.tokens:,} tokens, base model {memory.fingerprint}", markup=False)
+    say(console, f"{path}: {memory.tokens:,} tokens, base model {short(memory.fingerprint)}")
     console.print(f"differences {summary.difference_bytes:,} bytes, for learning on {summary.learner_bytes:,} bytes")
     table = _table("level", "period", "tensors", "changed", "norm")
     for level in summary.levels:
         period = "" if level.period is None else f"{level.period:,}"
-        table.add_row(escape(level.level), period, str(level.parameters), str(level.changed), f"{level.norm:.4g}")
+        table.add_row(cell(level.level), period, str(level.parameters), str(level.changed), f"{level.norm:.4g}")
     console.print(table)
     table = _table("layer", "norm")
     for layer, norm in summary.layers.items():
@@ -67,7 +67,7 @@ def print_memory(console: Console, path: Path, memory: Memory, index: Index | No
         for s in index.snapshots[-ROWS:]:
             number = f"{s.number} (head)" if s.number == index.head else str(s.number)
             parent = "" if s.parent is None else str(s.parent)
-            table.add_row(number, parent, _minute(s.time), f"{s.tokens:,}", f"{s.bytes:,}", escape(s.note))
+            table.add_row(number, parent, _minute(s.time), f"{s.tokens:,}", f"{s.bytes:,}", cell(s.note))
         console.print(table)
 
 
@@ -77,7 +77,7 @@ def print_documents(console: Console, documents: Sequence[DocumentRecord]) -> No
     for d in documents[-ROWS:]:
         loss = f"{d.loss:.4f}" if math.isfinite(d.loss) else ""
         whole = "to the end" if d.finished else "in part"
-        table.add_row(escape(d.name or "(tokens)"), f"{d.tokens:,}", loss, whole, _minute(d.started))
+        table.add_row(cell(d.name or "(tokens)"), f"{d.tokens:,}", loss, whole, _minute(d.started))
     console.print(table)
 
 
@@ -86,10 +86,10 @@ def print_comparison(console: Console, a: Path, b: Path, comparison: Comparison)
     table = _table("level", "norm of A", "norm of B", "cosine")
     for level in comparison.levels:
         cosine = "" if math.isnan(level.cosine) else f"{level.cosine:.4f}"
-        table.add_row(escape(level.level), f"{level.norms[0]:.4g}", f"{level.norms[1]:.4g}", cosine)
+        table.add_row(cell(level.level), f"{level.norms[0]:.4g}", f"{level.norms[1]:.4g}", cosine)
     console.print(table)
     for name, path, documents in (("A", a, comparison.only_a), ("B", b, comparison.only_b)):
-        console.print(f"read by {name} ({path}) alone: {len(documents)}", markup=False)
+        say(console, f"read by {name} ({path}) alone: {len(documents)}")
         if documents:
             print_documents(console, documents)
 
@@ -135,7 +135,7 @@ def print_losses(console: Console, measured: Measured, losses: Mapping[str, Sequ
     """A row for every text, a column for every memory."""
     table = _table("text", "tokens", *losses, title="loss in nats")
     for place, (text, ids) in enumerate(measured.texts.items()):
-        table.add_row(escape(text), f"{len(ids):,}", *(f"{column[place]:.4f}" for column in losses.values()))
+        table.add_row(cell(text), f"{len(ids):,}", *(f"{column[place]:.4f}" for column in losses.values()))
     console.print(table)
 
 
@@ -198,7 +198,7 @@ def _table(*headings: str, title: str | None = None) -> Table:
 
 def _minute(time: str) -> str:
     """ISO 8601 to the minute, in UTC."""
-    return escape(time[:16].replace("T", " "))
+    return cell(time[:16].replace("T", " "))
 
 
 def _rest(what: str, rows: Sequence[Any]) -> str:

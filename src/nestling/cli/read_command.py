@@ -27,7 +27,7 @@ def read(
     from rich.progress import Progress
     from rich.table import Table
 
-    from nestling.cli.console import quiet_libraries, stdout_console
+    from nestling.cli.console import quiet_libraries, say, stdout_console
     from nestling.cli.loading import check_memory_target, load_memory, load_model, reading_tokens
     from nestling.cli.loading import save_memory as write_memory
     from nestling.evaluation.language import loss_by_position, read_text
@@ -55,4 +55,4 @@ def read(
     if save_memory is not None:
         write_memory(state, save_memory, model)
         size = save_memory.stat().st_size
-        console.print(f"memory of {state.get_seq_length():,} tokens written to {save_memory} ({size:,} bytes)")
+        say(console, f"memory of {state.get_seq_length():,} tokens written to {save_memory} ({size:,} bytes)")

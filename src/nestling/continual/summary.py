@@ -10,7 +10,7 @@ from nestling.continual.memory import Memory
 from nestling.continual.merge import OTHER_LEVEL, level_of
 from nestling.continual.records import dot, tensors_of
 
-LAYER = re.compile(r"\.(\d+)\.")
+LAYER = re.compile(r"\.(\d{1,6})\.")  # no model has more, and Python reads no number of thousands of digits
 
 
 @dataclass(frozen=True)

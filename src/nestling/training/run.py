@@ -21,6 +21,7 @@ from nestling.evaluation.language import LossReport, evaluate_loss
 from nestling.evaluation.sampling import continue_text
 from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
 from nestling.levels.measures import LevelMeter
+from nestling.printing import printable
 from nestling.training.build import build_model, check_preset, with_own_levels
 from nestling.training.checkpoint import (
     clear_leftovers,
@@ -31,7 +32,7 @@ from nestling.training.checkpoint import (
 )
 from nestling.training.config import CONFIG_FILE, TrainConfig, differences, read_run
 from nestling.training.corpus import TrainingData, prepare_data
-from nestling.training.progress import TrainingDisplay, clock, printable
+from nestling.training.progress import TrainingDisplay, clock
 from nestling.training.records import METRICS_FILE, RunRecorder
 from nestling.training.tokenization import encode_text, special_ids, start_token
 from nestling.training.trainer import NestlingTrainer, training_arguments
