@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestling.cli import learning, main
+from nestling.cli import learning, learning_report, main
 from nestling.continual.memory import Memory, MemoryFileError
 from nestling.continual.store import MemoryStore, load_memory
 from nestling.continual.study import frozen_loss, text_digest
@@ -195,6 +196,33 @@ def test_a_memory_inside_the_directory_that_is_read_is_no_text(
     (tmp_path / "memory" / "memory.json").unlink()
     (tmp_path / "memory" / "snapshot-0001.safetensors").rename(tmp_path / "memory" / "snapshot-0001.found")
     assert run(*arguments, *LEVELS) == 0  # a directory without an index is left out where it is the memory's own
+
+
+def test_names_of_files_are_harmless(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, place = tmp_path / "a\x1b[2J[b]\udce9.txt", tmp_path / "mem\x1b[2J"
+    file.write_text(TEXT * 3)
+    for _ in range(2):
+        assert run(model, file, "--memory", place, *LEVELS) == 0
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and "a�[2J[b]�.txt" in text
+    assert "a�[2J[b]�.txt" in fails(capsys, "learn", model, f"{file}.none", "--memory", place)
+
+
+def test_progress_without_a_terminal(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line after so many seconds, on standard error."""
+    arguments = [model, *texts, texts[0], "--quick", *LEVELS]
+    monkeypatch.setattr(learning_report, "LINE_SECONDS", 0.0)
+    assert run(*arguments, "--memory", tmp_path / "often") == 0
+    lines = capsys.readouterr().err.splitlines()
+    pattern = r"([\d,]+) of 2,940 tokens, [\d,]+\.\d tokens/s, mean loss \d\.\d{4}"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert all(found) and len(found) == 12
+    assert [m[1] for m in found if m][:2] == ["256", "512"] and lines[-1].startswith("2,940 of")
+    monkeypatch.setattr(learning_report, "LINE_SECONDS", 3600.0)
+    assert run(*arguments, "--memory", tmp_path / "seldom") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_what_a_user_can_put_right(

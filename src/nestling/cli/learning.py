@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
@@ -13,15 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress as Bar
-from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.cli.console import quiet_libraries, stdout_console
+from nestling.cli.console import cell, quiet_libraries, say, stdout_console
+from nestling.cli.learning_report import Outcome, ProgressLines, mean, print_outcomes, print_place
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.guards import LearningDivergedError
 from nestling.continual.learner import Learner
@@ -60,44 +56,6 @@ class LearnSettings:
     given: frozenset[str] = frozenset()
 
 
-@dataclass
-class Outcome:
-    """One document's line of the table.
-
-    Attributes:
-        name: of the document.
-        tokens: learned from in this run.
-        start: tokens of the document that earlier runs learned from.
-        measured: its first tokens, those that are read before and after; 0 for none.
-        before, after: loss of those with the base weights and with what was learned; None where not measured.
-        losses: of this run's tokens, each before it was learned from.
-    """
-
-    name: str
-    start: int = 0
-    measured: int = 0
-    tokens: int = 0
-    before: float | None = None
-    after: float | None = None
-    losses: list[Tensor] = field(default_factory=list)
-
-    @property
-    def overall(self) -> float:
-        """Mean loss of this run's tokens; NaN before the first."""
-        return _mean(torch.cat(self.losses)) if self.losses else math.nan
-
-    @property
-    def during(self) -> float | None:
-        """Mean loss of those of them that are measured before and after too; None where there are none."""
-        there = max(0, self.measured - self.start)
-        return _mean(torch.cat(self.losses)[:there]) if there and self.losses else None
-
-    def add(self, progress: Progress) -> None:
-        """Count a step."""
-        self.tokens += progress.tokens
-        self.losses.append(progress.losses)
-
-
 class Stopped(Exception):
     """Ctrl-C was pressed, and this is a good place to stop."""
 
@@ -110,6 +68,7 @@ class Session:
         learner, autosave, console: what it works with.
         measure: tokens of each document that are read before and after; 0 for none.
         check: raises `Stopped` when it is time to stop.
+        lines: of progress, where the console is no terminal and shows no bar.
         outcomes: a line for every document begun.
         seconds: spent on learning, saves included and what is read before and after left out.
     """
@@ -119,6 +78,7 @@ class Session:
     console: Console
     measure: int
     check: Callable[..., None]
+    lines: ProgressLines | None
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -126,23 +86,25 @@ class Session:
         """Learn from one document, from where it was left."""
         start = tokens_read(self.learner.log.records, text.digest)
         if start is None:
-            self.console.print(f"{text.name}: learned already, skipped", markup=False)
+            say(self.console, f"{text.name}: learned already, skipped")
             return
         outcome = Outcome(text.name, start, self.measure)
         self.outcomes.append(outcome)
         if start:
-            self.console.print(f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens", markup=False)
+            say(self.console, f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens")
         if self.measure:
             with _base_weights(self.learner):
                 outcome.before = self._frozen(text)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(Path(text.name).name, total=len(text.ids), completed=start)
+            task = bar.add_task(cell(Path(text.name).name), total=len(text.ids), completed=start)
 
             def step(progress: Progress) -> None:
                 outcome.add(progress)
+                if self.lines is not None:
+                    self.lines.add(progress)
                 for line in progress.notes:
-                    self.console.print(f"{text.name}: {line}", markup=False)
-                bar.update(task, advance=progress.tokens, description=f"loss {_mean(progress.losses):.3f}")
+                    say(self.console, f"{text.name}: {line}")
+                bar.update(task, advance=progress.tokens, description=f"loss {mean(progress.losses):.3f}")
                 self.check()
 
             began = time.monotonic()
@@ -185,17 +147,18 @@ def run(
         learner = make_learner(model, saved, settings)
         if not any(tokens_read(learner.log.records, text_digest(d.text)) is not None for d in documents):
             for document in documents:
-                console.print(f"{document.name}: learned already, skipped", markup=False)
+                say(console, f"{document.name}: learned already, skipped")
             return False
         texts = [Text(d.name, text_digest(d.text), document_tokens(source, tokenizer, d.text)) for d in documents]
         autosave = Autosave(store, save_tokens, save_seconds)
         with interruptible() as check, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the learner's are printed as notes
-            session = Session(learner, autosave, console, measure, check)
+            lines = None if console.is_terminal else ProgressLines(_to_learn(learner, texts))
+            session = Session(learner, autosave, console, measure, check, lines)
             stopped = _until_stopped(session, texts)
             snapshot = _save(session, note, stopped)
-    _report(session)
-    _say_where(console, store, snapshot, learner, stopped)
+    print_outcomes(console, session.outcomes, session.measure, session.seconds)
+    print_place(console, store, snapshot, learner, stopped)
     return stopped
 
 
@@ -279,6 +242,12 @@ def _documents(path: str, memory: Path) -> list[Document]:
     return [Document("standard input", text)]
 
 
+def _to_learn(learner: Learner, texts: Sequence[Text]) -> int:
+    """Tokens of all texts that were not learned from before; of texts that are equal, those of one."""
+    left = {text.digest: (tokens_read(learner.log.records, text.digest), len(text.ids)) for text in texts}
+    return sum(length - read for read, length in left.values() if read is not None)
+
+
 def _until_stopped(session: Session, texts: Sequence[Text]) -> bool:
     try:
         for text in texts:
@@ -299,40 +268,6 @@ def _save(session: Session, note: str, stopped: bool) -> Snapshot | None:
         return store.head() if store.exists() else None
     names = ", ".join(Path(o.name).name for o in session.outcomes[:3]) + (", ..." if len(session.outcomes) > 3 else "")
     return store.save(session.learner.memory(), note or f"learned {names}")
-
-
-def _report(session: Session) -> None:
-    first = f"; before, while, after: of a document's first {session.measure:,} tokens" if session.measure else ""
-    table = Table(title=f"loss in nats, every token before it was learned from{first}")
-    table.add_column("document", overflow="fold")
-    measured = ("before", "while", "after") if session.measure else ()
-    for heading in ("tokens", "loss", *measured):
-        table.add_column(heading, justify="right")
-    for outcome in session.outcomes:
-        own = (outcome.before, outcome.during, outcome.after) if session.measure else ()
-        values = (outcome.overall, *own)
-        table.add_row(escape(outcome.name), f"{outcome.tokens:,}", *map(_number, values))
-    session.console.print(table)
-    tokens = sum(outcome.tokens for outcome in session.outcomes)
-    if tokens:
-        rate = tokens / max(session.seconds, 1e-9)
-        session.console.print(f"{tokens:,} tokens in {session.seconds:.1f} s, {rate:,.1f} tokens/s")
-
-
-def _say_where(
-    console: Console, store: MemoryStore, snapshot: Snapshot | None, learner: Learner, stopped: bool
-) -> None:
-    if snapshot is None:
-        print("interrupted before anything was learned; the same command begins again", file=sys.stderr)
-        return
-    if waiting := learner.stream.filled:
-        console.print(f"{waiting:,} tokens wait in the memory for a full step of {learner.stream.chunk:,}")
-    console.print(
-        f"memory of {snapshot.tokens:,} tokens in {store.path}, snapshot {snapshot.number} ({snapshot.bytes:,} bytes)",
-        markup=False,
-    )
-    if stopped:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
 
 
 def _check_given(settings: LearnSettings, saved: Memory) -> None:
@@ -371,12 +306,3 @@ def _base_weights(learner: Learner) -> Iterator[None]:
         yield
     finally:
         learner.apply()
-
-
-def _mean(losses: Tensor) -> float:
-    """Of those that are numbers; NaN where there is none."""
-    return float(losses.double().nanmean())
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4f}"
