@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, Options, Setup  # beside this file
+from methods import METHODS, PERIODS, Options, Setup  # beside this file
 from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -188,6 +188,24 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def check_blocks(methods: list[str], blocks: int, depth: int) -> None:
+    """Every level of the methods with several needs a block of its own.
+
+    Raises:
+        SystemExit: blocks that the model has not, or fewer than levels.
+    """
+    if blocks > depth:
+        raise SystemExit(f"--blocks {blocks}: the model has {depth} layers; give at most so many")
+    needing = [method for method in methods if method.startswith("levels")]
+    if not needing or blocks >= len(PERIODS):
+        return
+    least = len(PERIODS)
+    raise SystemExit(
+        f"{', '.join(needing)}: {least} levels need at least {least} blocks, and {blocks} of the model's {depth} "
+        f"layers hold levels; give --blocks {least} or more (a model of at least {least} layers), or other --methods"
+    )
+
+
 def main() -> None:
     """Settings by validation, then all methods and seeds, then the report."""
     args = parse()
@@ -199,6 +217,9 @@ def main() -> None:
     model, tokenizer = load_pretrained(args.model)
     model.to(args.device)
     depth = model.config.num_hidden_layers
+    blocks = args.blocks or math.ceil(depth / 3)
+    if not args.report:
+        check_blocks(args.methods, blocks, depth)
     sizes = {name: getattr(args, name) for name in ("classes", "per_class", "test_per_class", "tune_tasks")}
     made = Experiment(
         data,
@@ -207,7 +228,7 @@ def main() -> None:
         LabelPrompts(tokenizer, data.labels, args.max_tokens),
         sizes,
         args.layers or [round(0.27 * depth), round(0.4 * depth)],
-        args.blocks or math.ceil(depth / 3),
+        blocks,
         args.cache,
         ResultFile(args.results),
         args.greedy,
