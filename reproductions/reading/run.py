@@ -66,6 +66,7 @@ class Plan:
         pair: for `sequence`.
         validation: likewise, for the rates.
         ablate: the method whose options are tried; None is the best of `STACKS`.
+        rate: of all that is run; None is each method's best on the validation stream.
     """
 
     def __init__(
@@ -75,13 +76,15 @@ class Plan:
         pair: tuple[Text, Text],
         validation: tuple[Text, Text],
         ablate: str | None,
+        rate: float | None = None,
     ) -> None:
         self.made, self.texts, self.pair, self.validation, self.ablate = made, texts, pair, validation, ablate
+        self.rate = rate
 
     def run(self, methods: list[str], parts: list[str], options: list[str]) -> None:
         """All that is not there yet."""
         for method in methods:
-            rate = self.made.chosen(method, *self.validation)
+            rate = self._rate(method)
             if "sequence" in parts:
                 self.made.sequence(method, rate, *self.pair)
             if "alone" in parts:
@@ -91,7 +94,7 @@ class Plan:
             base = self.ablate or min(STACKS, key=lambda name: self.made.criterion(name, *self.validation))
             for option in options:
                 method = f"{base}+{option}"
-                self.made.sequence(method, self.made.chosen(method, *self.validation), *self.pair)
+                self.made.sequence(method, self._rate(method), *self.pair)
 
     def report(self, folder: Path) -> str:
         """Of what is finished."""
@@ -107,6 +110,13 @@ class Plan:
         shown = alone if "frozen" in alone else {}
         drawn = [name.format(best=best) for name in DRAWN]
         return write_report(folder, grids, shown, sequence if "frozen" in sequence else {}, drawn)
+
+    def _rate(self, method: str) -> float:
+        """The given one, measured on the validation stream like the others, or the best there."""
+        if self.rate is None or _still(method):
+            return self.made.chosen(method, *self.validation)
+        self.made.validation(method, self.rate, *self.validation)
+        return self.rate
 
     def _names(self) -> list[str]:
         """All methods that have a rate, options after what they are options of."""
@@ -191,6 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--ablate", choices=("one_level", *STACKS))
     parser.add_argument("--options", nargs="*", default=list(ABLATIONS), metavar="OPTION[+OPTION]")
+    parser.add_argument("--rate", type=float, help="in place of the best on the validation stream")
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0)
     add_machine_arguments(parser)
@@ -225,7 +236,7 @@ def main() -> None:
     rated = replace(sizes, tokens=args.validation_tokens or args.tokens)
     validation = [make_text(path, tokenizer, rated) for path in args.validation]
     texts = [known[path] for path in args.texts]
-    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), (validation[0], validation[1]), args.ablate)
+    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), (validation[0], validation[1]), args.ablate, args.rate)
     if not args.report:
         plan.run(args.methods, args.parts, args.options)
     print(plan.report(args.results.parent))

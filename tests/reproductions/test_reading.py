@@ -25,7 +25,8 @@ SIZES = {"held": 8, "again": 8, "chunk": 8, "context": 16, "long": 32}
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("experiment")
-    del sys.modules["experiment"]  # another folder may have a module of this name
+    for name in ("experiment", "report", "run"):
+        sys.modules.pop(name, None)  # another folder may have a module of this name
 
 
 def second_half(losses: torch.Tensor) -> float:
@@ -97,3 +98,19 @@ def test_rates_are_chosen_by_the_criterion(module: ModuleType, tmp_path: Path, m
     assert [made.chosen(name, *texts) for name in best] == list(best.values())
     assert asked["cms_2+gate"] == {3e-3, 1e-2} and len(asked["cms_2+rank"]) == 5
     assert made.chosen("frozen_long", *texts) == 0
+
+
+def test_a_given_rate_is_measured_and_used(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = importlib.import_module("run")
+    monkeypatch.delitem(sys.modules, "run")  # another folder may have a module of this name
+    ids = torch.randint(3, 259, (24,), generator=torch.Generator().manual_seed(2))
+    one, other = module.Text("a", ids[:16], ids[16:]), module.Text("b", ids[4:20], ids[20:])
+    results = ResultFile(tmp_path / "rows.jsonl")
+    made = module.Experiment(random_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
+    plan = plans.Plan(made, [], (one, other), (other, one), "cms_2", 2e-3)
+    plan.run(["frozen", "one_level"], ["sequence", "ablations"], ["even+split"])
+    rows = [(row["part"], row["method"], row["rate"]) for row in results.rows]
+    learned = [("validation", "one_level", 2e-3), ("sequence", "one_level", 2e-3)]
+    learned += [("validation", "cms_2+even+split", 2e-3), ("sequence", "cms_2+even+split", 2e-3)]
+    assert [row for row in rows if row[1] != "frozen"] == learned
+    assert "`cms_2+even+split`" in plan.report(tmp_path)
