@@ -99,13 +99,14 @@ class Plan:
     def report(self, folder: Path) -> str:
         """Of what is finished."""
         grids = {m: rows for m in self._names() if (rows := self._finished(m))}
-        rates = {m: 0.0 for m in METHODS if _still(m)} | {m: _best(rows) for m, rows in grids.items()}
+        gridded = {m: on for m, rows in grids.items() if (on := [row for row in rows if _on_grid(row["rate"])])}
+        rates = {m: 0.0 for m in METHODS if _still(m)} | {m: _best(rows) for m, rows in gridded.items()}
         alone = {m: rows for m, rate in rates.items() if (rows := self._alone(m, rate))}
         sequence = {}
         for method, rate in rates.items():
             if row := self.made.results.find(self.made.key("sequence", method, rate, self.pair)):
                 sequence[method] = row
-        stacks = {m: min(r["criterion"] for r in grids[m]) for m in STACKS if m in grids}
+        stacks = {m: min(r["criterion"] for r in gridded[m]) for m in STACKS if m in gridded}
         best = min(stacks, key=lambda m: stacks[m]) if stacks else STACKS[0]
         shown = alone if "frozen" in alone else {}
         drawn = [name.format(best=best) for name in DRAWN]
@@ -142,6 +143,11 @@ def _order(method: str) -> list[int]:
     """By base method, then by options as they are listed."""
     base, *options = method.split("+")
     return [list(METHODS).index(base), *(list(ABLATIONS).index(option) for option in options)]
+
+
+def _on_grid(rate: float) -> bool:
+    """A rate that every method tries where its best is near, and not one of --rate between them."""
+    return f"{rate:.6e}".split("e")[0] in ("1.000000", "3.000000")
 
 
 def _best(rows: list[Row]) -> float:

@@ -251,7 +251,22 @@ def test_a_factory_that_fails_is_not_blamed_on_a_memory() -> None:
 
     level = Level(8, (TOP,), optimizer=lambda parameters: Broken(parameters, lr=0.01))
     learner = Learner(tiny_llama(), {"fast": level}, lr=1.0, context=16)
+    learner.load(replace(learner.memory(), tensors={}))
     with pytest.raises(KeyError, match="its own"):
+        learner.observe(text(8))
+
+
+def test_a_state_that_has_stepped_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(tiny_llama(), {"fast": Level(8, (TOP,))}, lr=0.01, context=16)
+    learner.observe(text(16))
+    learner.load(learner.memory())
+    learner.observe(text(8))
+
+    def fail() -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(learner.optimizer, "step", fail)
+    with pytest.raises(RuntimeError, match="no memory left"):
         learner.observe(text(8))
 
 
@@ -259,6 +274,9 @@ def test_a_memory_of_another_architecture_is_named_as_that() -> None:
     learner = everything()
     with pytest.raises(ValueError, match="belongs to the base model"):
         Learner.restore(tiny_llama(layers=1), learner.memory())
+    learner.observe(text(12))
+    with pytest.raises(ValueError, match="another learner is attached"):
+        Learner.restore(learner.model, learner.memory())
 
 
 def test_optimizers_given_as_functions_come_back_by_load() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from nestling.continual import levels as module
 from nestling.continual.learner import Learner
@@ -47,7 +48,6 @@ def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"levels": {"a": Level(8, (TOP,))}, "context": 8, "options": Options(piece=8)}, "do not fit a context"),
         ({"levels": {"a": Level(8, (TOP,))}, "options": Options(retention={"b": 0.5})}, "retention names b"),
         ({"levels": {"a": Level(8, (TOP,))}, "options": Options(limit={"b": UpdateLimit(1.0)})}, "limit names b"),
-        ({"levels": {"a": Level(8, (TOP,))}, "context": 2**20}, "more than the model's"),
         ({"levels": {"a": Level(8, (TOP,))}, "rate_exponent": 500.0}, "rate_exponent is a number"),
         ({"levels": {"a": Level(8, (TOP,))}, "lr": float("inf")}, "lr is smaller than inf"),
         ({"levels": {"a": Level(8, (TOP,))}, "lr": "x"}, "lr is a number"),
@@ -59,3 +59,13 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_free(arguments, messa
         Learner(model, **{"lr": 0.1, **arguments})
     assert not any(m._forward_hooks for m in model.modules())
     Learner(model, {"a": Level(8, (TOP,))}, lr=0.1)
+
+
+def test_a_context_beyond_learned_positions_is_refused() -> None:
+    shape = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    levels = {"a": Level(8, ("*.mlp.*",))}
+    with pytest.raises(ValueError, match="a context of 33 tokens is more than the model's 32 positions"):
+        Learner(GPT2LMHeadModel(GPT2Config(**shape)), levels, lr=0.1, context=33)
+    Learner(GPT2LMHeadModel(GPT2Config(**shape)), levels, lr=0.1, context=32)
+    rotary = tiny_llama()
+    Learner(rotary, levels, lr=0.1, context=2 * rotary.config.max_position_embeddings)

@@ -116,7 +116,12 @@ class Session:
             outcome.after = self._frozen(text)
 
     def _frozen(self, text: Text) -> float:
-        return frozen_loss(self.learner.model, text.ids[: self.measure], self.learner.settings.context, self.check)
+        began = time.monotonic()
+        ids, context = text.ids[: self.measure], self.learner.settings.context
+        loss = frozen_loss(self.learner.model, ids, context, self.check)
+        if self.lines is not None:
+            self.lines.leave_out(time.monotonic() - began)
+        return loss
 
 
 def run(

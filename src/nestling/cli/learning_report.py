@@ -69,6 +69,10 @@ class ProgressLines:
         self._seconds = LINE_SECONDS if seconds is None else seconds
         self._since, self._losses, self._began = time.monotonic(), list[Tensor](), 0
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was spent on something else than learning."""
+        self._since += seconds
+
     def add(self, progress: Progress) -> None:
         """Count a step; prints tokens done of all, and speed and mean loss since the line before, if it is time."""
         self.done += progress.tokens

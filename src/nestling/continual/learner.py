@@ -24,7 +24,7 @@ from nestling.continual.levels import make_optimizer, make_weights, resolve
 from nestling.continual.memory import Memory
 from nestling.continual.options import Factory, Level, Options, Settings, settings_from
 from nestling.continual.pieces import Piece, Stream, batches, check_tokens, decode, placed
-from nestling.continual.reading import Reader, learning
+from nestling.continual.reading import Reader, learned_positions, learning
 from nestling.continual.reservoir import Reservoir, undone_on_error
 from nestling.continual.steps import limit_step, retain
 
@@ -116,7 +116,7 @@ class Learner:
             raise ValueError(
                 f"pieces of {self.stream.size} tokens do not fit a context of {context}: each needs one token before it"
             )
-        if (most := getattr(model.config, "max_position_embeddings", None)) is not None and context > most:
+        if (most := learned_positions(model)) is not None and context > most:
             raise ValueError(f"a context of {context} tokens is more than the model's {most} positions")
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
@@ -143,7 +143,8 @@ class Learner:
         self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
-        self._refused, self._loaded = 0, False
+        self._refused = 0
+        self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
 
     def observe(
         self,
@@ -262,7 +263,7 @@ class Learner:
             ValueError: a memory of another base model, of other levels, or one that does not fit together.
         """
         resume.load(self, memory)
-        self._loaded = True
+        self._unproven = set(self.weights) if memory.tensors else set()
 
     @classmethod
     def restore(cls, model: PreTrainedModel, memory: Memory) -> Learner:
@@ -277,6 +278,7 @@ class Learner:
         """
         if "learner" not in memory.settings:
             raise ValueError("this memory has no learner's settings: make a Learner and call its load")
+        check_free(model, None)
         resume.check_model(memory, base_fingerprint(model))
         made = settings_from(memory.settings["learner"])
         learner = cls(
@@ -354,8 +356,9 @@ class Learner:
         for name in due:
             if (kept := options.retention_of(name)) != 1:
                 retain(self.weights[name].anchored, kept)
-        with resume.fitting(self._loaded):
+        with resume.fitting(bool(self._unproven)):
             self.optimizer.step()
+        self._unproven -= set(due)
         for name, old in before.items():
             if (limit := options.limit_of(name)) is not None:
                 limit_step([p.detach() for p in self._learned[name]], old, limit)

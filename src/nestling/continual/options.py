@@ -179,9 +179,10 @@ class Options:
         if self.spike is not None:
             _within("spike", self.spike, 1.0)
         _whole("patience", self.patience, "a number of chunks")
-        _whole("seed", self.seed, "a whole number", least=0)
+        _whole("seed", self.seed, "a whole number", least=-LARGEST)
         _flag("bfloat16", self.bfloat16)
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+        given: Any = self.betas
+        if not isinstance(given, tuple | list) or len(given) != 2:
             raise ValueError(f"betas are two numbers, not {self.betas!r}")
         for value in self.betas:
             _within("a beta", value, 0.0, 1.0, open_end=True)

@@ -108,3 +108,10 @@ def _pad(pieces: Sequence[Piece]) -> tuple[Int[Tensor, "rows longest"], int, int
         follows = piece.targets.nonzero()[:, 0] + piece.start
         low, high = min(low, int(follows[0]) - 1), max(high, int(follows[-1]))
     return rows, low, high
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Positions that a model has embeddings for; None where it has rotary ones, which go on, or none."""
+    config: Any = getattr(model, "config", None)
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    return None if rotary else getattr(config, "max_position_embeddings", None)

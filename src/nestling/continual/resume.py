@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def fitting(loaded: bool) -> Iterator[None]:
     knows them.
 
     Args:
-        loaded: the state came from a memory.
+        loaded: the state of a level that steps first since came from a memory.
 
     Raises:
         MemoryUseError: the step failed, and the state came from a memory.
@@ -156,7 +157,7 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
-    learner.optimizer.load_state_dict(_with_state(learner, settings["optimizer"], tensors))
+    _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = opened
     learner.buffer = buffer
@@ -166,6 +167,16 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     learner.counters.tokens, learner.counters.skipped, learner.counters.chunks = tokens, skipped, chunks
     learner.guard.mean, learner.guard.spikes = mean, spikes
     learner.log.present, learner.log.total, learner.log.targets = present, total, targets
+
+
+def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
+    """Take a state, or keep the own one: PyTorch checks a state while it takes it, parameter by parameter."""
+    before = copy.deepcopy(learner.optimizer.state_dict())
+    try:
+        learner.optimizer.load_state_dict(state)
+    except BaseException:
+        learner.optimizer.load_state_dict(before)
+        raise
 
 
 def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:

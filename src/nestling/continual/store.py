@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,6 +242,9 @@ class MemoryStore:
             except FileNotFoundError:  # its last holder had made the directory for nothing, and removed it
                 if attempt == TRIES - 1:
                     raise
+            except BaseException:
+                _remove_empty(made)
+                raise
         return made
 
     def _remove_unused(self, made: list[Path]) -> None:
@@ -250,10 +253,9 @@ class MemoryStore:
             if any(p.name != LOCK for p in self.path.iterdir()):
                 return
             (self.path / LOCK).unlink(missing_ok=True)  # still held: who waits for it finds that it is gone
-            for place in made:
-                place.rmdir()
         except OSError:
-            pass  # not empty or gone already, or a system that deletes no open file
+            return  # gone already, or a system that deletes no open file
+        _remove_empty(made)
 
     def _chosen(self, number: int | None) -> Snapshot:
         index = self.index()
@@ -297,12 +299,22 @@ def fork(source: str | Path, target: str | Path, number: int | None = None) -> M
     if place.exists():
         raise MemoryFileError(f"there is already something at {target}; give a new path")
     store = MemoryStore(place)
-    try:
-        store.adopt(file, digest, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+    with store.lock():
+        if store.exists():  # another process was faster
+            raise MemoryFileError(f"there is already something at {target}; give a new path")
+        try:
+            store.adopt(file, digest, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
     return store
+
+
+def _remove_empty(places: Sequence[Path]) -> None:
+    """Remove directories, innermost first, as far as they are empty."""
+    with suppress(OSError):
+        for place in places:
+            place.rmdir()
 
 
 def _found(path: Path, number: int | None) -> tuple[Path, str, Memory]:
