@@ -7,16 +7,14 @@ its own, `python -m benchmarks.learning NAME ROUNDS THREADS QUICK`, in turns wit
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Report
-from benchmarks.resident import peak, reset_peak
+from benchmarks.resident import in_own_process, peak, reset_peak
 from benchmarks.timing import Subject, interleave, speed_ratio
 from nestling.continual.learner import Learner
 from nestling.continual.options import Gate, Options, Replay, UpdateLimit
@@ -40,7 +38,6 @@ OPTIONS: dict[str, tuple[int, Options]] = {
     "rank 16": (2, Options(rank=16)),
 }
 """Number of levels, and what else."""
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -81,21 +78,13 @@ def measure_here(name: str, rounds: int, quick: bool) -> Cost:
     reading, learning = interleave([read, learn], rounds)
     # How often the time of reading fits: the ratio of speeds, the other way round.
     times = speed_ratio(reading, learning)
-    learned = sum(len(p.flatten()) for weights in learner.weights.values() for p in weights.learned)
+    learned = sum(p.numel() for weights in learner.weights.values() for p in weights.learned)
     return Cost(learning.tokens_per_second, str(times), learned, added)
 
 
 def measure(name: str, rounds: int, quick: bool, threads: int) -> Cost:
-    """`measure_here` in a new process.
-
-    Raises:
-        RuntimeError: the process failed; the message holds the end of what it said.
-    """
-    command = [sys.executable, "-m", "benchmarks.learning", name, str(rounds), str(threads), str(int(quick))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {name} failed: {done.stderr.strip()[-500:]}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+    """`measure_here` in a new process."""
+    return Cost(**json.loads(in_own_process("benchmarks.learning", name, rounds, threads, int(quick))))
 
 
 def learning(rounds: int, quick: bool, threads: int) -> Report:

@@ -7,21 +7,18 @@ resident set rose above its size before the step.
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.report import Report, Verdict
-from benchmarks.resident import peak, reset_peak
+from benchmarks.resident import in_own_process, peak, reset_peak
 from benchmarks.subjects import MIXERS, attention_subject, matrix_config, mixer_subject, mlp_config, titans_subject
 from benchmarks.timing import Subject
 
 NAMES = ("attention", "matrix", "matrix checkpointed", "mlp", "mlp checkpointed")
 LINEAR_SLACK = 1.1  # log-log slope that still counts as linear; quadratic would be 2
 BOUND = 2.0  # checkpointed peak over attention's at T = 4,096
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def build(name: str, time: int) -> Subject:
@@ -50,11 +47,7 @@ def measure(name: str, time: int, threads: int) -> int:
     Raises:
         RuntimeError: the process failed; the message holds the end of what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.peak_memory", name, str(time), str(threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {name} at T = {time} failed: {done.stderr.strip()[-500:]}")
-    return int(done.stdout.split()[-1])
+    return int(in_own_process("benchmarks.peak_memory", name, time, threads))
 
 
 def peak_memory(quick: bool, threads: int) -> Report:

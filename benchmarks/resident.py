@@ -1,11 +1,27 @@
-"""The resident set of this process and its high-water mark."""
+"""Measurements that need a process of their own, and the high-water mark of its resident set."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
+import subprocess
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def in_own_process(module: str, *arguments: object) -> str:
+    """The last line that `python -m MODULE ARGUMENTS` prints.
+
+    Raises:
+        RuntimeError: the process failed; the message holds the end of what it said.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout.splitlines()[-1]
 
 
 def reset_peak() -> int:

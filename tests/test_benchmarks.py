@@ -95,7 +95,7 @@ def test_the_cost_of_learning(name: str, learned: int) -> None:
     """On a small model: two blocks of three matrices, or their factors."""
     cost = measure_here(name, rounds=1, quick=True)
     assert cost.learned == learned
-    assert cost.tokens_per_second > 0 and cost.added >= 0
+    assert cost.tokens_per_second > 0
 
 
 @pytest.mark.slow  # three processes that import PyTorch

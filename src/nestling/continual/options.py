@@ -220,7 +220,7 @@ class Settings:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range, or a level's rate that no float holds."""
+        """Raises ValueError for a setting out of range."""
         _rate("lr", self.lr)
         _within("rate_exponent", self.rate_exponent, -MOST_EXPONENT, MOST_EXPONENT)
         _whole("context", self.context, "a number of tokens")
