@@ -234,7 +234,11 @@ class Experiment:
                 row["held"].append([reader.score(texts[0].held)])
                 row["criterion"] = self._criterion(row, method, texts)
             if part == "sequence":
-                row |= self._judged(reader, texts[0])
+                row["again"] = reader.score(texts[0].ids[: self.sizes.again])
+                if self.judges.wikitext is not None:
+                    row["wikitext"] = reader.score(self.judges.wikitext)
+                with reader.at_rest():
+                    row |= self._asked(reader)
         except LearningDivergedError:
             row = {"diverged": True, "criterion": math.inf, "second_halves": [math.inf] * len(texts)}
         finally:
@@ -265,11 +269,9 @@ class Experiment:
         value = (learning + row["held"][-1][0] - frozen["held"][-1][0]) / 2
         return float(value) if math.isfinite(value) else math.inf
 
-    def _judged(self, reader: StreamModel, first: Text) -> Row:
-        """What the model knows at the end."""
-        found: Row = {"again": reader.score(first.ids[: self.sizes.again])}
-        if self.judges.wikitext is not None:
-            found["wikitext"] = reader.score(self.judges.wikitext)
+    def _asked(self, reader: StreamModel) -> Row:
+        """What the model answers at the end."""
+        found: Row = {}
         if self.judges.lambada:
             found["lambada"] = asdict(ask_last_words(reader.model, self.tokenizer, self.judges.lambada))
         found["choices"] = {

@@ -28,10 +28,12 @@ class ReferenceLevel:
 
 @dataclass
 class Result:
-    """Losses of all tokens (NaN for none), weights at the end, and the updated levels with their position."""
+    """Losses of all tokens (NaN for none), weights at the end and their running mean, and the updated levels with
+    their position."""
 
     losses: list[float]
     weights: dict[str, Tensor]
+    mean: dict[str, Tensor]
     updates: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -73,13 +75,32 @@ def rows_of(documents: Sequence[Sequence[int]], chunk: int, size: int, context: 
     return found
 
 
-def piece_losses(model: nn.Module, weights: Mapping[str, Tensor], context: list[int], tokens: list[int]) -> Tensor:
-    """Loss of every token of one piece, one after the other; a document's first token has none."""
+def piece_logits(model: nn.Module, weights: Mapping[str, Tensor], context: list[int], tokens: list[int]) -> Tensor:
+    """What the model says before every token of one piece; a document's first token has nothing before it."""
     row = torch.tensor([context + tokens])
     logits = functional_call(model, dict(weights), (), {"input_ids": row, "use_cache": False}).logits[0]
-    places = [i for i in range(len(context), row.shape[1]) if i > 0]
-    each = [F.cross_entropy(logits[i - 1], row[0, i]) for i in places]
+    return logits[[i - 1 for i in range(len(context), row.shape[1]) if i > 0]]
+
+
+def piece_losses(model: nn.Module, weights: Mapping[str, Tensor], context: list[int], tokens: list[int]) -> Tensor:
+    """Loss of every token of one piece, one after the other; a document's first token has none."""
+    logits = piece_logits(model, weights, context, tokens)
+    targets = tokens[len(tokens) - len(logits) :]
+    each = [F.cross_entropy(said, torch.tensor(token)) for said, token in zip(logits, targets, strict=True)]
     return torch.stack(each) if each else torch.empty(0, dtype=logits.dtype)
+
+
+def piece_divergences(
+    model: nn.Module,
+    teacher: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    context: list[int],
+    tokens: list[int],
+) -> Tensor:
+    """sum_x p(x) log(p(x) / q(x)) before every token of one piece, p of the teacher."""
+    p = piece_logits(model, teacher, context, tokens).softmax(-1)
+    q = piece_logits(model, weights, context, tokens).softmax(-1)
+    return (p * (p / q).log()).sum(-1)
 
 
 def learn(
@@ -93,18 +114,22 @@ def learn(
     replay: Callable[[int], tuple[list[int], list[int]] | None] | None = None,
     replay_weight: float = 1.0,
     projection: bool = False,
+    mean_rate: float = 1.0,
+    taught: bool = False,
 ) -> Result:
     """Learn from documents in order.
 
     `passes` says which losses of a chunk are learned from, given those of all earlier ones; `replay` gives the piece
-    replayed with a chunk.
+    replayed with a chunk. The running mean moves by `mean_rate`, at first faster; where `taught`, it says what is to be
+    said of the replayed piece.
     """
     chunk = min(level.period for level in levels.values())
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     weights = {n: p.clone() for n, p in base.items()}
     gradients: dict[str, list[dict[str, Tensor]]] = {name: [] for name in levels}
     states: dict[str, dict[str, Any]] = {n: {} for n in base}
-    result, earlier = Result([], weights), []
+    mean = {n: p.clone() for n, p in base.items()}
+    result, earlier = Result([], weights, mean), []
     for number, pieces in enumerate(rows_of(documents, chunk, size, context), 1):
         leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
         each = [piece_losses(model, leaves, *piece) for piece in pieces]
@@ -118,7 +143,8 @@ def learn(
         objective, old = chosen.sum() / len(losses), None if replay is None else replay(number)
         gradient = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
         if old is not None:
-            replayed = piece_losses(model, leaves, *old).mean()
+            each = piece_divergences(model, mean, leaves, *old) if taught else piece_losses(model, leaves, *old)
+            replayed = each.mean()
             extra = dict(zip(leaves, torch.autograd.grad(replayed, list(leaves.values())), strict=True))
         for name, level in levels.items():
             own = {n: gradient[n] for n in level.names}
@@ -134,6 +160,8 @@ def learn(
                 _update(level, weights, base, gradients.pop(name), states)
                 gradients[name] = []
                 result.updates.append((number * chunk, name))
+        for n in mean:
+            mean[n] = mean[n] + max(mean_rate, 1 / (number + 1)) * (weights[n] - mean[n])
     return result
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nestling import NestlingForCausalLM, presets
-from nestling.continual.learner import Learner, Observation
+from nestling.continual.learner import Learner
 from nestling.continual.memory import DocumentRecord
+from nestling.continual.observation import Observation
 from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
 from nestling.continual.reservoir import Reservoir
 from nestling.levels.assignment import stream_levels
@@ -45,10 +46,14 @@ def read(learner: Learner, documents: Sequence[Sequence[int]], size: int | None 
 def agree(learner: Learner, seen: Observation, expected, tolerance: float = 1e-9) -> None:
     """Losses, weights and updates are the reference's."""
     torch.testing.assert_close(seen.losses, torch.tensor(expected.losses), rtol=1e-6, atol=1e-6, equal_nan=True)
-    for name, p in learner.model.named_parameters():
-        torch.testing.assert_close(p.detach(), expected.weights[name], rtol=tolerance, atol=tolerance, msg=name)
+    agree_on_weights(learner, expected.weights, tolerance)
     assert seen.updated == tuple(name for _, name in expected.updates)
     assert not seen.notes
+
+
+def agree_on_weights(learner: Learner, weights: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
+    for name, p in learner.model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -144,7 +149,10 @@ def test_surprise_gate_as_the_reference(by: str, batch_tokens: int) -> None:
 
 @pytest.mark.parametrize(("projection", "weight"), [(False, 0.5), (True, 0.5), (True, 0.0)])
 @pytest.mark.parametrize("batch_tokens", [1, 2048])
-def test_replay_and_projection_as_the_reference(projection: bool, weight: float, batch_tokens: int) -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_replay_and_projection_as_the_reference(
+    projection: bool, weight: float, batch_tokens: int, taught: bool
+) -> None:
     # The same text again and again would never be in conflict.
     documents = [text(60).tolist(), [7, 8] * 20]
     model = tiny_llama()
@@ -169,15 +177,20 @@ def test_replay_and_projection_as_the_reference(projection: bool, weight: float,
         "slow": ReferenceLevel(names(model, "layers.0.mlp"), 12, momentum(0.01 * 2**-0.5)),
     }
     arguments = {"replay": replay, "replay_weight": weight, "projection": projection}
-    expected = learn(model, documents, levels, 6, 3, **arguments)
+    expected = learn(model, documents, levels, 6, 3, mean_rate=6 / 21, taught=taught, **arguments)
+    made = Replay(3, 1, weight, projection, "average" if taught else None)
     learner = Learner(
         model,
         {"fast": Level(6, (TOP,)), "slow": Level(12, (BOTTOM,), optimizer="sgd")},
         lr=0.01,
         context=6,
-        options=Options(replay=Replay(3, 1, weight, projection), batch_tokens=batch_tokens),
+        options=Options(replay=made, batch_tokens=batch_tokens, average=21),
     )
     agree(learner, read(learner, documents), expected)
+    with learner.averaged():
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), expected.mean[name], rtol=1e-9, atol=1e-9, msg=name)
+    agree_on_weights(learner, expected.weights)
 
 
 def test_low_rank_factors_as_the_reference() -> None:
@@ -239,7 +252,8 @@ EVERYTHING = Options(
     retention=0.95,
     limit=UpdateLimit(relative=0.01, absolute=0.5),
     gate=Gate(quantile=0.2),
-    replay=Replay(4, 2, 0.5, projection=True),
+    replay=Replay(4, 2, 0.5, projection=True, teacher="average"),
+    average=20,
     piece=3,
 )
 

@@ -19,7 +19,8 @@ EVERYTHING = Options(
     retention=0.95,
     limit=UpdateLimit(relative=0.01, absolute=0.5),
     gate=Gate(quantile=0.2, window=30),
-    replay=Replay(4, 2, 0.5, projection=True),
+    replay=Replay(4, 2, 0.5, projection=True, teacher="average"),
+    average=20,
     piece=3,
 )
 
@@ -103,13 +104,15 @@ def test_a_difference_that_does_not_round_back_is_kept_exactly() -> None:
     assert torch.equal(weight, learned)
 
 
-def test_differences_are_learned_minus_base() -> None:
+def test_differences_are_the_running_mean_minus_base() -> None:
     learner = everything()
     base = copy_of(tiny_llama(dtype=torch.float32))
     learner.observe(text(40))
     memory = learner.memory()
     x = text(12)[None]
-    expected = learner.model(input_ids=x).logits
+    with learner.averaged():
+        expected = learner.model(input_ids=x).logits
+    assert not torch.allclose(expected, learner.model(input_ids=x).logits)
     by_hand = tiny_llama(dtype=torch.float32)
     with torch.no_grad():
         for name, d in memory.differences.items():
@@ -130,9 +133,29 @@ def test_a_memory_for_use_only_is_a_fresh_start() -> None:
     memory = replace(learner.memory(), tensors={})
     fresh = Learner.restore(tiny_llama(dtype=torch.float32), memory)
     x = text(12)[None]
-    torch.testing.assert_close(fresh.model(input_ids=x).logits, learner.model(input_ids=x).logits)
+    with learner.averaged():
+        torch.testing.assert_close(fresh.model(input_ids=x).logits, learner.model(input_ids=x).logits)
     assert (fresh.counters.tokens, fresh.stream.filled) == (0, 0)
     assert fresh.memory().documents == memory.documents
+
+
+def test_the_running_mean_is_read_and_not_learned_on() -> None:
+    learner = everything()
+    learner.observe(text(40))
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    with learner.averaged():
+        assert any(not torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+        for mistake in (lambda: learner.observe(text(3)), learner.memory, learner.detach, learner.consolidate):
+            with pytest.raises(RuntimeError, match="running mean is on the model"):
+                mistake()
+        with pytest.raises(RuntimeError, match="running mean is on the model"), learner.averaged():
+            pass
+    assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+    learner.detach()
+    with pytest.raises(RuntimeError, match="detached"), learner.averaged():
+        pass
+    with Learner(learner.model, {"all": Level(8, ("*",))}, lr=0.01, context=16) as plain, plain.averaged():
+        plain.model(input_ids=text(3)[None])
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW
 
+from nestling.continual.average import exchange
 from nestling.continual.levels import rate
 from nestling.continual.pieces import Piece, batches, decode
-from nestling.continual.reading import learning, target_ids
+from nestling.continual.reading import divergences, learning, target_ids
 from nestling.continual.steps import retain
 
 if TYPE_CHECKING:
@@ -93,8 +94,6 @@ def consolidate(
         ValueError: an argument out of range, or no level on one of the two sides.
         RuntimeError: the learner is detached.
     """
-    if not learner.attached:
-        raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
     slow = _sides(learner, fast)
     _check(retention, steps, lr, rows, held_out)
     names = [name for name in learner.weights if name not in slow]
@@ -120,6 +119,8 @@ def consolidate(
     applied = all(math.isfinite(x) for x in (*forgotten, *after))
     if not applied:
         teacher.put_back()
+    elif learner.average is not None:
+        learner.average.restart()
     return Consolidation(
         tuple(names),
         tuple(slow),
@@ -143,18 +144,11 @@ class _Teacher:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        self._exchange()
+        exchange(self.every, self.values)
         try:
             yield
         finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for p, value in zip(self.every, self.values, strict=True):
-            present = p.detach().clone()
-            p.copy_(value)
-            value.copy_(present)
+            exchange(self.every, self.values)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -175,7 +169,7 @@ class _Teacher:
         for batch in batches(pieces, self.learner.settings.options.batch_tokens):
             said, says = self.logits(batch), self.learner.reader.logits(batch)
             loss += float(F.cross_entropy(says, target_ids(batch).to(says.device), reduction="sum"))
-            divergence += float(_divergence(said, says)) * len(says)
+            divergence += float(divergences(said, says).sum())
             count += len(says)
         return loss / count, divergence / count
 
@@ -206,13 +200,8 @@ def _distil(
         total = sum(int(piece.targets.sum()) for piece in chosen)
         for batch in batches(chosen, learner.settings.options.batch_tokens):
             said, says = teacher.logits(batch), learner.reader.logits(batch)
-            (_divergence(said, says) * (len(says) / total)).backward()
+            (divergences(said, says).sum() / total).backward()
         optimizer.step()
-
-
-def _divergence(said: Float[Tensor, "n vocab"], says: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    """Mean KL(said || says)."""
-    return F.kl_div(says.log_softmax(-1), said.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
 def _sides(learner: Learner, fast: Sequence[str] | None) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nestling.continual.guards import SpikeGuard, SurpriseGate
+from nestling.continual.options import Options, Replay
 from nestling.continual.pieces import Piece, batches
 from nestling.continual.reading import Reader
 from nestling.continual.steps import norm, project
@@ -28,6 +29,39 @@ class ChunkLosses:
     losses: Float[Tensor, " targets"]
     refusal: str | None
     learned: int
+
+
+def take_gradients(
+    reader: Reader,
+    pieces: Sequence[Piece],
+    replayed: Sequence[Piece],
+    options: Options,
+    guard: SpikeGuard,
+    gate: SurpriseGate | None,
+    levels: Mapping[str, Sequence[Tensor]],
+    losses: Callable[[Sequence[Piece]], Float[Tensor, " targets"]],
+) -> ChunkLosses:
+    """Read a chunk and leave its gradient, with that of what is replayed, in `.grad`; none if it is not learned from.
+
+    Args:
+        reader: of the model.
+        pieces: the chunk.
+        replayed: earlier pieces.
+        options: of the learner.
+        guard, gate: what a chunk must pass.
+        levels: the learned tensors by level.
+        losses: of replayed pieces that are taken apart from the chunk.
+    """
+    replay, budget = options.replay or Replay(), options.batch_tokens
+    apart = bool(replayed) and (replay.projection or replay.teacher is not None)
+    seen = read_with_gradients(reader, pieces, [] if apart else replayed, replay.weight, budget, guard, gate)
+    if not seen.learned:
+        for parameters in levels.values():
+            for p in parameters:
+                p.grad = None
+    elif apart and all_finite(levels):
+        add_replay_apart(losses, replayed, replay, budget, levels)
+    return seen if seen.refusal or all_finite(levels) else replace(seen, refusal="its gradient is not finite")
 
 
 def read_with_gradients(
@@ -82,34 +116,30 @@ def read_with_gradients(
 
 
 def add_replay_apart(
-    reader: Reader,
+    losses: Callable[[Sequence[Piece]], Float[Tensor, " targets"]],
     replayed: Sequence[Piece],
-    weight: float,
+    replay: Replay,
     budget: int,
     levels: Mapping[str, Sequence[Tensor]],
-) -> dict[str, float]:
-    """Project every level's gradient so that it does not raise the replayed loss; add `weight` times that loss' own.
-
-    Returns:
-        what `project` took out of each level.
-    """
+) -> None:
+    """Add `replay.weight` times the gradient of the replayed pieces' mean loss to every level's; before that, with
+    `replay.projection`, take out of the level's what would raise that loss."""
     everything = [p for parameters in levels.values() for p in parameters]
     of_chunk = {id(p): p.grad for p in everything}
     for p in everything:
         p.grad = None
     m = sum(int(piece.targets.sum()) for piece in replayed)
     for batch in batches(replayed, budget):
-        (reader.losses(batch).sum() / m).backward()
-    taken = {}
-    for name, parameters in levels.items():
-        both = [p for p in parameters if p.grad is not None and of_chunk[id(p)] is not None]
-        gradients, of_replay = [of_chunk[id(p)] for p in both], [p.grad for p in both]
-        taken[name] = project(gradients, of_replay)  # type: ignore[arg-type]  # neither holds None, as asked above
+        (losses(batch).sum() / m).backward()
+    for parameters in levels.values():
+        if replay.projection:
+            both = [p for p in parameters if p.grad is not None and of_chunk[id(p)] is not None]
+            project([of_chunk[id(p)] for p in both], [p.grad for p in both])  # type: ignore[misc]  # no None, see above
         for p in parameters:
-            replay, p.grad = p.grad, of_chunk[id(p)]
-            if replay is not None and weight:
-                p.grad = replay.mul_(weight) if p.grad is None else p.grad.add_(replay, alpha=weight)
-    return taken
+            again, p.grad = p.grad, of_chunk[id(p)]
+            if again is not None and replay.weight:
+                again = again.mul_(replay.weight)
+                p.grad = again if p.grad is None else p.grad.add_(again)
 
 
 def all_finite(levels: Mapping[str, Sequence[Tensor]]) -> bool:

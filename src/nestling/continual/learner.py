@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Self, cast
 
@@ -16,48 +16,19 @@ from transformers import PreTrainedModel
 
 from nestling.continual import consolidation, resume
 from nestling.continual.applying import LEARNER, check_free
+from nestling.continual.average import Average
 from nestling.continual.documents import Document, DocumentLog
 from nestling.continual.fingerprint import base_fingerprint
-from nestling.continual.gradients import add_replay_apart, all_finite, read_with_gradients
+from nestling.continual.gradients import take_gradients
 from nestling.continual.guards import LearningDivergedError, LearningWarning, SpikeGuard, SurpriseGate
 from nestling.continual.levels import make_optimizer, make_weights, resolve
 from nestling.continual.memory import Memory
+from nestling.continual.observation import Counters, Observation
 from nestling.continual.options import Factory, Level, Options, Settings, settings_from
 from nestling.continual.pieces import Piece, Stream, batches, check_tokens, decode, placed
-from nestling.continual.reading import Reader, learned_positions, learning
+from nestling.continual.reading import Reader, divergences, learned_positions, learning
 from nestling.continual.reservoir import Reservoir, undone_on_error
 from nestling.continual.steps import limit_step, retain
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What `Learner.observe` saw and did.
-
-    Attributes:
-        losses: `[n]`, float32, nats: of every token before anything was learned from it; NaN for a document's first
-            token and for tokens that were not to be scored.
-        updated: names of the levels that were updated, once for every update, in order.
-        notes: sentences about what went otherwise than planned.
-    """
-
-    losses: Float[Tensor, " n"]
-    updated: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Counters:
-    """Tokens and chunks so far.
-
-    Attributes:
-        tokens: observed, pending ones included.
-        skipped: tokens of chunks that were refused.
-        chunks: learned from, or left out by the gate: those that count for the levels' periods.
-    """
-
-    tokens: int = 0
-    skipped: int = 0
-    chunks: int = 0
 
 
 class Learner:
@@ -109,8 +80,8 @@ class Learner:
         options = options or Options()
         self.model = model
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
-        options.check_levels(list(self.settings.levels))
         chunk = next(iter(self.settings.levels.values())).period
+        options.check_levels(list(self.settings.levels), chunk)
         self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
         if self.stream.size >= context:
             raise ValueError(
@@ -143,6 +114,7 @@ class Learner:
         self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
+        self.average = None if options.average is None else Average(self.weights, self.stream.chunk / options.average)
         self._refused = 0
         self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
 
@@ -172,8 +144,7 @@ class Learner:
                 nothing has changed then. LearningDivergedError: the weights themselves are no longer finite.
             RuntimeError: the learner is detached.
         """
-        if not self.attached:
-            raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
+        self._check_at_work()
         ids, targets = check_tokens(tokens, scored, self.vocabulary)
         if not len(ids):
             return Observation(torch.empty(0), notes=("no tokens: nothing was learned",))
@@ -195,6 +166,18 @@ class Learner:
             self.counters.tokens += new
             done = part.stop
         return Observation(losses, tuple(updated), tuple(notes))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the running mean of its weights (`Options.average`) for a `with` block, as a memory gives it;
+        with the weights as they are where there is no such mean.
+
+        Raises:
+            RuntimeError: the learner is detached, or the mean is on the model already.
+        """
+        self._check_at_work()
+        with nullcontext() if self.average is None else self.average.in_place():
+            yield
 
     def end_document(self) -> None:
         """The present document is finished: what comes next has nothing before it. Pending tokens stay pending."""
@@ -218,6 +201,7 @@ class Learner:
         """Give the model its base weights back, to the last bit; what was learned stays here."""
         if not self.attached:
             return
+        self._check_live()
         for weights in self.weights.values():
             weights.detach()
         self.attached = False
@@ -247,12 +231,17 @@ class Learner:
 
         See `nestling.continual.consolidation.consolidate`.
         """
+        self._check_at_work()
         return consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
 
     def memory(self) -> Memory:
-        """What was learned, and all that is needed to go on exactly from here."""
+        """What was learned, and all that is needed to go on exactly from here.
+
+        With `Options.average` the differences are those of the running mean.
+        """
+        self._check_live()
         return resume.to_memory(self)
 
     def load(self, memory: Memory) -> None:
@@ -262,6 +251,7 @@ class Learner:
         Raises:
             ValueError: a memory of another base model, of other levels, or one that does not fit together.
         """
+        self._check_live()
         resume.load(self, memory)
         self._unproven = set(self.weights) if memory.tensors else set()
 
@@ -297,6 +287,15 @@ class Learner:
             raise
         return learner
 
+    def _check_at_work(self) -> None:
+        if not self.attached:
+            raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
+        self._check_live()
+
+    def _check_live(self) -> None:
+        if self.average is not None and self.average.read:
+            raise RuntimeError("the running mean is on the model; leave the block of averaged() first")
+
     @property
     def _everything(self) -> list[Tensor]:
         return [p for parameters in self._learned.values() for p in parameters]
@@ -318,26 +317,24 @@ class Learner:
 
     def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
         """Learn from the full chunk; losses of its last tokens."""
-        pieces, options = self.stream.pieces, self.settings.options
-        replayed, apart = self._replayed(), options.replay is not None and options.replay.projection
-        weight = 0.0 if options.replay is None else options.replay.weight
+        pieces, replayed = self.stream.pieces, self._replayed()
         with learning(self.model, self._everything):
-            joined = [] if apart else replayed
-            seen = read_with_gradients(self.reader, pieces, joined, weight, options.batch_tokens, self.guard, self.gate)
-            refusal = seen.refusal
-            if not seen.learned:
-                for p in self._everything:
-                    p.grad = None
-            elif apart and replayed and all_finite(self._learned):
-                add_replay_apart(self.reader, replayed, weight, options.batch_tokens, self._learned)
-            if refusal is None and not all_finite(self._learned):
-                refusal = "its gradient is not finite"
-            if refusal is None:
+            seen = take_gradients(
+                self.reader,
+                pieces,
+                replayed,
+                self.settings.options,
+                self.guard,
+                self.gate,
+                self._learned,
+                self._replayed_losses,
+            )
+            if seen.refusal is None:
                 updated.extend(self._step())
-        if refusal is None:
+        if seen.refusal is None:
             self._count(pieces, seen.losses)
         else:
-            self._refuse(refusal, notes)
+            self._refuse(seen.refusal, notes)
         self.stream.end_chunk()
         return placed(pieces, seen.losses.float())[-new:]
 
@@ -347,6 +344,14 @@ class Learner:
         assert self.settings.options.replay is not None
         items = self.buffer.sample(self.settings.options.replay.pieces)
         return [decode(item.tokens, item.metadata["start"]) for item in items]
+
+    def _replayed_losses(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
+        """Of replayed pieces: as their text is, or as the running mean of the weights has it."""
+        if self.average is None or self.settings.options.replay is None or self.settings.options.replay.teacher is None:
+            return self.reader.losses(pieces)
+        with self.average.in_place(), torch.no_grad():
+            said = self.reader.logits(pieces)
+        return divergences(said, self.reader.logits(pieces))
 
     def _step(self) -> list[str]:
         """Update the levels whose period has passed."""
@@ -367,6 +372,8 @@ class Learner:
     def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
         self.counters.chunks += 1
         self._refused = 0
+        if self.average is not None:
+            self.average.follow(self.counters.chunks)
         if len(losses):
             self.guard.accept(float(losses.mean()))
             if self.gate is not None:

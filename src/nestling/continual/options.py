@@ -114,12 +114,16 @@ class Replay:
         projection: where a level's gradient of the chunk would raise the replayed loss, take that component out
             (A-GEM, arXiv:1812.00420, level by level); with `weight` 0 the replayed gradient does nothing else.
             Their gradients are taken apart, two backward passes for one.
+        teacher: what the loss of a replayed piece is. None: cross-entropy of its own tokens, which are learned by heart
+            as they come again. "average": KL(p || q) to what the running mean of the weights says (`Options.average`),
+            so that the slow weights teach the fast ones what they knew of the text and no token of it.
     """
 
     capacity: int = 256
     pieces: int = 1
     weight: float = 1.0
     projection: bool = False
+    teacher: Literal["average"] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range."""
@@ -127,6 +131,8 @@ class Replay:
         _whole("pieces", self.pieces, "a number of pieces")
         _within("weight", self.weight, 0.0)
         _flag("projection", self.projection)
+        if self.teacher not in (None, "average"):
+            raise ValueError(f'teacher is None or "average", not {_shown(self.teacher)}')
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,9 @@ class Options:
         limit: longest step, for all levels or by name.
         gate: surprise gate.
         replay: replay buffer.
+        average: keep a running mean of the weights beside them, over so many tokens, a chunk or more (see `Average`).
+            It is what a memory holds and `Learner.averaged` puts on the model, and generalises better than the last
+            weights do; while learning, tokens are read with the weights themselves, which are quicker to adapt.
         bfloat16: run the forward pass under autocast; weights, gradients and optimizer states stay float32.
         betas: of the named optimizers, see `nestling.optim.build`.
         spike: a chunk whose mean loss exceeds this many times the running mean of the chunks', and that of a guess
@@ -160,6 +169,7 @@ class Options:
     limit: UpdateLimit | Mapping[str, UpdateLimit] | None = None
     gate: Gate | None = None
     replay: Replay | None = None
+    average: int | None = None
     bfloat16: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     spike: float | None = 10.0
@@ -176,6 +186,10 @@ class Options:
         values = self.retention.values() if isinstance(self.retention, Mapping) else (self.retention,)
         for value in values:
             _within("retention", value, 0.0, 1.0)
+        if self.average is not None:
+            _whole("average", self.average, "a number of tokens")
+        if self.replay is not None and self.replay.teacher is not None and self.average is None:
+            raise ValueError('a replay with teacher="average" needs the running mean: give average as well')
         if self.spike is not None:
             _within("spike", self.spike, 1.0)
         _whole("patience", self.patience, "a number of chunks")
@@ -187,8 +201,10 @@ class Options:
         for value in self.betas:
             _within("a beta", value, 0.0, 1.0, open_end=True)
 
-    def check_levels(self, names: list[str]) -> None:
-        """Raises ValueError for a retention or limit of a level that does not exist."""
+    def check_levels(self, names: list[str], chunk: int) -> None:
+        """Raises ValueError for a retention or limit of a level that does not exist, or an average below a chunk."""
+        if self.average is not None and self.average < chunk:
+            raise ValueError(f"average is {chunk} tokens or more, the fastest level's period, not {self.average}")
         for option in ("retention", "limit"):
             value = getattr(self, option)
             if isinstance(value, Mapping) and (unknown := sorted(set(value) - set(names))):

@@ -67,6 +67,13 @@ class Reader:
         return self.losses([piece for piece in pieces if bool(piece.targets.any())])
 
 
+def divergences(
+    said: Float[Tensor, "targets vocab"], says: Float[Tensor, "targets vocab"]
+) -> Float[Tensor, " targets"]:
+    """KL(said || says) of every target, nats, from logits."""
+    return F.kl_div(says.log_softmax(-1), said.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+
+
 def target_ids(pieces: Sequence[Piece]) -> Int[Tensor, " targets"]:
     """The targets of pieces, in order."""
     return torch.cat([piece.ids[piece.start :][piece.targets] for piece in pieces])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +26,13 @@ def to_memory(learner: Learner) -> Memory:
     """Everything of a learner, copied to the CPU."""
     tensors, optimizer = _optimizer_state(learner)
     differences: dict[str, Any] = {}
-    for weights in learner.weights.values():
-        differences |= weights.differences()
-        tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
+    average = learner.average
+    if average is not None:
+        tensors |= average.live()
+    with nullcontext() if average is None else average.in_place():
+        for weights in learner.weights.values():
+            differences |= weights.differences()
+            tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
     stream, log = learner.stream, learner.log
     tensors["history"] = stream.history.clone()
     tensors |= {f"pieces.{i}": piece.encode() for i, piece in enumerate(stream.pieces)}
@@ -65,12 +69,16 @@ def load(learner: Learner, memory: Memory) -> None:
     try:
         for weights in learner.weights.values():
             weights.check(memory.differences, exact)
+        if learner.average is not None:
+            learner.average.check(memory.tensors)
         if memory.tensors:
             _load_progress(learner, memory)
         else:
             learner.start_afresh()
         for weights in learner.weights.values():
             weights.load(memory.differences, exact)
+        if learner.average is not None:
+            learner.average.load(memory.tensors)
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
     learner.log.records = list(memory.documents)

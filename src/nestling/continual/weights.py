@@ -28,6 +28,10 @@ class Weights(Protocol):
         """What the optimizer steps."""
 
     @property
+    def values(self) -> list[Tensor]:
+        """What was learned, on the model or apart, in the order of `learned`."""
+
+    @property
     def anchored(self) -> list[tuple[Tensor, Tensor]]:
         """(value, pre-trained value) of what retention and consolidation pull back: scaling these differences by a
         factor scales the level's difference by it."""
@@ -70,6 +74,11 @@ class FullWeights:
     def learned(self) -> list[Tensor]:
         """The parameters."""
         return list(self.parameters.values())
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The learned values: of the parameters while attached."""
+        return [self._pair(name)[0] for name in self.parameters]
 
     @property
     def anchored(self) -> list[tuple[Tensor, Tensor]]:
@@ -206,6 +215,11 @@ class LowRankWeights:
     def learned(self) -> list[Tensor]:
         """The factors."""
         return list(self.owner.parameters())
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The factors' values."""
+        return [p.detach() for p in self.learned]
 
     @property
     def anchored(self) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from nestling.models.conversion import Assignment
 BATCH_TOKENS = 2048
 PERIODS = (1, 4, 16, 64)
 """Of the levels, in chunks, fastest first."""
+AVERAGE = 4096
+"""Tokens of the running mean."""
 COMPARED_BLOCKS = 2
 """Of each level; a pair costs about 8 width^2 hidden operations in float64 for each of its three matrices."""
 
@@ -74,6 +77,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gate": {"options": {"gate": Gate(by="token", quantile=0.3)}},
     "replay": {"options": {"replay": Replay(weight=0.5)}},
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
+    "average": {"options": {"average": AVERAGE}},
+    "taught": {"options": {"average": AVERAGE, "replay": Replay(weight=0.3, teacher="average")}},
     "rank": {"options": {"rank": 16}},
     "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"retention": 0.5, "steps": 10, "rows": 2}},
     "even": {"rate_exponent": 0.0},
@@ -187,8 +192,15 @@ class StreamModel:
         return losses
 
     def score(self, ids: Int[Tensor, " n"]) -> float:
-        """Mean loss of a text in nats a token; nothing is learned."""
-        return float(read_frozen(self.model, ids, self.context)[1:].double().mean())
+        """Mean loss of a text at rest, in nats a token; nothing is learned."""
+        with self.at_rest():
+            return float(read_frozen(self.model, ids, self.context)[1:].double().mean())
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """The model as a memory would give it: with the running mean of its weights, where the method keeps one."""
+        with nullcontext() if self.learner is None else self.learner.averaged():
+            yield
 
     @property
     def skipped(self) -> int:

@@ -1,0 +1,86 @@
+"""A slow copy of what is learned: the running mean of the weights, read at rest, and a teacher of the fast ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nestling.continual.weights import Weights
+
+SAVED = "average.live."
+
+
+class Average:
+    """W_s <- W_s + r (W - W_s) after the n-th chunk, with r = max(chunk / horizon, 1 / (n + 1)).
+
+    One step of gradient descent at rate r on 1/2 |W_s - W|^2: a level below the fast ones whose context flow is their
+    trajectory, and the outer loop of Reptile (arXiv:1803.02999), here without setting W back to W_s. Up to the horizon
+    it is the plain mean of the pre-trained and all later weights, then an exponential one (Polyak and Juditsky 1992).
+
+    Costs one more copy of what is learned, and one pass over it for each chunk.
+
+    Args:
+        weights: of all levels.
+        rate: chunk / horizon, in (0, 1].
+    """
+
+    def __init__(self, weights: Mapping[str, Weights], rate: float) -> None:
+        self.weights, self.rate = weights, rate
+        self.read = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin from the present weights."""
+        self.values = [value.clone() for value in self._live]
+
+    @torch.no_grad()
+    def follow(self, chunks: int) -> None:
+        """The weights have changed, for the `chunks`-th time."""
+        torch._foreach_lerp_(self.values, self._live, max(self.rate, 1 / (chunks + 1)))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The mean where the learned weights are, on the model or apart, and these back afterwards, to the last bit."""
+        exchange(self._live, self.values)
+        self.read = True
+        try:
+            yield
+        finally:
+            self.read = False
+            exchange(self._live, self.values)
+
+    def live(self) -> dict[str, Tensor]:
+        """The fast weights by index, on the CPU, for a memory, whose differences are the mean's."""
+        return {f"{SAVED}{i}": value.detach().cpu().clone() for i, value in enumerate(self._live)}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where `load` could not take them."""
+        wanted = {f"{SAVED}{i}": tuple(value.shape) for i, value in enumerate(self._live)}
+        found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(SAVED)}
+        kinds = {tensors[name].is_floating_point() for name in found}
+        if found and (found != wanted or kinds != {True}):
+            raise ValueError("the fast weights beside the memory's running mean are not of its learner's parameters")
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The weights hold the mean of a memory: keep it, and put the memory's fast ones there where it has them."""
+        self.restart()
+        for i, value in enumerate(self._live):
+            if (fast := tensors.get(f"{SAVED}{i}")) is not None:
+                value.copy_(fast)
+
+    @property
+    def _live(self) -> list[Tensor]:
+        return [value for weights in self.weights.values() for value in weights.values]
+
+
+@torch.no_grad()
+def exchange(here: Sequence[Tensor], there: Sequence[Tensor]) -> None:
+    """The values of two lists of tensors change places."""
+    for a, b in zip(here, there, strict=True):
+        kept = a.detach().clone()
+        a.copy_(b)
+        b.copy_(kept)

@@ -1,0 +1,39 @@
+"""What a learner says of its reading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What `Learner.observe` saw and did.
+
+    Attributes:
+        losses: `[n]`, float32, nats: of every token before anything was learned from it; NaN for a document's first
+            token and for tokens that were not to be scored.
+        updated: names of the levels that were updated, once for every update, in order.
+        notes: sentences about what went otherwise than planned.
+    """
+
+    losses: Float[Tensor, " n"]
+    updated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Counters:
+    """Tokens and chunks so far.
+
+    Attributes:
+        tokens: observed, pending ones included.
+        skipped: tokens of chunks that were refused.
+        chunks: learned from, or left out by the gate: those that count for the levels' periods.
+    """
+
+    tokens: int = 0
+    skipped: int = 0
+    chunks: int = 0
