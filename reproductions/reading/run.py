@@ -2,12 +2,14 @@
 
     python reproductions/reading/run.py --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
         [--wikitext FILE] [--lambada FILE] [--choices FILE ... --items 100] [--measures 8]
+    python reproductions/reading/run.py --model PATH --texts FILE ... --rate 1e-4 --methods NAME ...
     python reproductions/reading/run.py --quick
 
 Texts are UTF-8 files (of Project Gutenberg's books the text alone) or a dictionary's examples in CLDF (.csv), read as
 lines `sentence = translation`. --tokens of each are read, and those after them are held out. Losses are prequential:
 every token is scored before anything is learned from it. Parts:
 
+    rates      the validation stream, and nothing else
     alone      every text from the base model
     sequence   two texts one after the other (--sequence FILE FILE; the first and the last of --texts), with the
                held-out parts after each, the first text's first tokens again, WikiText, LAMBADA and multiple choice
@@ -52,7 +54,7 @@ from nestling.models.pretrained import load_pretrained
 from nestling.training.tokenization import byte_tokenizer
 
 HERE = Path(__file__).parent
-PARTS = ("alone", "sequence", "ablations")
+PARTS = ("rates", "alone", "sequence", "ablations")
 STACKS = ("cms_2", "cms_3", "cms_4")
 DRAWN = ("frozen", "frozen_long", "one_level", "{best}", "lora", "full")
 
@@ -64,7 +66,7 @@ class Plan:
         made: the runs.
         texts: for `alone`.
         pair: for `sequence`.
-        validation: likewise, for the rates.
+        validation: likewise, for the rates; None where `rate` is given.
         ablate: the method whose options are tried; None is the best of `STACKS`.
         rate: of all that is run; None is each method's best on the validation stream.
     """
@@ -74,7 +76,7 @@ class Plan:
         made: Experiment,
         texts: list[Text],
         pair: tuple[Text, Text],
-        validation: tuple[Text, Text],
+        validation: tuple[Text, Text] | None,
         ablate: str | None,
         rate: float | None = None,
     ) -> None:
@@ -113,10 +115,14 @@ class Plan:
         return write_report(folder, grids, shown, sequence if "frozen" in sequence else {}, drawn)
 
     def _rate(self, method: str) -> float:
-        """The given one, measured on the validation stream like the others, or the best there."""
-        if self.rate is None or _still(method):
+        """The given one, measured on the validation stream like the others where there is one, or the best there."""
+        if _still(method):
+            return 0.0
+        if self.rate is None:
+            assert self.validation is not None
             return self.made.chosen(method, *self.validation)
-        self.made.validation(method, self.rate, *self.validation)
+        if self.validation is not None:
+            self.made.validation(method, self.rate, *self.validation)
         return self.rate
 
     def _names(self) -> list[str]:
@@ -125,6 +131,8 @@ class Plan:
         return [m for m in (*METHODS, *sorted(found, key=_order)) if not _still(m)]
 
     def _finished(self, method: str) -> list[Row]:
+        if self.validation is None:
+            return []
         key = self.made.key("validation", method, 0.0, self.validation)
         del key["rate"]
         return [row for row in self.made.results.rows if all(row.get(k) == v for k, v in key.items())]
@@ -203,11 +211,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lambada", type=Path)
     parser.add_argument("--choices", nargs="*", type=Path, default=[])
     parser.add_argument("--items", type=int, default=100, help="of LAMBADA and every set of choices")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), metavar="METHOD[+OPTION]")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--ablate", choices=("one_level", *STACKS))
     parser.add_argument("--options", nargs="*", default=list(ABLATIONS), metavar="OPTION[+OPTION]")
-    parser.add_argument("--rate", type=float, help="in place of the best on the validation stream")
+    parser.add_argument(
+        "--rate", type=float, help="in place of the best on the validation stream, which may be left out"
+    )
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0)
     add_machine_arguments(parser)
@@ -215,11 +225,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    for option in args.options:
-        if unknown := set(option.split("+")) - set(ABLATIONS):
-            parser.error(f"--options: there is no {', '.join(sorted(unknown))}; there are {', '.join(ABLATIONS)}")
-    if not args.quick and (args.model is None or not args.texts or args.validation is None):
-        parser.error("--model PATH, --texts FILE ... and --validation FILE FILE are needed (or --quick)")
+    try:
+        for name in (*args.methods, *(f"{args.ablate or STACKS[0]}+{option}" for option in args.options)):
+            method_of(name)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.validation is None and args.rate is None and not args.quick:
+        parser.error("--validation FILE FILE is needed, which the rates are chosen on, or --rate (or --quick)")
+    if not args.quick and (args.model is None or not args.texts):
+        parser.error("--model PATH and --texts FILE ... are needed (or --quick)")
+    if args.validation is None and args.ablate is None and "ablations" in args.parts and not args.quick:
+        parser.error("--ablate NAME is needed without --validation, which would choose it")
     return args
 
 
@@ -240,12 +256,14 @@ def main() -> None:
     pair = args.sequence or [args.texts[0], args.texts[-1]]
     known = {path: make_text(path, tokenizer, sizes) for path in dict.fromkeys([*args.texts, *pair])}
     rated = replace(sizes, tokens=args.validation_tokens or args.tokens)
-    validation = [make_text(path, tokenizer, rated) for path in args.validation]
+    validation = [make_text(path, tokenizer, rated) for path in args.validation or []]
     texts = [known[path] for path in args.texts]
-    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), (validation[0], validation[1]), args.ablate, args.rate)
+    two = (validation[0], validation[1]) if validation else None
+    plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), two, args.ablate, args.rate)
     if not args.report:
         plan.run(args.methods, args.parts, args.options)
-    print(plan.report(args.results.parent))
+    if two is not None:
+        print(plan.report(args.results.parent))
 
 
 if __name__ == "__main__":

@@ -116,12 +116,14 @@ def learn(
     projection: bool = False,
     mean_rate: float = 1.0,
     taught: bool = False,
+    rehearse: Callable[[int], list[int]] | None = None,
+    rehearsal_weight: float = 1.0,
 ) -> Result:
     """Learn from documents in order.
 
     `passes` says which losses of a chunk are learned from, given those of all earlier ones; `replay` gives the piece
     replayed with a chunk. The running mean moves by `mean_rate`, at first faster; where `taught`, it says what is to be
-    said of the replayed piece.
+    said of the replayed piece. `rehearse` gives the text of which the base weights say what is to be said.
     """
     chunk = min(level.period for level in levels.values())
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -146,6 +148,9 @@ def learn(
             each = piece_divergences(model, mean, leaves, *old) if taught else piece_losses(model, leaves, *old)
             replayed = each.mean()
             extra = dict(zip(leaves, torch.autograd.grad(replayed, list(leaves.values())), strict=True))
+        if rehearse is not None:
+            known = piece_divergences(model, base, leaves, [], rehearse(number)).mean()
+            kept = dict(zip(leaves, torch.autograd.grad(known, list(leaves.values())), strict=True))
         for name, level in levels.items():
             own = {n: gradient[n] for n in level.names}
             if old is not None:
@@ -155,6 +160,8 @@ def learn(
                     if product < 0:
                         own = {n: own[n] - product / square * extra[n] for n in level.names}
                 own = {n: own[n] + replay_weight * extra[n] for n in level.names}
+            if rehearse is not None:
+                own = {n: own[n] + rehearsal_weight * kept[n] for n in level.names}
             gradients[name].append(own)
             if number * chunk % level.period == 0:
                 _update(level, weights, base, gradients.pop(name), states)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nestling.continual.guards import LearningDivergedError, LearningWarning
 from nestling.continual.learner import Learner
 from nestling.continual.memory import Memory
-from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
+from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from tests.continual.stream_models import copy_of, text, tiny_llama
 
 Path = tuple[str | int, ...]
@@ -28,7 +28,9 @@ OPTIONS = Options(
     retention={"fast": 0.95},
     limit=UpdateLimit(relative=0.01),
     gate=Gate(quantile=0.2, window=30),
-    replay=Replay(4, 2, 0.5, projection=True),
+    replay=Replay(4, 2, 0.5, projection=True, teacher="average"),
+    average=20,
+    rehearsal=Rehearsal(2, 5),
 )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from nestling.continual.applying import MemoryUseError
 from nestling.continual.learner import Learner
 from nestling.continual.memory import LowRank, Memory
-from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
+from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.optim import NAMES
 from tests.continual.stream_models import copy_of, text, tiny_llama
 
@@ -21,6 +21,7 @@ EVERYTHING = Options(
     gate=Gate(quantile=0.2, window=30),
     replay=Replay(4, 2, 0.5, projection=True, teacher="average"),
     average=20,
+    rehearsal=Rehearsal(2, 5),
     piece=3,
 )
 

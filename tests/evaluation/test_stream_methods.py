@@ -56,9 +56,10 @@ def test_frozen_reading_by_hand(base: LlamaForCausalLM, context: int, piece: int
 def test_at_rate_zero_every_method_is_the_frozen_model(base: LlamaForCausalLM, name: str) -> None:
     before = {key: value.clone() for key, value in base.state_dict().items()}
     reader = StreamModel(base, method_of(name), 0.0, **SIZES)
-    ids, context = text(40), 32 if name == "frozen_long" else 16
+    ids, context = text(40), {"frozen_long": 32, "frozen_longest": 512}.get(name, 16)
     losses = reader.read(ids)
-    torch.testing.assert_close(losses, read_frozen(base, ids, context), equal_nan=True, rtol=1e-3, atol=1e-3)
+    near = 0.2 if "bfloat16" in name else 1e-3
+    torch.testing.assert_close(losses, read_frozen(base, ids, context), equal_nan=True, rtol=1e-3, atol=near)
     assert reader.score(ids) == pytest.approx(float(read_frozen(base, ids, context)[1:].mean()), abs=1e-3)
     reader.close()
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())

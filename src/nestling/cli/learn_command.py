@@ -62,8 +62,21 @@ def learn(
     ] = 1.0,
     replay: Annotated[
         int,
-        typer.Option(min=0, help="Earlier pieces kept, one learned again with each chunk.", rich_help_panel=LEARNING),
+        typer.Option(
+            min=0,
+            help="Earlier pieces kept, one learned again with each chunk; with --average, as the running mean has it.",
+            rich_help_panel=LEARNING,
+        ),
     ] = 0,
+    average: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Keep a running mean of the weights over so many tokens, which is then what the memory gives.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Forward pass in bfloat16; weights stay float32.", rich_help_panel=LEARNING)
     ] = False,

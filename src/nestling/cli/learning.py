@@ -31,6 +31,8 @@ from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents
 
 DEFAULT_LEVELS = "*.mlp.*=256"
+TAUGHT = 0.3
+"""Weight of what the running mean teaches (reproductions/reading)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class LearnSettings:
     Attributes:
         levels: NAME=PERIOD,...
         given: names of the options on the command line, which must not contradict a memory that exists.
-        lr, rate_exponent, optimizer, context, rank, retention, replay, bf16, seed: see `Learner` and its `Options`.
+        lr, rate_exponent, optimizer, context, rank, retention, replay, average, bf16, seed: see `Learner` and its
+            `Options`.
     """
 
     levels: str | None
@@ -51,6 +54,7 @@ class LearnSettings:
     rank: int | None
     retention: float
     replay: int
+    average: int | None
     bf16: bool
     seed: int
     given: frozenset[str] = frozenset()
@@ -113,7 +117,8 @@ class Session:
             finally:
                 self.seconds += time.monotonic() - began
         if self.measure:
-            outcome.after = self._frozen(text)
+            with self.learner.averaged():
+                outcome.after = self._frozen(text)
 
     def _frozen(self, text: Text) -> float:
         began = time.monotonic()
@@ -187,7 +192,8 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
             options=Options(
                 rank=settings.rank,
                 retention=settings.retention,
-                replay=Replay(settings.replay) if settings.replay else None,
+                replay=_replay(settings),
+                average=settings.average,
                 bfloat16=settings.bf16,
                 seed=settings.seed,
             ),
@@ -197,6 +203,16 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
     except ValueError as error:
         raise UserError(str(error)) from error
     return learner
+
+
+def _replay(settings: LearnSettings) -> Replay | None:
+    if not settings.replay:
+        return None
+    return (
+        Replay(settings.replay)
+        if settings.average is None
+        else Replay(settings.replay, weight=TAUGHT, teacher="average")
+    )
 
 
 def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
@@ -292,6 +308,7 @@ def _check_given(settings: LearnSettings, saved: Memory) -> None:
         "rank": own.options.rank,
         "retention": own.options.retention,
         "replay": replay,
+        "average": own.options.average,
         "bf16": own.options.bfloat16,
         "seed": own.options.seed,
     }

@@ -4,7 +4,7 @@ from nestling.continual.guards import LearningDivergedError, LearningWarning
 from nestling.continual.learner import Learner
 from nestling.continual.memory import Memory
 from nestling.continual.observation import Observation
-from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
+from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.continual.store import MemoryStore, load_memory
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryStore",
     "Observation",
     "Options",
+    "Rehearsal",
     "Replay",
     "UpdateLimit",
     "load_memory",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from nestling.continual.average import exchange
+from nestling.continual.beside import written_pieces
 from nestling.continual.levels import rate
 from nestling.continual.pieces import Piece, batches, decode
 from nestling.continual.reading import divergences, learning, target_ids
@@ -232,23 +233,4 @@ def _text(learner: Learner, seed: int) -> list[Piece]:
     """The buffer's pieces, or generated ones of half a context."""
     if learner.buffer is not None and len(learner.buffer):
         return [decode(item.tokens, item.metadata["start"]) for item in learner.buffer.items]
-    first = getattr(learner.model.config, "bos_token_id", None)
-    device = next(learner.model.parameters()).device
-    length = max(2, learner.settings.context // 2)
-    found = []
-    with torch.random.fork_rng(devices=[]), learning(learner.model, ()):
-        torch.manual_seed(seed)
-        for _ in range(GENERATED):
-            start = int(torch.randint(learner.vocabulary, ())) if first is None else int(first)
-            ids: Tensor = learner.model.generate(  # type: ignore[operator]  # a mixin's method
-                torch.tensor([[start]], device=device),
-                attention_mask=torch.ones(1, 1, dtype=torch.long, device=device),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=0,
-            )
-            row = ids[0].cpu()
-            found.append(Piece(row, 0, torch.ones(len(row), dtype=torch.bool)))
-    return found
+    return written_pieces(learner, GENERATED, max(2, learner.settings.context // 2), seed)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestling.continual.beside import Beside
 from nestling.continual.guards import SpikeGuard, SurpriseGate
-from nestling.continual.options import Options, Replay
+from nestling.continual.options import Options
 from nestling.continual.pieces import Piece, batches
 from nestling.continual.reading import Reader
 from nestling.continual.steps import norm, project
@@ -34,33 +35,34 @@ class ChunkLosses:
 def take_gradients(
     reader: Reader,
     pieces: Sequence[Piece],
-    replayed: Sequence[Piece],
+    joined: Sequence[Piece],
+    beside: Sequence[Beside],
     options: Options,
     guard: SpikeGuard,
     gate: SurpriseGate | None,
     levels: Mapping[str, Sequence[Tensor]],
-    losses: Callable[[Sequence[Piece]], Float[Tensor, " targets"]],
 ) -> ChunkLosses:
-    """Read a chunk and leave its gradient, with that of what is replayed, in `.grad`; none if it is not learned from.
+    """Read a chunk and leave its gradient, with that of what is read with it, in `.grad`; none if it is not learned
+    from.
 
     Args:
         reader: of the model.
         pieces: the chunk.
-        replayed: earlier pieces.
+        joined: replayed pieces, read in the chunk's own pass.
+        beside: what is read in passes of its own.
         options: of the learner.
         guard, gate: what a chunk must pass.
         levels: the learned tensors by level.
-        losses: of replayed pieces that are taken apart from the chunk.
     """
-    replay, budget = options.replay or Replay(), options.batch_tokens
-    apart = bool(replayed) and (replay.projection or replay.teacher is not None)
-    seen = read_with_gradients(reader, pieces, [] if apart else replayed, replay.weight, budget, guard, gate)
+    weight, budget = 0.0 if options.replay is None else options.replay.weight, options.batch_tokens
+    seen = read_with_gradients(reader, pieces, joined, weight, budget, guard, gate)
     if not seen.learned:
         for parameters in levels.values():
             for p in parameters:
                 p.grad = None
-    elif apart and all_finite(levels):
-        add_replay_apart(losses, replayed, replay, budget, levels)
+    elif all_finite(levels):
+        for each in beside:
+            add_beside(each, budget, levels)
     return seen if seen.refusal or all_finite(levels) else replace(seen, refusal="its gradient is not finite")
 
 
@@ -115,30 +117,24 @@ def read_with_gradients(
     return ChunkLosses(torch.cat(found).cpu() if found else torch.empty(0), None, learned)
 
 
-def add_replay_apart(
-    losses: Callable[[Sequence[Piece]], Float[Tensor, " targets"]],
-    replayed: Sequence[Piece],
-    replay: Replay,
-    budget: int,
-    levels: Mapping[str, Sequence[Tensor]],
-) -> None:
-    """Add `replay.weight` times the gradient of the replayed pieces' mean loss to every level's; before that, with
-    `replay.projection`, take out of the level's what would raise that loss."""
+def add_beside(beside: Beside, budget: int, levels: Mapping[str, Sequence[Tensor]]) -> None:
+    """Add `weight` times the gradient of the pieces' mean loss to every level's; before that, with `projection`, take
+    out of the level's what would raise that loss."""
     everything = [p for parameters in levels.values() for p in parameters]
     of_chunk = {id(p): p.grad for p in everything}
     for p in everything:
         p.grad = None
-    m = sum(int(piece.targets.sum()) for piece in replayed)
-    for batch in batches(replayed, budget):
-        (losses(batch).sum() / m).backward()
+    m = sum(int(piece.targets.sum()) for piece in beside.pieces)
+    for batch in batches(beside.pieces, budget):
+        (beside.losses(batch).sum() / m).backward()
     for parameters in levels.values():
-        if replay.projection:
+        if beside.projection:
             both = [p for p in parameters if p.grad is not None and of_chunk[id(p)] is not None]
             project([of_chunk[id(p)] for p in both], [p.grad for p in both])  # type: ignore[misc]  # no None, see above
         for p in parameters:
             again, p.grad = p.grad, of_chunk[id(p)]
-            if again is not None and replay.weight:
-                again = again.mul_(replay.weight)
+            if again is not None and beside.weight:
+                again = again.mul_(beside.weight)
                 p.grad = again if p.grad is None else p.grad.add_(again)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from nestling.continual import consolidation, resume
 from nestling.continual.applying import LEARNER, check_free
 from nestling.continual.average import Average
+from nestling.continual.beside import Written, companions
 from nestling.continual.documents import Document, DocumentLog
 from nestling.continual.fingerprint import base_fingerprint
 from nestling.continual.gradients import take_gradients
@@ -25,8 +26,8 @@ from nestling.continual.levels import make_optimizer, make_weights, resolve
 from nestling.continual.memory import Memory
 from nestling.continual.observation import Counters, Observation
 from nestling.continual.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.pieces import Piece, Stream, batches, check_tokens, decode, placed
-from nestling.continual.reading import Reader, divergences, learned_positions, learning
+from nestling.continual.pieces import Piece, Stream, batches, check_tokens, placed
+from nestling.continual.reading import Reader, learned_positions, learning
 from nestling.continual.reservoir import Reservoir, undone_on_error
 from nestling.continual.steps import limit_step, retain
 
@@ -81,7 +82,7 @@ class Learner:
         self.model = model
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
         chunk = next(iter(self.settings.levels.values())).period
-        options.check_levels(list(self.settings.levels), chunk)
+        options.check_levels(list(self.settings.levels), chunk, context)
         self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
         if self.stream.size >= context:
             raise ValueError(
@@ -114,6 +115,8 @@ class Learner:
         self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
+        rehearsal, context = options.rehearsal, self.settings.context
+        self.written = None if rehearsal is None else Written(rehearsal, context, options.seed)
         self.average = None if options.average is None else Average(self.weights, self.stream.chunk / options.average)
         self._refused = 0
         self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
@@ -317,18 +320,10 @@ class Learner:
 
     def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
         """Learn from the full chunk; losses of its last tokens."""
-        pieces, replayed = self.stream.pieces, self._replayed()
+        pieces, options = self.stream.pieces, self.settings.options
+        joined, beside = companions(self)
         with learning(self.model, self._everything):
-            seen = take_gradients(
-                self.reader,
-                pieces,
-                replayed,
-                self.settings.options,
-                self.guard,
-                self.gate,
-                self._learned,
-                self._replayed_losses,
-            )
+            seen = take_gradients(self.reader, pieces, joined, beside, options, self.guard, self.gate, self._learned)
             if seen.refusal is None:
                 updated.extend(self._step())
         if seen.refusal is None:
@@ -337,21 +332,6 @@ class Learner:
             self._refuse(seen.refusal, notes)
         self.stream.end_chunk()
         return placed(pieces, seen.losses.float())[-new:]
-
-    def _replayed(self) -> list[Piece]:
-        if self.buffer is None or not len(self.buffer):
-            return []
-        assert self.settings.options.replay is not None
-        items = self.buffer.sample(self.settings.options.replay.pieces)
-        return [decode(item.tokens, item.metadata["start"]) for item in items]
-
-    def _replayed_losses(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
-        """Of replayed pieces: as their text is, or as the running mean of the weights has it."""
-        if self.average is None or self.settings.options.replay is None or self.settings.options.replay.teacher is None:
-            return self.reader.losses(pieces)
-        with self.average.in_place(), torch.no_grad():
-            said = self.reader.logits(pieces)
-        return divergences(said, self.reader.logits(pieces))
 
     def _step(self) -> list[str]:
         """Update the levels whose period has passed."""

@@ -136,6 +136,29 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What the model knew before, kept by text of its own (pseudo-rehearsal, Robins 1995): before it learns, it writes
+    some, and with every chunk KL(base || model) on one piece is added to the loss. No text of anybody's is stored.
+
+    Attributes:
+        pieces: written, by plain sampling, since they stand for all that the model knows.
+        length: tokens of each, at most the learner's context; None is half of that.
+        weight: of the piece's mean divergence beside the chunk's mean loss.
+    """
+
+    pieces: int = 64
+    length: int | None = None
+    weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of range."""
+        _whole("pieces", self.pieces, "a number of pieces")
+        if self.length is not None:
+            _whole("length", self.length, "a number of tokens", least=2)
+        _within("weight", self.weight, 0.0)
+
+
+@dataclass(frozen=True)
 class Options:
     """What a `Learner` does beside Eq. 71.
 
@@ -151,6 +174,7 @@ class Options:
         limit: longest step, for all levels or by name.
         gate: surprise gate.
         replay: replay buffer.
+        rehearsal: of what the model knew before.
         average: keep a running mean of the weights beside them, over so many tokens, a chunk or more (see `Average`).
             It is what a memory holds and `Learner.averaged` puts on the model, and generalises better than the last
             weights do; while learning, tokens are read with the weights themselves, which are quicker to adapt.
@@ -169,6 +193,7 @@ class Options:
     limit: UpdateLimit | Mapping[str, UpdateLimit] | None = None
     gate: Gate | None = None
     replay: Replay | None = None
+    rehearsal: Rehearsal | None = None
     average: int | None = None
     bfloat16: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
@@ -201,8 +226,11 @@ class Options:
         for value in self.betas:
             _within("a beta", value, 0.0, 1.0, open_end=True)
 
-    def check_levels(self, names: list[str], chunk: int) -> None:
-        """Raises ValueError for a retention or limit of a level that does not exist, or an average below a chunk."""
+    def check_levels(self, names: list[str], chunk: int, context: int) -> None:
+        """Raises ValueError for a retention or limit of a level that does not exist, an average below a chunk, or a
+        rehearsal beyond the context."""
+        if self.rehearsal is not None and (self.rehearsal.length or 0) > context:
+            raise ValueError(f"rehearsed pieces of {self.rehearsal.length} tokens do not fit a context of {context}")
         if self.average is not None and self.average < chunk:
             raise ValueError(f"average is {chunk} tokens or more, the fastest level's period, not {self.average}")
         for option in ("retention", "limit"):
@@ -272,6 +300,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         options["betas"] = tuple(options["betas"])
         options["gate"] = None if options["gate"] is None else Gate(**options["gate"])
         options["replay"] = None if options["replay"] is None else Replay(**options["replay"])
+        rehearsal = options.get("rehearsal")  # memories of earlier versions have none
+        options["rehearsal"] = None if rehearsal is None else Rehearsal(**rehearsal)
         options["limit"] = _limits(options["limit"])
         return Settings(levels=levels, options=Options(**options), **values)
     except (KeyError, TypeError, AttributeError) as error:

@@ -40,6 +40,8 @@ def to_memory(learner: Learner) -> Memory:
     if learner.buffer is not None:
         held, replay = learner.buffer.state()
         tensors |= {f"replay.{name}": value for name, value in held.items()}
+    if learner.written is not None:
+        tensors |= learner.written.state()
     if learner.gate is not None:
         tensors["gate"] = torch.tensor(list(learner.gate.recent), dtype=torch.float64)
     return Memory(
@@ -160,6 +162,7 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
         ids = torch.where(held["tokens"] < 0, ~held["tokens"], held["tokens"])
         if bool((ids >= learner.vocabulary).any()):
             raise ValueError(f"the memory's replayed tokens are not in the vocabulary of {learner.vocabulary}")
+    written = None if learner.written is None else learner.written.checked(tensors, learner.vocabulary)
     recent = tensors.get("gate", torch.empty(0)).tolist()
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
@@ -169,6 +172,8 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = opened
     learner.buffer = buffer
+    if learner.written is not None:
+        learner.written.ids = written
     if learner.gate is not None:
         learner.gate.recent.clear()
         learner.gate.recent.extend(recent)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from nestling.continual.learner import Learner
-from nestling.continual.options import Gate, Level, Options, Replay, UpdateLimit
+from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.continual.pieces import Stream, batches
 from nestling.continual.reading import Reader
 from nestling.evaluation.lora import add_lora
@@ -43,7 +43,7 @@ class Method:
             "everything".
         levels: how many, with the periods 1, 4, 16, 64 chunks.
         assignment: of the MLPs to the levels, see `convert`; by depth the top is fastest.
-        long: read with the longest context, not the usual one.
+        long: read with a longer context: "long" as many tokens as a run says, "longest" as the model was trained with.
         options: of the learner.
         sleep: `Learner.consolidate` after every text, with these arguments.
         rate_exponent: of the learner.
@@ -53,7 +53,7 @@ class Method:
     learned: Literal["nothing", "levels", "lora", "everything"] = "nothing"
     levels: int = 1
     assignment: Assignment = "depth"
-    long: bool = False
+    long: Literal["long", "longest"] | None = None
     options: Options = field(default_factory=Options)
     sleep: dict[str, Any] | None = None
     rate_exponent: float = -0.5
@@ -62,7 +62,8 @@ class Method:
 
 METHODS = {
     "frozen": Method(),
-    "frozen_long": Method(long=True),
+    "frozen_long": Method(long="long"),
+    "frozen_longest": Method(long="longest"),
     "one_level": Method("levels", 1),
     "cms_2": Method("levels", 2),
     "cms_3": Method("levels", 3),
@@ -79,6 +80,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
     "average": {"options": {"average": AVERAGE}},
     "taught": {"options": {"average": AVERAGE, "replay": Replay(weight=0.3, teacher="average")}},
+    "rehearsal": {"options": {"rehearsal": Rehearsal()}},
+    "bfloat16": {"options": {"bfloat16": True}},
     "rank": {"options": {"rank": 16}},
     "sleep": {"options": {"replay": Replay(weight=0.5)}, "sleep": {"retention": 0.5, "steps": 10, "rows": 2}},
     "even": {"rate_exponent": 0.0},
@@ -140,7 +143,7 @@ class StreamModel:
         rate: of the fastest level; of no use to a method that learns nothing.
         chunk: tokens of the fastest level's period.
         context: tokens a piece is read with at most.
-        long: likewise for methods with `long`.
+        long: likewise for methods with `long="long"`.
         seed: of LoRA's first values and the learner's choices.
         measure_every: chunks between two records of the levels' measures; None makes none.
 
@@ -162,7 +165,8 @@ class StreamModel:
         seed: int = 0,
         measure_every: int | None = None,
     ) -> None:
-        self.method, self.context = method, long if method.long else context
+        longest = int(base.config.max_position_embeddings)
+        self.method, self.context = method, {None: context, "long": long, "longest": longest}[method.long]
         self.learner: Learner | None = None
         self.records: list[dict[str, float]] = []
         self.model, levels = _prepare(base, method, chunk, seed)
