@@ -208,6 +208,29 @@ def test_names_of_files_are_harmless(model: Path, tmp_path: Path, capsys: pytest
     assert "a�[2J[b]�.txt" in fails(capsys, "learn", model, f"{file}.none", "--memory", place)
 
 
+def test_the_running_mean_is_what_the_memory_gives(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*LEVELS, "--average", "640", "--replay", "8"]
+    assert run(model, texts[0], "--memory", tmp_path / "two", *options) == 0
+    printed = capsys.readouterr().out
+    memory = load_memory(tmp_path / "two")
+    made = memory.settings["learner"]["options"]
+    assert (made["average"], made["replay"]["teacher"], made["replay"]["weight"]) == (640, "average", learning.TAUGHT)
+    base = random_llama()
+    ids = torch.tensor(byte_tokenizer()(Path(texts[0]).read_text())["input_ids"])
+    with memory.applied(base):
+        after = frozen_loss(base, ids, 64)
+    assert f"{after:.4f}" in printed
+    assert run(model, texts[1], "--memory", tmp_path / "two", "--quick") == 0
+    assert run(model, *texts, "--memory", tmp_path / "one", *options, "--quick") == 0
+    assert_same(undated(load_memory(tmp_path / "one")), undated(load_memory(tmp_path / "two")))
+    small = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "no", *LEVELS, "--average", "10")
+    assert "average is 64 tokens or more" in small and not (tmp_path / "no").exists()
+    again = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "two", "--average", "128")
+    assert "--average 128: this memory was begun with 640" in again
+
+
 def test_progress_without_a_terminal(
     model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
