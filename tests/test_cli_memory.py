@@ -57,6 +57,27 @@ def losses(place: Path, *memories: Memory | None) -> list[str]:
     return found
 
 
+def test_show_names_the_snapshot_that_it_shows(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learner saves between the reading of the snapshot and that of the index, in place of an autosave."""
+    store = MemoryStore(tmp_path / "busy")
+    real, a, b = MemoryStore.read, load_memory(place / "a"), load_memory(place / "b")
+    store.save(a, "first")
+    store.save(a, "not finished", autosave=True)
+
+    def read_and_save(self: MemoryStore, number: int | None = None):
+        found = real(self, number)
+        MemoryStore(store.path).save(b, "later")
+        return found
+
+    monkeypatch.setattr(MemoryStore, "read", read_and_save)
+    shown = json.loads(out(capsys, "memory", "show", store.path, "--json"))
+    assert shown["head"] == 2 and [s["number"] for s in shown["snapshots"]] == [1, 2, 3]
+    assert shown["snapshots"][1]["note"] == "not finished"
+    assert len(shown["documents"]) == len(a.documents)
+
+
 def test_show(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, "memory", "show", place / "a")
     for part in ("127 tokens", "fast", "64", "a.txt", "2.5000", "in part", "2 (head)", "two [brackets]"):

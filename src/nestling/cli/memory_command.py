@@ -37,8 +37,12 @@ def show(path: Source, as_json: Annotated[bool, typer.Option("--json", help="Pri
     from nestling.cli.memory_tables import description, print_memory
     from nestling.continual.store import MemoryStore, load_memory
 
-    found = load_memory(path)
-    index = MemoryStore(path).index() if path.is_dir() else None
+    if path.is_dir():
+        store = MemoryStore(path)
+        snapshot, found = store.read()
+        index = store.index().headed_by(snapshot)
+    else:
+        found, index = load_memory(path), None
     if as_json:
         print(json.dumps(description(found, index)))
     else:

@@ -64,6 +64,11 @@ class Index:
         have = ", ".join(str(s.number) for s in self.snapshots[-20:])
         raise MemoryFileError(f"{place} has no snapshot {number}; it has {have or 'none'}")
 
+    def headed_by(self, snapshot: Snapshot) -> Index:
+        """With a snapshot that was read before the index as its head, which a writer may have moved or replaced."""
+        others = [s for s in self.snapshots if s.number != snapshot.number]
+        return Index(snapshot.number, sorted([*others, snapshot], key=lambda s: s.number))
+
     def line(self) -> list[Snapshot]:
         """The head, its parent, and so on to the first."""
         known = {s.number: s for s in self.snapshots}
