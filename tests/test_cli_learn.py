@@ -216,7 +216,7 @@ def test_the_running_mean_is_what_the_memory_gives(
     printed = capsys.readouterr().out
     memory = load_memory(tmp_path / "two")
     made = memory.settings["learner"]["options"]
-    assert (made["average"], made["replay"]["teacher"], made["replay"]["weight"]) == (640, "average", learning.TAUGHT)
+    assert (made["average"], made["replay"]["teacher"], made["replay"]["weight"]) == (640, "average", 1.0)
     base = random_llama()
     ids = torch.tensor(byte_tokenizer()(Path(texts[0]).read_text())["input_ids"])
     with memory.applied(base):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress as Bar
@@ -31,8 +31,6 @@ from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents
 
 DEFAULT_LEVELS = "*.mlp.*=256"
-TAUGHT = 0.3
-"""Weight of what the running mean teaches (reproductions/reading)."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +180,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
         if saved is not None and "learner" in saved.settings:
             _check_given(settings, saved)
             return Learner.restore(model, saved)
+        teacher: Literal["average"] | None = None if settings.average is None else "average"
         learner = Learner(
             model,
             choose_levels(model, settings.levels),
@@ -192,7 +191,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
             options=Options(
                 rank=settings.rank,
                 retention=settings.retention,
-                replay=_replay(settings),
+                replay=Replay(settings.replay, teacher=teacher) if settings.replay else None,
                 average=settings.average,
                 bfloat16=settings.bf16,
                 seed=settings.seed,
@@ -203,16 +202,6 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
     except ValueError as error:
         raise UserError(str(error)) from error
     return learner
-
-
-def _replay(settings: LearnSettings) -> Replay | None:
-    if not settings.replay:
-        return None
-    return (
-        Replay(settings.replay)
-        if settings.average is None
-        else Replay(settings.replay, weight=TAUGHT, teacher="average")
-    )
 
 
 def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:

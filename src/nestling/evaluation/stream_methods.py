@@ -79,7 +79,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "replay": {"options": {"replay": Replay(weight=0.5)}},
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
     "average": {"options": {"average": AVERAGE}},
-    "taught": {"options": {"average": AVERAGE, "replay": Replay(weight=0.3, teacher="average")}},
+    "taught": {"options": {"average": AVERAGE, "replay": Replay(teacher="average")}},
     "rehearsal": {"options": {"rehearsal": Rehearsal()}},
     "bfloat16": {"options": {"bfloat16": True}},
     "rank": {"options": {"rank": 16}},
