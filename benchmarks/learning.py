@@ -17,7 +17,7 @@ from benchmarks.report import Report
 from benchmarks.resident import in_own_process, peak, reset_peak
 from benchmarks.timing import Subject, interleave, speed_ratio
 from nestling.continual.learner import Learner
-from nestling.continual.options import Gate, Options, Replay, UpdateLimit
+from nestling.continual.options import Gate, Options, Rehearsal, Replay, UpdateLimit
 from nestling.evaluation.stream_methods import read_frozen
 from nestling.models import convert
 
@@ -36,6 +36,9 @@ OPTIONS: dict[str, tuple[int, Options]] = {
     "replay": (2, Options(replay=Replay(weight=0.5))),
     "projection": (2, Options(replay=Replay(weight=0.0, projection=True))),
     "rank 16": (2, Options(rank=16)),
+    "average": (1, Options(average=16 * CHUNK)),
+    "average that teaches": (1, Options(average=16 * CHUNK, replay=Replay(teacher="average"))),
+    "rehearsal": (1, Options(rehearsal=Rehearsal(pieces=8))),
 }
 """Number of levels, and what else."""
 
@@ -101,7 +104,8 @@ def learning(rounds: int, quick: bool, threads: int) -> Report:
         ]
         report.rows.append([name, *found])
     report.notes.append(
-        f"AdamW, all MLPs, chunks of {CHUNK}, context {CONTEXT}; the options with two levels, as `Options` names them"
+        f"AdamW, all MLPs, chunks of {CHUNK}, context {CONTEXT}; options as `Options` names them, with two levels down "
+        "to rank 16, and one below"
     )
     return report
 
