@@ -74,7 +74,7 @@ class Sizes:
         held: of the part held out.
         again: of a text's beginning that are read again.
         chunk: period of the fastest level.
-        context: of every method but `frozen_long`.
+        context: of every method but `frozen_long` and `frozen_longest`.
         long: of that.
     """
 

@@ -16,9 +16,10 @@ every token is scored before anything is learned from it. Parts:
     ablations  the best of cms_2, cms_3 and cms_4 (or --ablate NAME) with one option each, or several joined by +
                (--options even+projection), in sequence
 
-Methods: frozen and frozen_long (contexts of --context and --long tokens); one_level, cms_2, cms_3, cms_4 (all MLPs, by
-depth, the top fastest, periods of 1, 4, 16 and 64 chunks, rates times period^-0.5); lora (rank 8 on all linear layers
-but the head); full (every parameter). All learn by AdamW from chunks of --chunk tokens.
+Methods: frozen, frozen_long and frozen_longest (contexts of --context, of --long and of as many tokens as the model was
+trained with); one_level, cms_2, cms_3, cms_4 (all MLPs, by depth, the top fastest, periods of 1, 4, 16 and 64 chunks,
+rates times period^-0.5); lora (rank 8 on all linear layers but the head); full (every parameter). All learn by AdamW
+from chunks of --chunk tokens. A method of levels may have options, as one_level+taught.
 
 The learning rate is the best of 3e-5, 1e-4, 3e-4, 1e-3 (and on, until the best is inside) on the two texts of
 --validation, read one after the other. The criterion, against the frozen model and lower is better, is half learning,
@@ -234,6 +235,8 @@ def parse() -> argparse.Namespace:
         parser.error("--validation FILE FILE is needed, which the rates are chosen on, or --rate (or --quick)")
     if not args.quick and (args.model is None or not args.texts):
         parser.error("--model PATH and --texts FILE ... are needed (or --quick)")
+    if args.validation is None and (args.report or args.parts == ["rates"]) and not args.quick:
+        parser.error("--validation FILE FILE is needed for --report and for the part rates")
     if args.validation is None and args.ablate is None and "ablations" in args.parts and not args.quick:
         parser.error("--ablate NAME is needed without --validation, which would choose it")
     return args

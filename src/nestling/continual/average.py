@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from nestling.continual.weights import Weights
 
 SAVED = "average.live."
+"""What the names of the fast weights begin with in a memory, whose differences are the mean's."""
 
 
 class Average:
@@ -18,23 +19,31 @@ class Average:
 
     One step of gradient descent at rate r on 1/2 |W_s - W|^2: a level below the fast ones whose context flow is their
     trajectory, and the outer loop of Reptile (arXiv:1803.02999), here without setting W back to W_s. Up to the horizon
-    it is the plain mean of the pre-trained and all later weights, then an exponential one (Polyak and Juditsky 1992).
+    it is the plain mean of the first and all later weights, then an exponential one (Polyak and Juditsky 1992). Of
+    low-rank levels it is the mean of the factors.
 
-    Costs one more copy of what is learned, and one pass over it for each chunk.
+    Costs one more copy of what is learned, another one while the mean is on the model, and one pass over it for each
+    chunk.
 
     Args:
         weights: of all levels.
         rate: chunk / horizon, in (0, 1].
+
+    Raises:
+        ValueError: weights below float32, in which a small step towards them would be lost.
     """
 
     def __init__(self, weights: Mapping[str, Weights], rate: float) -> None:
         self.weights, self.rate = weights, rate
         self.read = False
-        self.restart()
+        if any(torch.finfo(value.dtype).bits < 32 for value in self._live):
+            raise ValueError("average needs float32 weights; bfloat16=True runs the forward pass in bfloat16 with them")
+        self.values = [value.clone() for value in self._live]
 
+    @torch.no_grad()
     def restart(self) -> None:
         """Begin from the present weights."""
-        self.values = [value.clone() for value in self._live]
+        torch._foreach_copy_(self.values, self._live)
 
     @torch.no_grad()
     def follow(self, chunks: int) -> None:
@@ -44,16 +53,17 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean where the learned weights are, on the model or apart, and these back afterwards, to the last bit."""
-        exchange(self._live, self.values)
+        fast = [value.clone() for value in self._live]
         self.read = True
         try:
+            self._put(self.values)
             yield
         finally:
+            self._put(fast)
             self.read = False
-            exchange(self._live, self.values)
 
     def live(self) -> dict[str, Tensor]:
-        """The fast weights by index, on the CPU, for a memory, whose differences are the mean's."""
+        """The fast weights by index, on the CPU, for a memory."""
         return {f"{SAVED}{i}": value.detach().cpu().clone() for i, value in enumerate(self._live)}
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -76,11 +86,7 @@ class Average:
     def _live(self) -> list[Tensor]:
         return [value for weights in self.weights.values() for value in weights.values]
 
-
-@torch.no_grad()
-def exchange(here: Sequence[Tensor], there: Sequence[Tensor]) -> None:
-    """The values of two lists of tensors change places."""
-    for a, b in zip(here, there, strict=True):
-        kept = a.detach().clone()
-        a.copy_(b)
-        b.copy_(kept)
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for value, other in zip(self._live, values, strict=True):
+            value.copy_(other)

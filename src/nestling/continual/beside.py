@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from nestling.continual.options import Rehearsal
 from nestling.continual.pieces import Piece, decode
@@ -110,42 +111,50 @@ def companions(learner: Learner) -> tuple[list[Piece], list[Beside]]:
 @contextmanager
 def base_weights(learner: Learner) -> Iterator[None]:
     """The model as it was before it learned, and as it is afterwards."""
-    for weights in learner.weights.values():
-        weights.detach()
-    try:
-        yield
-    finally:
+    with ExitStack() as back:
         for weights in learner.weights.values():
-            weights.attach()
+            weights.detach()
+            back.callback(weights.attach)
+        yield
 
 
 def write(learner: Learner, pieces: int, length: int, seed: int) -> Int[Tensor, "pieces length"]:
-    """Text that the model as it is samples from its beginning token, or from any token where it has none.
+    """Text that the model as it is samples from its beginning token, or from any token where it has none, without the
+    temperature, limits and penalties of its generation settings.
 
     Args:
         learner: attached.
         pieces, length: rows, and tokens of each.
         seed: of the sampling; random numbers elsewhere are as if nothing had been drawn.
     """
-    first = getattr(learner.model.config, "bos_token_id", None)
-    device = next(learner.model.parameters()).device
-    found = []
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), learning(learner.model, ()):
+    model, found = learner.model, []
+    first = getattr(model.config, "bos_token_id", None)
+    beginning = first if isinstance(first, int) and 0 <= first < learner.vocabulary else None
+    device = next(model.parameters()).device
+    plain = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0)
+    with (
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
+        learning(model, ()),
+        _generating(model, plain),
+    ):
         torch.manual_seed(seed)
         for begin in range(0, pieces, ROWS):
             shape = (min(ROWS, pieces - begin), 1)
-            start = torch.randint(learner.vocabulary, shape) if first is None else torch.full(shape, int(first))
-            ids: Tensor = learner.model.generate(  # type: ignore[operator]  # a mixin's method
-                start.to(device),
-                attention_mask=torch.ones(shape, dtype=torch.long, device=device),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=0,
-            )
+            start = torch.randint(learner.vocabulary, shape) if beginning is None else torch.full(shape, beginning)
+            mask = torch.ones(shape, dtype=torch.long, device=device)
+            ids: Tensor = model.generate(start.to(device), attention_mask=mask)  # type: ignore[operator]  # a mixin's
             found.append(ids.cpu())
     return torch.cat(found)
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """With other generation settings than its own, which fill up those that are given in a call."""
+    kept, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def written_pieces(learner: Learner, pieces: int, length: int, seed: int) -> list[Piece]:

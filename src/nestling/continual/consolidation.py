@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW
 
-from nestling.continual.average import exchange
 from nestling.continual.beside import written_pieces
 from nestling.continual.levels import rate
 from nestling.continual.pieces import Piece, batches, decode
 from nestling.continual.reading import divergences, learning, target_ids
 from nestling.continual.steps import retain
+from nestling.continual.weights import exchange
 
 if TYPE_CHECKING:
     from nestling.continual.learner import Learner

@@ -120,17 +120,21 @@ def read_with_gradients(
 def add_beside(beside: Beside, budget: int, levels: Mapping[str, Sequence[Tensor]]) -> None:
     """Add `weight` times the gradient of the pieces' mean loss to every level's; before that, with `projection`, take
     out of the level's what would raise that loss."""
+    m = sum(int(piece.targets.sum()) for piece in beside.pieces)
+    if not beside.projection:
+        # Gradients stay where they are: optimizers that watch the layers take cleared ones for a new step.
+        for batch in batches(beside.pieces, budget) if beside.weight else ():
+            (beside.losses(batch).sum() * (beside.weight / m)).backward()
+        return
     everything = [p for parameters in levels.values() for p in parameters]
     of_chunk = {id(p): p.grad for p in everything}
     for p in everything:
         p.grad = None
-    m = sum(int(piece.targets.sum()) for piece in beside.pieces)
     for batch in batches(beside.pieces, budget):
         (beside.losses(batch).sum() / m).backward()
     for parameters in levels.values():
-        if beside.projection:
-            both = [p for p in parameters if p.grad is not None and of_chunk[id(p)] is not None]
-            project([of_chunk[id(p)] for p in both], [p.grad for p in both])  # type: ignore[misc]  # no None, see above
+        both = [p for p in parameters if p.grad is not None and of_chunk[id(p)] is not None]
+        project([of_chunk[id(p)] for p in both], [p.grad for p in both])  # type: ignore[misc]  # no None, see above
         for p in parameters:
             again, p.grad = p.grad, of_chunk[id(p)]
             if again is not None and beside.weight:

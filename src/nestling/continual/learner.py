@@ -47,8 +47,8 @@ class Learner:
 
     Costs, beside the forward and backward pass of `(context + piece) / 2` to `context` tokens a piece: one copy of the
     learned parameters (the base), their gradients, the optimizer's state (two more for AdamW), one gradient sum for
-    every level but the fastest, and with an `UpdateLimit` one more copy during a step. With ranks these are of the
-    factors' size.
+    every level but the fastest, with an `UpdateLimit` one more copy during a step, and with an average one more copy,
+    two while it is on the model. With ranks these are of the factors' size.
 
     Args:
         model: any causal language model of transformers, with its base weights.
@@ -93,6 +93,7 @@ class Learner:
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
+        self.average: Average | None = None
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
         try:
@@ -106,6 +107,7 @@ class Learner:
 
     def start_afresh(self) -> None:
         """Forget all but the weights: optimizers, pending tokens, replay, gate, guard, documents and counters."""
+        self._check_live()
         options = self.settings.options
         with learning(self.model, self._everything):
             self.optimizer = make_optimizer(self.settings, self.weights)
@@ -230,7 +232,8 @@ class Learner:
         held_out: float = 0.25,
         seed: int = 0,
     ) -> consolidation.Consolidation:
-        """Sleep: the slower levels learn to say what the model says now, and the fast ones forget.
+        """Sleep: the slower levels learn to say what the model says now, and the fast ones forget. A running mean
+        begins anew from what the weights are then.
 
         See `nestling.continual.consolidation.consolidate`.
         """

@@ -15,6 +15,7 @@ from nestling.continual.options import Level, Settings
 from nestling.continual.weights import FullWeights, LowRankWeights, Weights
 from nestling.levels.assignment import stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
+from nestling.optim.layer_inputs import InputOptimizer
 
 
 def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[str, Level]:
@@ -78,9 +79,12 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiF
     The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
     memories that follow a gradient's size would otherwise grow with the period on top of `rate_exponent`. So a level's
     rate means the same for every period and every optimizer.
+
+    Raises:
+        ValueError: passes beside the chunk's, with an optimizer that learns from layer inputs.
     """
     fastest = min(level.period for level in settings.levels.values())
-    return MultiFrequency(
+    made = MultiFrequency(
         {
             name: OptimizerLevel(
                 weights[name].learned, level.period // fastest, _factory(settings, level, weights[name], fastest)
@@ -89,6 +93,19 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiF
         },
         reduce="mean",
     )
+    options = settings.options
+    apart = options.rehearsal is not None or (
+        options.replay is not None and (options.replay.projection or options.replay.teacher is not None)
+    )
+    watching = {level.name: level.optimizer for level in made.levels if isinstance(level.optimizer, InputOptimizer)}
+    if watching and apart:
+        for optimizer in watching.values():
+            optimizer.close()
+        raise ValueError(
+            f"the optimizer of level {next(iter(watching))!r} learns from the layers' inputs, which have no weight: it takes no "
+            "rehearsal, and replay without projection or teacher only"
+        )
+    return made
 
 
 def rate(settings: Settings, level: Level, fastest: int) -> float:

@@ -175,15 +175,15 @@ class Options:
         gate: surprise gate.
         replay: replay buffer.
         rehearsal: of what the model knew before.
-        average: keep a running mean of the weights beside them, over so many tokens, a chunk or more (see `Average`).
-            It is what a memory holds and `Learner.averaged` puts on the model, and generalises better than the last
-            weights do; while learning, tokens are read with the weights themselves, which are quicker to adapt.
+        average: keep a running mean of the weights (of low-rank levels, of their factors) beside them, over so many
+            tokens, a chunk or more; see `Average`. It is what a memory holds and `Learner.averaged` puts on the model.
+            While learning, tokens are read with the weights themselves, which are quicker to adapt.
         bfloat16: run the forward pass under autocast; weights, gradients and optimizer states stay float32.
         betas: of the named optimizers, see `nestling.optim.build`.
         spike: a chunk whose mean loss exceeds this many times the running mean of the chunks', and that of a guess
             among all tokens, is not learned from; None learns from all that is finite.
         patience: after so many such chunks on end the stream has changed, and the running mean starts anew.
-        seed: of the low-rank factors' first values and the replay buffer.
+        seed: of the low-rank factors' first values, the replay buffer and the rehearsed text; 0 or more with these two.
     """
 
     piece: int | None = None
@@ -218,7 +218,8 @@ class Options:
         if self.spike is not None:
             _within("spike", self.spike, 1.0)
         _whole("patience", self.patience, "a number of chunks")
-        _whole("seed", self.seed, "a whole number", least=-LARGEST)
+        drawn = self.replay is not None or self.rehearsal is not None
+        _whole("seed", self.seed, "a whole number", least=0 if drawn else -LARGEST)
         _flag("bfloat16", self.bfloat16)
         given: Any = self.betas
         if not isinstance(given, tuple | list) or len(given) != 2:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.continual.applying import MemoryUseError
+from nestling.continual.average import SAVED as FAST
 from nestling.continual.memory import Memory
 from nestling.continual.pieces import Piece, decode
 from nestling.continual.reservoir import Reservoir
@@ -73,6 +74,9 @@ def load(learner: Learner, memory: Memory) -> None:
             weights.check(memory.differences, exact)
         if learner.average is not None:
             learner.average.check(memory.tensors)
+        elif any(name.startswith(FAST) for name in memory.tensors):
+            raise ValueError("the memory holds a running mean and the weights that go on; give the learner an average, "
+                             "or load the mean alone: replace(memory, tensors={})")  # fmt: skip
         if memory.tensors:
             _load_progress(learner, memory)
         else:
@@ -81,6 +85,8 @@ def load(learner: Learner, memory: Memory) -> None:
             weights.load(memory.differences, exact)
         if learner.average is not None:
             learner.average.load(memory.tensors)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the memory does not fit together: {type(error).__name__}, {error}") from error
     learner.log.records = list(memory.documents)

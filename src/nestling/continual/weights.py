@@ -6,7 +6,7 @@ Both kinds can be put on a model and taken off it again, exactly, so that severa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -142,12 +142,8 @@ class FullWeights:
         here, there = self.parameters[name].detach(), self.other[name]
         return (here, there) if self.attached else (there, here)
 
-    @torch.no_grad()
     def _swap(self) -> None:
-        for name, p in self.parameters.items():
-            kept = p.detach().clone()
-            p.copy_(self.other[name])
-            self.other[name].copy_(kept)
+        exchange(list(self.parameters.values()), list(self.other.values()))
         self.attached = not self.attached
 
 
@@ -281,6 +277,31 @@ class LowRankWeights:
         for name, factors in self.factors.items():
             if factors.left.weight.dtype != torch.float32:
                 yield name, factors
+
+
+@torch.no_grad()
+def exchange(here: Sequence[Tensor], there: Sequence[Tensor]) -> None:
+    """The values of two lists of tensors change places: all of them, or none where it fails."""
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in zip(here, there, strict=True):
+            _exchange(*pair)
+            done.append(pair)
+    except BaseException:
+        for pair in done:
+            _exchange(*pair)
+        raise
+
+
+def _exchange(a: Tensor, b: Tensor) -> None:
+    old = a.detach().clone(), b.detach().clone()
+    try:
+        a.copy_(old[1])
+        b.copy_(old[0])
+    except BaseException:
+        a.copy_(old[0])
+        b.copy_(old[1])
+        raise
 
 
 def _adding(factors: Factors):  # type: ignore[no-untyped-def]  # a hook's type is torch's own affair

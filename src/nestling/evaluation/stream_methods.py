@@ -165,8 +165,9 @@ class StreamModel:
         seed: int = 0,
         measure_every: int | None = None,
     ) -> None:
-        longest = int(base.config.max_position_embeddings)
-        self.method, self.context = method, {None: context, "long": long, "longest": longest}[method.long]
+        self.method, self.context = method, {None: context, "long": long, "longest": 0}[method.long]
+        if method.long == "longest":
+            self.context = _most_positions(base)
         self.learner: Learner | None = None
         self.records: list[dict[str, float]] = []
         self.model, levels = _prepare(base, method, chunk, seed)
@@ -231,6 +232,14 @@ class StreamModel:
 
         learner.optimizer.register_step_pre_hook(before)
         learner.optimizer.register_step_post_hook(after)
+
+
+def _most_positions(model: PreTrainedModel) -> int:
+    """The longest context that a model was trained with."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        raise ValueError(f"a {type(model).__name__} does not say how many positions it was trained with")
+    return found
 
 
 def period_names(count: int, chunk: int) -> dict[str, int]:
