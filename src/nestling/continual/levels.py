@@ -102,8 +102,8 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiF
         for optimizer in watching.values():
             optimizer.close()
         raise ValueError(
-            f"the optimizer of level {next(iter(watching))!r} learns from the layers' inputs, which have no weight: it takes no "
-            "rehearsal, and replay without projection or teacher only"
+            f"the optimizer of level {next(iter(watching))!r} learns from the layers' inputs, which have no weight: it "
+            "takes no rehearsal, and replay without projection or teacher only"
         )
     return made
 
