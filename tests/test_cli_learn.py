@@ -208,6 +208,15 @@ def test_names_of_files_are_harmless(model: Path, tmp_path: Path, capsys: pytest
     assert "a�[2J[b]�.txt" in fails(capsys, "learn", model, f"{file}.none", "--memory", place)
 
 
+def test_help_shows_patterns_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asterisks of a help text would be taken for emphasis."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["learn", "--help"]) == 0
+    assert "*.mlp.*=256" in capsys.readouterr().out
+
+
 def test_the_running_mean_is_what_the_memory_gives(
     model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,7 +33,7 @@ def learn(
         typer.Option(
             metavar="NAME=PERIOD,...",
             help="Tokens between two updates: of the model's own levels, or of patterns of parameter names as in "
-            "'*.mlp.*=256'. Default: the model's levels; all MLPs every 256 tokens where it has none.",
+            "`*.mlp.*=256`. Default: the model's levels; all MLPs every 256 tokens where it has none.",
             rich_help_panel=LEARNING,
         ),
     ] = None,
