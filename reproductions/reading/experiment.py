@@ -228,17 +228,13 @@ class Experiment:
             for number, text in enumerate(texts, 1):
                 self._read(reader, text, row)
                 if part == "sequence":
-                    row["held"].append([reader.score(t.held) for t in texts[:number]])
+                    self._held_out(reader, texts[:number], row)
             row["learning_seconds"] = round(row.pop("reading"), 1)
             if part == "validation":
                 row["held"].append([reader.score(texts[0].held)])
                 row["criterion"] = self._criterion(row, method, texts)
             if part == "sequence":
-                row["again"] = reader.score(texts[0].ids[: self.sizes.again])
-                if self.judges.wikitext is not None:
-                    row["wikitext"] = reader.score(self.judges.wikitext)
-                with reader.at_rest():
-                    row |= self._asked(reader)
+                row |= self._judged(reader, texts[0])
         except LearningDivergedError:
             row = {"diverged": True, "criterion": math.inf, "second_halves": [math.inf] * len(texts)}
         finally:
@@ -246,6 +242,13 @@ class Experiment:
         row["skipped"], row["measures"] = reader.skipped, reader.records
         row["seconds"], row["hardware"] = round(time.perf_counter() - start, 1), hardware(self.model.device)
         return row
+
+    def _held_out(self, reader: StreamModel, texts: Sequence[Text], row: Row) -> None:
+        """Of the texts read so far; once more with the running mean, where there is one."""
+        row["held"].append([reader.score(t.held) for t in texts])
+        with reader.averaged() as kept:
+            if kept:
+                row.setdefault("mean_held", []).append([reader.score(t.held) for t in texts])
 
     def _read(self, reader: StreamModel, text: Text, row: Row) -> None:
         start = time.perf_counter()
@@ -269,9 +272,14 @@ class Experiment:
         value = (learning + row["held"][-1][0] - frozen["held"][-1][0]) / 2
         return float(value) if math.isfinite(value) else math.inf
 
-    def _asked(self, reader: StreamModel) -> Row:
-        """What the model answers at the end."""
-        found: Row = {}
+    def _judged(self, reader: StreamModel, first: Text) -> Row:
+        """What the model knows at the end."""
+        found: Row = {"again": reader.score(first.ids[: self.sizes.again])}
+        if self.judges.wikitext is not None:
+            found["wikitext"] = reader.score(self.judges.wikitext)
+            with reader.averaged() as kept:
+                if kept:
+                    found["mean_wikitext"] = reader.score(self.judges.wikitext)
         if self.judges.lambada:
             found["lambada"] = asdict(ask_last_words(reader.model, self.tokenizer, self.judges.lambada))
         found["choices"] = {

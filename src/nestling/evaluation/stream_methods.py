@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -197,15 +197,17 @@ class StreamModel:
         return losses
 
     def score(self, ids: Int[Tensor, " n"]) -> float:
-        """Mean loss of a text at rest, in nats a token; nothing is learned."""
-        with self.at_rest():
-            return float(read_frozen(self.model, ids, self.context)[1:].double().mean())
+        """Mean loss of a text in nats a token; nothing is learned."""
+        return float(read_frozen(self.model, ids, self.context)[1:].double().mean())
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """The model as a memory would give it: with the running mean of its weights, where the method keeps one."""
-        with nullcontext() if self.learner is None else self.learner.averaged():
-            yield
+    def averaged(self) -> Iterator[bool]:
+        """The model with the running mean of its weights; whether the method keeps one."""
+        if self.learner is None or self.learner.average is None:
+            yield False
+            return
+        with self.learner.averaged():
+            yield True
 
     @property
     def skipped(self) -> int:
