@@ -217,10 +217,10 @@ def test_help_shows_patterns_as_they_are_typed(
     assert "*.mlp.*=256" in capsys.readouterr().out
 
 
-def test_the_running_mean_is_what_the_memory_gives(
+def test_what_is_replayed_is_taught_by_the_running_mean(
     model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*LEVELS, "--average", "640", "--replay", "8"]
+    options = [*LEVELS, "--teacher", "640", "--replay", "8"]
     assert run(model, texts[0], "--memory", tmp_path / "two", *options) == 0
     printed = capsys.readouterr().out
     memory = load_memory(tmp_path / "two")
@@ -234,10 +234,14 @@ def test_the_running_mean_is_what_the_memory_gives(
     assert run(model, texts[1], "--memory", tmp_path / "two", "--quick") == 0
     assert run(model, *texts, "--memory", tmp_path / "one", *options, "--quick") == 0
     assert_same(undated(load_memory(tmp_path / "one")), undated(load_memory(tmp_path / "two")))
-    small = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "no", *LEVELS, "--average", "10")
+    small = fails(
+        capsys, "learn", model, texts[0], "--memory", tmp_path / "no", *LEVELS, "--teacher", "10", "--replay", "1"
+    )
     assert "average is 64 tokens or more" in small and not (tmp_path / "no").exists()
-    again = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "two", "--average", "128")
-    assert "--average 128: this memory was begun with 640" in again
+    alone = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "no", *LEVELS, "--teacher", "640")
+    assert "--teacher teaches what --replay keeps" in alone
+    again = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "two", "--teacher", "128")
+    assert "--teacher 128: this memory was begun with 640" in again
 
 
 def test_progress_without_a_terminal(

@@ -138,21 +138,32 @@ def test_small_floats_are_refused_and_seeds_are_checked_at_once() -> None:
         learner_of(Options(rehearsal=Rehearsal(length=17)))
 
 
-def test_a_memory_with_a_mean_is_no_memory_without_one() -> None:
-    learner = learner_of()
+def test_the_mean_as_a_memory() -> None:
+    learner = learner_of(Options(average=32))
     learner.observe(text(40))
-    memory, plain = learner.memory(), learner_of(Options())
-    before = plain.memory()
-    with pytest.raises(ValueError, match="give the learner an average"):
-        plain.load(memory)
-    assert not plain.memory().differences and plain.memory().settings == before.settings
-    plain.load(replace(memory, tensors={}))
     with learner.averaged():
-        for name, value in copy_of(plain.model).items():
-            torch.testing.assert_close(value, copy_of(learner.model)[name], rtol=1e-6, atol=1e-7)
+        memory, expected = learner.memory(), copy_of(learner.model)
+    assert not memory.tensors and memory.documents
+    learner.detach()
+    with memory.applied(learner.model):
+        for name, value in copy_of(learner.model).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "match"), [("average.live.0", "fast weights"), ("rehearsal", "rehearsed text")])
+def test_a_mean_begins_where_a_memory_has_none_and_is_left_where_nobody_keeps_it() -> None:
+    with_mean, without = learner_of(Options(average=32)), learner_of(Options())
+    for each in (with_mean, without):
+        each.observe(text(40))
+    memories = [each.memory() for each in (with_mean, without)]
+    with_mean.load(memories[1])
+    assert equal(mean_of(with_mean), copy_of(with_mean.model))
+    without.load(memories[0])
+    for each in (with_mean, without):
+        each.observe(text(20))
+    assert equal(copy_of(with_mean.model), copy_of(without.model))
+
+
+@pytest.mark.parametrize(("name", "match"), [("average.0", "running mean"), ("rehearsal", "rehearsed text")])
 def test_a_spoiled_mean_or_text_leaves_the_learner_as_it_was(name: str, match: str) -> None:
     ann, ben = learner_of(), learner_of()
     ann.observe(text(40, seed=1))
@@ -172,7 +183,7 @@ def test_two_users_with_means_do_not_meet() -> None:
     for name, ids in texts.items():
         with learner_of(model=tiny_llama()) as single:
             single.observe(ids)
-            alone[name] = mean_of(single)
+            alone[name] = copy_of(single.model)
     learner, kept = learner_of(model=model), {}
     fresh = learner.memory()
     for part in (slice(0, 21), slice(21, 40)):

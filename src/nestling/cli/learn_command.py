@@ -64,16 +64,16 @@ def learn(
         int,
         typer.Option(
             min=0,
-            help="Earlier pieces kept, one learned again with each chunk; with --average, as the running mean has it.",
+            help="Earlier pieces kept, one learned again with each chunk: by heart, or from a --teacher.",
             rich_help_panel=LEARNING,
         ),
     ] = 0,
-    average: Annotated[
+    teacher: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Keep a running mean of the weights over so many tokens, which is then what the memory gives.",
+            help="What is replayed is taught by the running mean of the weights over so many tokens.",
             rich_help_panel=LEARNING,
         ),
     ] = None,

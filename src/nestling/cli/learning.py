@@ -40,8 +40,8 @@ class LearnSettings:
     Attributes:
         levels: NAME=PERIOD,...
         given: names of the options on the command line, which must not contradict a memory that exists.
-        lr, rate_exponent, optimizer, context, rank, retention, replay, average, bf16, seed: see `Learner` and its
-            `Options`.
+        lr, rate_exponent, optimizer, context, rank, retention, replay, bf16, seed: see `Learner` and its `Options`.
+        teacher: tokens of the running mean that teaches what is replayed.
     """
 
     levels: str | None
@@ -52,7 +52,7 @@ class LearnSettings:
     rank: int | None
     retention: float
     replay: int
-    average: int | None
+    teacher: int | None
     bf16: bool
     seed: int
     given: frozenset[str] = frozenset()
@@ -115,8 +115,7 @@ class Session:
             finally:
                 self.seconds += time.monotonic() - began
         if self.measure:
-            with self.learner.averaged():
-                outcome.after = self._frozen(text)
+            outcome.after = self._frozen(text)
 
     def _frozen(self, text: Text) -> float:
         began = time.monotonic()
@@ -180,7 +179,9 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
         if saved is not None and "learner" in saved.settings:
             _check_given(settings, saved)
             return Learner.restore(model, saved)
-        teacher: Literal["average"] | None = None if settings.average is None else "average"
+        if settings.teacher is not None and not settings.replay:
+            raise UserError("--teacher teaches what --replay keeps: give both")
+        teacher: Literal["average"] | None = None if settings.teacher is None else "average"
         learner = Learner(
             model,
             choose_levels(model, settings.levels),
@@ -192,7 +193,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
                 rank=settings.rank,
                 retention=settings.retention,
                 replay=Replay(settings.replay, teacher=teacher) if settings.replay else None,
-                average=settings.average,
+                average=settings.teacher,
                 bfloat16=settings.bf16,
                 seed=settings.seed,
             ),
@@ -297,7 +298,7 @@ def _check_given(settings: LearnSettings, saved: Memory) -> None:
         "rank": own.options.rank,
         "retention": own.options.retention,
         "replay": replay,
-        "average": own.options.average,
+        "teacher": own.options.average,
         "bf16": own.options.bfloat16,
         "seed": own.options.seed,
     }

@@ -1,4 +1,4 @@
-"""A slow copy of what is learned: the running mean of the weights, read at rest, and a teacher of the fast ones."""
+"""A slow copy of what is learned: the running mean of the weights, which can teach the fast ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nestling.continual.weights import Weights
 
-SAVED = "average.live."
-"""What the names of the fast weights begin with in a memory, whose differences are the mean's."""
+SAVED = "average."
+"""What the mean's names begin with in a memory, whose differences are the fast weights'."""
 
 
 class Average:
@@ -62,25 +62,25 @@ class Average:
             self._put(fast)
             self.read = False
 
-    def live(self) -> dict[str, Tensor]:
-        """The fast weights by index, on the CPU, for a memory."""
-        return {f"{SAVED}{i}": value.detach().cpu().clone() for i, value in enumerate(self._live)}
+    def state(self) -> dict[str, Tensor]:
+        """The mean by index, on the CPU, for a memory."""
+        return {f"{SAVED}{i}": value.detach().cpu().clone() for i, value in enumerate(self.values)}
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises ValueError where `load` could not take them."""
-        wanted = {f"{SAVED}{i}": tuple(value.shape) for i, value in enumerate(self._live)}
+        wanted = {f"{SAVED}{i}": tuple(value.shape) for i, value in enumerate(self.values)}
         found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(SAVED)}
         kinds = {tensors[name].is_floating_point() for name in found}
         if found and (found != wanted or kinds != {True}):
-            raise ValueError("the fast weights beside the memory's running mean are not of its learner's parameters")
+            raise ValueError("the memory's running mean is not of the learner's parameters")
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The weights hold the mean of a memory: keep it, and put the memory's fast ones there where it has them."""
+        """The weights are those of a memory: take its mean, or begin from them where it has none."""
         self.restart()
-        for i, value in enumerate(self._live):
-            if (fast := tensors.get(f"{SAVED}{i}")) is not None:
-                value.copy_(fast)
+        for i, value in enumerate(self.values):
+            if (mean := tensors.get(f"{SAVED}{i}")) is not None:
+                value.copy_(mean)
 
     @property
     def _live(self) -> list[Tensor]:

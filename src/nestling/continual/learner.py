@@ -245,9 +245,8 @@ class Learner:
     def memory(self) -> Memory:
         """What was learned, and all that is needed to go on exactly from here.
 
-        With `Options.average` the differences are those of the running mean.
+        Taken inside a block of `averaged` it is for use only: the running mean, and nothing to go on with.
         """
-        self._check_live()
         return resume.to_memory(self)
 
     def load(self, memory: Memory) -> None:

@@ -25,13 +25,13 @@ class Memory:
         fingerprint: of the base model, from `continual.fingerprint.base_fingerprint`.
         periods: update period of every level in tokens, fastest first.
         parameters: names of the base model's parameters in every level.
-        differences: learned minus base by parameter name, float32, in the parameter's shape or `LowRank`; of a learner
-            with a running mean, the mean minus base. A parameter that has not changed may be left out.
+        differences: learned minus base by parameter name, float32, in the parameter's shape or `LowRank`. A parameter
+            that has not changed may be left out.
         documents: what was learned from, in order.
         settings: the `Learner`'s settings and counters, JSON values only.
         tensors: what a `Learner` needs besides to go on exactly: optimizer states, gradient sums, tokens not yet
-            learned from, the replay buffer, rehearsed text, the weights that go on beside a running mean. Empty in a
-            memory that is only to be used.
+            learned from, the replay buffer, rehearsed text, the running mean. Empty in a memory that is only to be
+            used.
     """
 
     fingerprint: str

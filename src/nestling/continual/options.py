@@ -176,8 +176,8 @@ class Options:
         replay: replay buffer.
         rehearsal: of what the model knew before.
         average: keep a running mean of the weights (of low-rank levels, of their factors) beside them, over so many
-            tokens, a chunk or more; see `Average`. It is what a memory holds and `Learner.averaged` puts on the model.
-            While learning, tokens are read with the weights themselves, which are quicker to adapt.
+            tokens, a chunk or more; see `Average`. It can teach (`Replay.teacher`), and `Learner.averaged` puts it on
+            the model. Everything else is done with the weights themselves, which are quicker to adapt.
         bfloat16: run the forward pass under autocast; weights, gradients and optimizer states stay float32.
         betas: of the named optimizers, see `nestling.optim.build`.
         spike: a chunk whose mean loss exceeds this many times the running mean of the chunks', and that of a guess

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nestling.continual.applying import MemoryUseError
-from nestling.continual.average import SAVED as FAST
 from nestling.continual.memory import Memory
 from nestling.continual.pieces import Piece, decode
 from nestling.continual.reservoir import Reservoir
@@ -24,16 +23,14 @@ VALUES = (int, float, bool, str, type(None))
 
 
 def to_memory(learner: Learner) -> Memory:
-    """Everything of a learner, copied to the CPU."""
+    """Everything of a learner, copied to the CPU; of its running mean what it has learned alone."""
     tensors, optimizer = _optimizer_state(learner)
     differences: dict[str, Any] = {}
-    average = learner.average
-    if average is not None:
-        tensors |= average.live()
-    with nullcontext() if average is None else average.in_place():
-        for weights in learner.weights.values():
-            differences |= weights.differences()
-            tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
+    for weights in learner.weights.values():
+        differences |= weights.differences()
+        tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
+    if learner.average is not None:
+        tensors |= learner.average.state()
     stream, log = learner.stream, learner.log
     tensors["history"] = stream.history.clone()
     tensors |= {f"pieces.{i}": piece.encode() for i, piece in enumerate(stream.pieces)}
@@ -45,6 +42,8 @@ def to_memory(learner: Learner) -> Memory:
         tensors |= learner.written.state()
     if learner.gate is not None:
         tensors["gate"] = torch.tensor(list(learner.gate.recent), dtype=torch.float64)
+    if learner.average is not None and learner.average.read:
+        tensors = {}
     return Memory(
         fingerprint=learner.fingerprint,
         periods={name: level.period for name, level in learner.settings.levels.items()},
@@ -74,9 +73,6 @@ def load(learner: Learner, memory: Memory) -> None:
             weights.check(memory.differences, exact)
         if learner.average is not None:
             learner.average.check(memory.tensors)
-        elif any(name.startswith(FAST) for name in memory.tensors):
-            raise ValueError("the memory holds a running mean and the weights that go on; give the learner an average, "
-                             "or load the mean alone: replace(memory, tensors={})")  # fmt: skip
         if memory.tensors:
             _load_progress(learner, memory)
         else:
