@@ -10,10 +10,9 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from nestling.continual import Gate, Learner, LearningWarning, Level, Memory, Options, Rehearsal, Replay
-from nestling.continual.beside import base_weights, write
+from nestling.continual.beside import base_weights
 from nestling.continual.weights import exchange
 from nestling.optim import NAMES
 from tests.continual.stream_models import copy_of, text, tiny_llama
@@ -211,18 +210,6 @@ def test_memories_of_earlier_versions_are_read() -> None:
     for each in (learner, resumed):
         each.observe(text(20))
     assert equal(copy_of(learner.model), copy_of(resumed.model))
-
-
-def test_the_models_text_does_not_follow_its_generation_settings() -> None:
-    learner = learner_of(Options())
-    plain = write(learner, 3, 12, 0)
-    made = GenerationConfig(temperature=0.05, top_p=0.5, repetition_penalty=3.0, eos_token_id=list(range(40)))
-    learner.model.generation_config = made
-    assert torch.equal(write(learner, 3, 12, 0), plain)
-    assert learner.model.generation_config is made
-    learner.model.config.bos_token_id = 10**6
-    other = write(learner, 3, 12, 0)
-    assert other.shape == (3, 12) and len(other[:, 0].unique()) > 1
 
 
 def test_factories_take_part() -> None:

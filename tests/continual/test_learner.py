@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nestling import NestlingForCausalLM, presets
-from nestling.continual.beside import write
 from nestling.continual.learner import Learner
 from nestling.continual.memory import DocumentRecord
 from nestling.continual.observation import Observation
@@ -193,42 +191,6 @@ def test_replay_and_projection_as_the_reference(
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach(), expected.mean[name], rtol=1e-9, atol=1e-9, msg=name)
     agree_on_weights(learner, expected.weights)
-
-
-def test_rehearsal_as_the_reference() -> None:
-    """KL(base || model) on the model's own text, which is written once, from the base weights."""
-    model = tiny_llama()
-    levels = {"fast": ReferenceLevel(names(model, "layers.1.mlp"), 6, momentum(0.01))}
-    options = Options(rehearsal=Rehearsal(pieces=3, length=9, weight=0.7), seed=5)
-    learner = Learner(model, {"fast": Level(6, (TOP,))}, "sgd", lr=0.01, context=12, options=options)
-    written = write(learner, 3, 9, 5)
-    drawn: list[list[int]] = []
-
-    def rehearse(number: int) -> list[int]:
-        drawn.append(learner.written.piece(learner, number - 1).ids.tolist())
-        return drawn[-1]
-
-    expected = learn(model, DOCUMENTS, levels, 12, 6, rehearse=rehearse, rehearsal_weight=0.7)
-    assert all(row in written.tolist() for row in drawn)
-    assert len({tuple(row) for row in drawn}) > 1
-    before = torch.get_rng_state()
-    learner.written.ids = None
-    agree(learner, read(learner, DOCUMENTS), expected)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(learner.written.ids, written)
-    plain = tiny_llama()
-    without = learn(plain, DOCUMENTS, levels, 12, 6)
-    assert any(not torch.allclose(expected.weights[n], without.weights[n]) for n in levels["fast"].names)
-
-
-def test_rehearsed_text_is_the_base_models_whatever_was_loaded() -> None:
-    options = Options(rehearsal=Rehearsal(pieces=2, length=9))
-    fresh = Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12, options=options)
-    fresh.observe(text(60))
-    knowing = Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12, options=options)
-    knowing.load(replace(fresh.memory(), tensors={}))
-    knowing.observe(text(6))
-    assert torch.equal(knowing.written.ids, fresh.written.ids)
 
 
 def test_low_rank_factors_as_the_reference() -> None:
