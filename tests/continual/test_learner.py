@@ -149,10 +149,8 @@ def test_surprise_gate_as_the_reference(by: str, batch_tokens: int) -> None:
 
 @pytest.mark.parametrize(("projection", "weight"), [(False, 0.5), (True, 0.5), (True, 0.0)])
 @pytest.mark.parametrize("batch_tokens", [1, 2048])
-@pytest.mark.parametrize("taught", [False, True])
-def test_replay_and_projection_as_the_reference(
-    projection: bool, weight: float, batch_tokens: int, taught: bool
-) -> None:
+@pytest.mark.parametrize("teacher", [None, "average"])
+def test_replay_and_projection_as_the_reference(projection: bool, weight: float, batch_tokens: int, teacher) -> None:
     # The same text again and again would never be in conflict.
     documents = [text(60).tolist(), [7, 8] * 20]
     model = tiny_llama()
@@ -176,15 +174,14 @@ def test_replay_and_projection_as_the_reference(
         "fast": ReferenceLevel(names(model, "layers.1.mlp"), 6, adam(0.01)),
         "slow": ReferenceLevel(names(model, "layers.0.mlp"), 12, momentum(0.01 * 2**-0.5)),
     }
-    arguments = {"replay": replay, "replay_weight": weight, "projection": projection}
-    expected = learn(model, documents, levels, 6, 3, mean_rate=6 / 21, taught=taught, **arguments)
-    made = Replay(3, 1, weight, projection, "average" if taught else None)
+    arguments = {"replay": replay, "replay_weight": weight, "projection": projection, "taught": teacher is not None}
+    expected = learn(model, documents, levels, 6, 3, mean_rate=6 / 21, **arguments)
     learner = Learner(
         model,
         {"fast": Level(6, (TOP,)), "slow": Level(12, (BOTTOM,), optimizer="sgd")},
         lr=0.01,
         context=6,
-        options=Options(replay=made, batch_tokens=batch_tokens, average=21),
+        options=Options(replay=Replay(3, 1, weight, projection, teacher), batch_tokens=batch_tokens, average=21),
     )
     agree(learner, read(learner, documents), expected)
     with learner.averaged():
