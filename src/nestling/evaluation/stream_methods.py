@@ -78,7 +78,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gate": {"options": {"gate": Gate(by="token", quantile=0.3)}},
     "replay": {"options": {"replay": Replay(weight=0.5)}},
     "projection": {"options": {"replay": Replay(weight=0.0, projection=True)}},
-    "average": {"options": {"average": AVERAGE}},
     "taught": {"options": {"average": AVERAGE, "replay": Replay(teacher="average")}},
     "rehearsal": {"options": {"rehearsal": Rehearsal()}},
     "bfloat16": {"options": {"bfloat16": True}},
@@ -165,7 +164,7 @@ class StreamModel:
         seed: int = 0,
         measure_every: int | None = None,
     ) -> None:
-        self.method, self.context = method, {None: context, "long": long, "longest": 0}[method.long]
+        self.method, self.context = method, long if method.long == "long" else context
         if method.long == "longest":
             self.context = _most_positions(base)
         self.learner: Learner | None = None
