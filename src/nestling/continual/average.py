@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nestling.continual.weights import Weights
+from nestling.continual.weights import Weights, exchange
 
 SAVED = "average."
 """What the mean's names begin with in a memory, whose differences are the fast weights'."""
@@ -22,8 +22,7 @@ class Average:
     it is the plain mean of the first and all later weights, then an exponential one (Polyak and Juditsky 1992). Of
     low-rank levels it is the mean of the factors.
 
-    Costs one more copy of what is learned, another one while the mean is on the model, and one pass over it for each
-    chunk.
+    Costs one more copy of what is learned, and one pass over it for each chunk.
 
     Args:
         weights: of all levels.
@@ -53,13 +52,12 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean where the learned weights are, on the model or apart, and these back afterwards, to the last bit."""
-        fast = [value.clone() for value in self._live]
+        exchange(self._live, self.values)
         self.read = True
         try:
-            self._put(self.values)
             yield
         finally:
-            self._put(fast)
+            exchange(self._live, self.values)
             self.read = False
 
     def state(self) -> dict[str, Tensor]:
@@ -85,8 +83,3 @@ class Average:
     @property
     def _live(self) -> list[Tensor]:
         return [value for weights in self.weights.values() for value in weights.values]
-
-    @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
-        for value, other in zip(self._live, values, strict=True):
-            value.copy_(other)

@@ -47,8 +47,8 @@ class Learner:
 
     Costs, beside the forward and backward pass of `(context + piece) / 2` to `context` tokens a piece: one copy of the
     learned parameters (the base), their gradients, the optimizer's state (two more for AdamW), one gradient sum for
-    every level but the fastest, with an `UpdateLimit` one more copy during a step, and with an average one more copy,
-    two while it is on the model. With ranks these are of the factors' size.
+    every level but the fastest, with an `UpdateLimit` one more copy during a step, and with an average one more copy.
+    With ranks these are of the factors' size.
 
     Args:
         model: any causal language model of transformers, with its base weights.
