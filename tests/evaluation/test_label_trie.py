@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
+from nestling.evaluation import label_trie
 from nestling.evaluation.label_trie import LabelScorer, LabelTrie, answer_loss
 from tests.evaluation.class_models import tiny_llama
 
@@ -39,11 +42,62 @@ def test_every_prompt_may_have_a_trie_of_its_own() -> None:
         torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_best_is_the_most_probable_label() -> None:
-    model = tiny_llama(seed=1)
-    best = LabelScorer(model).best(PROMPTS, LabelTrie(LABELS))
-    for prompt, label in zip(PROMPTS, best, strict=True):
-        assert label == max(LABELS, key=lambda c: brute_force(model, prompt, LABELS[c]))
+def many_labels(seed: int) -> dict[int, list[int]]:
+    """Up to 40 labels of 2 to 4 tokens of five, and an end token (9)."""
+    draw = random.Random(seed)
+    made = {tuple(draw.choices((4, 5, 6, 7, 8), k=draw.randint(2, 4))) for _ in range(40)}
+    return {3 * i: [*label, 9] for i, label in enumerate(sorted(made))}
+
+
+def attentive_llama(seed: int) -> torch.nn.Module:
+    """Whose answers depend on all that it attends to, as those of small random weights hardly do."""
+    model = tiny_llama(seed=seed).double()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("prefix", [[], [31, 32, 33, 34]])
+@pytest.mark.parametrize(("batch", "expanded"), [(1, 1), (3, 2), (16, 8), (16, 100)])
+def test_best_is_the_most_probable_label(
+    prefix: list[int], batch: int, expanded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_trie, "EXPANDED", expanded)
+    answers = []
+    for seed in range(4):
+        model = attentive_llama(seed)
+        tries = [LabelTrie(many_labels(10 * seed + i)) for i in range(len(PROMPTS) - 1)] + [LabelTrie({5: [4, 9]})]
+        best = LabelScorer(model, batch=batch).best(PROMPTS, tries, prefix)
+        for prompt, trie, label in zip(PROMPTS, tries, best, strict=True):
+            scores = {
+                c: brute_force(model, prefix + prompt, path_to(trie, leaf))
+                for c, leaf in zip(trie.classes, trie.leaves, strict=True)
+            }
+            assert label == max(scores, key=lambda c: scores[c])
+        answers += best
+    assert len(set(answers)) > 5
+
+
+def path_to(trie: LabelTrie, node: int) -> list[int]:
+    tokens = []
+    while node:
+        tokens.append(trie.tokens[node])
+        node = trie.parents[node]
+    return tokens[::-1]
+
+
+def test_best_runs_no_node_that_is_less_probable_than_the_best_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_trie, "EXPANDED", 1)
+    model, trie, run = tiny_llama().double(), LabelTrie(many_labels(0)), []
+    model.register_forward_hook(lambda *call: run.append(call[2]["input_ids"].numel()), with_kwargs=True)
+    (best,) = LabelScorer(model).best([PROMPTS[0]], trie)
+    ran = list(run)
+    highest = brute_force(model, PROMPTS[0], path_to(trie, trie.leaves[trie.classes.index(best)]))
+    better = [node for node in trie.inner if brute_force(model, PROMPTS[0], path_to(trie, node)) > highest]
+    assert ran == [len(PROMPTS[0])] + [1] * len(better)
+    assert len(better) < len(trie.inner)
 
 
 def descend(model: torch.nn.Module, prompt: list[int]) -> int:
