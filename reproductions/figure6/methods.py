@@ -131,13 +131,13 @@ def _settings(setup: Setup) -> TrainingSettings:
 
 
 def _fine_tuning(setup: Setup, options: Options) -> TrainedClassifier:
-    optimizer = AdamW(setup.model.parameters(), options["lr"], weight_decay=0.0)
+    optimizer = AdamW(setup.model.parameters(), options["lr"], weight_decay=0.0, fused=True)
     return TrainedClassifier(setup.scorer, setup.prompts, optimizer, _settings(setup))
 
 
 def _lora(setup: Setup, options: Options) -> ClassLearner:
     model = add_lora(setup.model, 8, setup.seed)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], options["lr"], weight_decay=0.0)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], options["lr"], weight_decay=0.0, fused=True)
     return TrainedClassifier(LabelScorer(model), setup.prompts, optimizer, _settings(setup))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from progress import Progress, State  # beside this file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -205,13 +206,14 @@ class Experiment:
     def _get(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
         key = self.key(part, method, rate, texts)
         known = self.results.find(json.loads(json.dumps(key)))
-        row = self.results.get(key, lambda: self._run(part, method, rate, texts))
+        row = self.results.get(key, lambda: self._run(key, part, method, rate, texts))
         if known is None:
             told = " ".join(f"{half:.3f}" for half in row["second_halves"])
             print(f"{part} {method} lr {rate:.3g}: second halves {told}, {row['seconds']:.0f} s", flush=True)
         return row
 
-    def _run(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
+    def _run(self, key: Row, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
+        measured = self.measure_every if part == "sequence" else None
         reader = StreamModel(
             self.model,
             method_of(method),
@@ -220,16 +222,18 @@ class Experiment:
             context=self.sizes.context,
             long=self.sizes.long,
             seed=self.seed,
-            measure_every=self.measure_every if part == "sequence" else None,
+            measure_every=measured,
         )
-        row: Row = {"diverged": False, "second_halves": [], "curves": [], "held": []}
-        start = time.perf_counter()
+        found: Row = {"diverged": False, "second_halves": [], "curves": [], "held": []}
+        progress = Progress(self._unfinished(key) if measured is None else None, State(found))
         try:
-            for number, text in enumerate(texts, 1):
-                self._read(reader, text, row)
+            progress.resume(reader)
+            row = progress.state.row
+            for number in range(len(row["curves"]), len(texts)):
+                self._read(reader, texts[number], progress)
                 if part == "sequence":
-                    self._held_out(reader, texts[:number], row)
-            row["learning_seconds"] = round(row.pop("reading"), 1)
+                    self._held_out(reader, texts[: number + 1], row)
+            row["learning_seconds"] = round(progress.state.reading, 1)
             if part == "validation":
                 row["held"].append([reader.score(texts[0].held)])
                 row["criterion"] = self._criterion(row, method, texts)
@@ -240,8 +244,13 @@ class Experiment:
         finally:
             reader.close()
         row["skipped"], row["measures"] = reader.skipped, reader.records
-        row["seconds"], row["hardware"] = round(time.perf_counter() - start, 1), hardware(self.model.device)
+        row["seconds"], row["hardware"] = round(progress.close(), 1), hardware(self.model.device)
         return row
+
+    def _unfinished(self, key: Row) -> Path:
+        """Where the run of a key is kept until it is finished."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        return self.results.path.parent / "cache" / f"{name}.safetensors"
 
     def _held_out(self, reader: StreamModel, texts: Sequence[Text], row: Row) -> None:
         """Of the texts read so far; once more with the running mean, where there is one."""
@@ -250,10 +259,8 @@ class Experiment:
             if kept:
                 row.setdefault("mean_held", []).append([reader.score(t.held) for t in texts])
 
-    def _read(self, reader: StreamModel, text: Text, row: Row) -> None:
-        start = time.perf_counter()
-        losses = reader.read(text.ids)[1:]
-        row["reading"] = row.get("reading", 0.0) + time.perf_counter() - start
+    def _read(self, reader: StreamModel, text: Text, progress: Progress) -> None:
+        row, losses = progress.state.row, progress.read(reader, text.ids)[1:]
         bins = loss_by_position(losses, max(1, len(text.ids) // self.sizes.chunk))
         row["curves"].append([[b.stop for b in bins], [round(b.loss, 4) for b in bins]])
         row["second_halves"].append(float(losses[len(losses) // 2 :].double().mean()))

@@ -29,8 +29,10 @@ ranks and other rates of the slow levels have the whole grid. Of several options
 all before it as its base.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
-stopped and continued and several processes may share the work (by --methods and --parts). The report, table.md and a
-picture of every text, is written from what is finished with --report, which runs nothing, or at the end of a run.
+stopped and continued and several processes may share the work (by --methods and --parts). A run that is interrupted
+goes on from where it was ten minutes earlier at most (a file in the folder cache beside the results; not with
+--measures). The report, table.md and a picture of every text, is written from what is finished with --report, which
+runs nothing, or at the end of a run.
 `--quick` is a tiny random model and invented texts, and writes nothing.
 """
 

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from nestling.continual.learner import Learner
+from nestling.evaluation import stream_methods
 from nestling.evaluation.choices import Question
 from nestling.evaluation.result_file import ResultFile
 from nestling.evaluation.stream_methods import StreamModel, method_of, read_frozen
@@ -25,7 +27,7 @@ SIZES = {"held": 8, "again": 8, "chunk": 8, "context": 16, "long": 32}
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("experiment")
-    for name in ("experiment", "report", "run"):
+    for name in ("experiment", "progress", "report", "run"):
         sys.modules.pop(name, None)  # another folder may have a module of this name
 
 
@@ -42,6 +44,45 @@ def test_a_text_and_what_is_held_out(module: ModuleType, tmp_path: Path) -> None
         assert (len(text.ids), len(text.held), text.name) == (read, held, "a")
         start = tokenizer.decode(torch.cat([text.ids, text.held]))
         assert ("0123456789" * 4 + "\n").startswith(start)
+
+
+@pytest.mark.parametrize("method", ["one_level+taught", "cms_2+sleep", "lora", "frozen"])
+def test_an_interrupted_run_goes_on(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    model, draw = random_llama(), torch.Generator().manual_seed(2)
+    parts = [torch.randint(3, 259, (n,), generator=draw) for n in (44, 8, 36, 8)]
+    first, second = module.Text("a", *parts[:2]), module.Text("b", *parts[2:])
+    monkeypatch.setattr(stream_methods, "STEP", 1)
+    monkeypatch.setattr(sys.modules["progress"], "SECONDS", 0.0)
+
+    def row(folder: str) -> dict[str, object]:
+        results = ResultFile(tmp_path / folder / "rows.jsonl")
+        results.path.parent.mkdir(exist_ok=True)
+        sizes, judges = module.Sizes(tokens=44, **SIZES), module.Judges(parts[3])
+        made = module.Experiment(model, byte_tokenizer(), "m", sizes, judges, results)
+        found = made.sequence(method, 0.0 if method == "frozen" else 1e-2, first, second)
+        return {k: v for k, v in found.items() if "seconds" not in k}
+
+    whole, observe, calls = row("whole"), Learner.observe, []
+
+    def interrupted(self: Learner, *args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) in (4, 7, 9):  # in the first text, in the second one twice
+            raise KeyboardInterrupt
+        return observe(self, *args, **options)
+
+    monkeypatch.setattr(Learner, "observe", interrupted)
+    stops = 0
+    while True:
+        try:
+            again = row("again")
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == (0 if method == "frozen" else 3)
+    assert again == whole
+    assert not list((tmp_path / "again").glob("cache/*"))
 
 
 def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:

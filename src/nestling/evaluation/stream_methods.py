@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from nestling.models import convert
 from nestling.models.conversion import Assignment
 
 BATCH_TOKENS = 2048
+STEP = 16
+"""Chunks that a learner reads at a time; of no consequence for what it learns."""
 PERIODS = (1, 4, 16, 64)
 """Of the levels, in chunks, fastest first."""
 AVERAGE = 4096
@@ -179,21 +181,37 @@ class StreamModel:
         if measure_every is not None and self.learner is not None and method.levels > 1 and options.rank is None:
             self._measure(self.learner, measure_every)
 
-    def read(self, ids: Int[Tensor, " n"], scored: Bool[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    def read(
+        self,
+        ids: Int[Tensor, " n"],
+        scored: Bool[Tensor, " n"] | None = None,
+        *,
+        start: int = 0,
+        on_step: Callable[[Float[Tensor, " s"]], None] = lambda losses: None,
+    ) -> Float[Tensor, " rest"]:
         """Losses of a text, each token's before anything was learned from it; the text is one document.
 
         Args:
             ids: `[n]`.
             scored: which tokens are learned from and have a loss; None is all.
+            start: tokens that were read already, by a learner whose state is there.
+            on_step: called with the losses of what was read since the last call, of whole chunks but at the end.
+
+        Returns:
+            `[n - start]`, nats, on the CPU; NaN where there is no loss.
         """
         if self.learner is None:
             losses = read_frozen(self.model, ids, self.context)
             return losses if scored is None else losses.where(scored, math.nan)
-        losses = self.learner.observe(ids, scored=scored).losses
+        found = []
+        for place in range(start, len(ids), STEP * self.learner.stream.chunk):
+            part = slice(place, place + STEP * self.learner.stream.chunk)
+            found.append(self.learner.observe(ids[part], scored=None if scored is None else scored[part]).losses)
+            on_step(found[-1])
         self.learner.end_document()
         if self.method.sleep is not None:
             self.learner.consolidate(**self.method.sleep)
-        return losses
+        return torch.cat(found) if found else torch.empty(0)
 
     def score(self, ids: Int[Tensor, " n"]) -> float:
         """Mean loss of a text in nats a token; nothing is learned."""
