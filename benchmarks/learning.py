@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[int, Options]] = {
     "average": (1, Options(average=16 * CHUNK)),
     "average that teaches": (1, Options(average=16 * CHUNK, replay=Replay(teacher="average"))),
     "rehearsal": (1, Options(rehearsal=Rehearsal(pieces=8))),
+    "bfloat16": (1, Options(bfloat16=True)),
 }
 """Number of levels, and what else."""
 

@@ -49,22 +49,23 @@ def write_report(rows: list[Row], name: str, folder: Path) -> None:
 def _table(found: dict[str, list[Row]], sizes: dict[str, int], model: str) -> str:
     lines = [
         f"{model}; {sizes['classes']} classes a task, {sizes['per_class']} training and {sizes['test_per_class']} test "
-        "texts a class; mean over the seeds (standard deviation).",
+        "texts a class; mean over the seeds (standard deviation); seconds on the machine that is named first.",
         "",
-        "| method | texts kept | settings | seeds | final accuracy | average over tasks | forgetting | seconds a run |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | texts kept | settings | seeds | final accuracy | average over tasks | forgetting | seconds a run "
+        "| machine, float32 products |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, own in sorted(found.items(), key=lambda item: -statistics.mean(r["final"] for r in item[1])):
         final = [row["final"] for row in own]
         spread = f" ({100 * statistics.stdev(final):.1f})" if len(final) > 1 else ""
-        average, forgetting, seconds = (
-            statistics.mean(r[k] for r in own) for k in ("average", "forgetting", "seconds")
-        )
+        average, forgetting = (statistics.mean(r[k] for r in own) for k in ("average", "forgetting"))
+        machines = list(dict.fromkeys(r["hardware"] for r in own))
+        seconds = statistics.mean(r["seconds"] for r in own if r["hardware"] == machines[0])
         settings = ", ".join(f"{key} {value:g}" for key, value in own[0]["options"].items())
         lines.append(
             f"| `{method}` | {METHODS[method].kept} | {settings} | {len(own)} "
             f"| {100 * statistics.mean(final):.1f}%{spread} | {100 * average:.1f}% "
-            f"| {100 * forgetting:.1f}% | {seconds:.0f} |"
+            f"| {100 * forgetting:.1f}% | {seconds:.0f} | {'; '.join(machines)} |"
         )
     return "\n".join(lines) + "\n"
 
