@@ -231,15 +231,8 @@ class LabelScorer:
             sees[row, width:end, :width] = real[row].bool()
             sees[row, width:end, width:end] = trie.sees
         sees = torch.cat((torch.ones(len(prompts), width + widest, before, dtype=torch.bool), sees), -1)
-        out = self.model(
-            input_ids=torch.cat((head, tail), 1).to(self.device),
-            attention_mask=self._bias(sees).to(self.device),
-            position_ids=(positions + before).to(self.device),
-            past_key_values=_repeated(past, len(prompts)),
-            use_cache=past is not None,
-            logits_to_keep=widest + 1,
-        )
-        return out.logits.float()
+        tokens, cache = torch.cat((head, tail), 1), _repeated(past, len(prompts))
+        return self._run(tokens, self._bias(sees), positions + before, cache, widest + 1)[0].float()
 
     @torch.no_grad()
     def _run_prefix(self, prefix: Sequence[int]) -> Any:
