@@ -71,7 +71,8 @@ class Method:
     Attributes:
         build: makes it from a setup and one of `grid`.
         kept: texts it stores: "none", "one a class", "all", "buffer"; "joint" sees all at once.
-        grid: settings that validation chooses from; a single one needs no validation.
+        grid: settings that validation chooses from, and beyond where the best is at its edge; a single one needs no
+            validation.
     """
 
     build: Callable[[Setup, Options], ClassLearner]

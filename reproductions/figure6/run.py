@@ -8,9 +8,10 @@ Tasks of 15 classes (--classes) come one after the other; each training text is 
 classes seen are asked, without a hint at the task. Every class has --per-class training texts and --test-per-class
 test texts. Answers are labels: `Text: ...`, `Label:` and then a path of the label trie.
 
-Settings of a method are chosen from the grid in methods.py by the accuracy at the end of a validation stream: the first
---tune-tasks tasks of another order of classes (and another choice of training texts), asked about validation texts. No
-test text is asked before the settings stand. Joint training sees all texts at once, in one shuffled pass.
+Settings of a method are chosen from the grid in methods.py, which grows until the best is not at its edge, by the
+accuracy at the end of a validation stream: the first --tune-tasks tasks of another order of classes (and another choice
+of training texts), asked about validation texts. No test text is asked before the settings stand. Joint training sees
+all texts at once, in one shuffled pass.
 
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
@@ -25,6 +26,7 @@ import copy
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from nestling.evaluation.class_incremental import run_class_incremental
 from nestling.evaluation.features import TextFeatures
 from nestling.evaluation.label_prompts import LabelPrompts
 from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
-from nestling.evaluation.result_file import ResultFile, Row
+from nestling.evaluation.result_file import ResultFile, Row, next_rate
 from nestling.models.pretrained import load_pretrained
 from nestling.tasks.classification import (
     ClassificationSet,
@@ -128,16 +130,42 @@ class Experiment:
         return result.to_json() | {"diverged": False}
 
     def chosen(self, method: str) -> Options:
-        """The settings with the highest accuracy at the end of the validation stream; of equals, on the way there."""
-        grid = METHODS[method].grid
-        if len(grid) == 1:
-            return grid[0]
+        """The settings with the highest accuracy at the end of the validation stream; of equals, on the way there.
+
+        Where the best has the smallest or largest value of a setting, the next one is tried, the others as they are,
+        until none is better.
+        """
 
         def quality(options: Options) -> tuple[float, float]:
             row = self.run(method, options, "validation", VALIDATION_SEED)
             return row["final"], row["average"]
 
-        return max(grid, key=quality)
+        grid = list(METHODS[method].grid)
+        if len(grid) == 1:
+            return grid[0]
+        best = max(grid, key=quality)
+        while new := beyond(grid, best):
+            grid += new
+            before, best = best, max([best, *new], key=quality)
+            if best is before:
+                break
+        return best
+
+
+def beyond(tried: Sequence[Options], best: Options) -> list[Options]:
+    """The neighbours of `best` outside of what was tried: one setting is as many times larger than the largest as that
+    is than the next (or smaller, likewise), in 1, 3, 10, 30, ... where the steps are those. Shares stay below 1."""
+    found = []
+    for name, value in best.items():
+        values = sorted({options[name] for options in tried})
+        if len(values) == 1 or value not in (values[0], values[-1]):
+            continue
+        up = value == values[-1]
+        ratio = values[-1] / values[-2] if up else values[0] / values[1]
+        new = value * ratio if max(ratio, 1 / ratio) > 10 else next_rate(value, up)
+        if name != "shrinkage" or new < 1:
+            found.append({**best, name: new})
+    return found
 
 
 def quick(device: str) -> None:

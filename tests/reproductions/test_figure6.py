@@ -1,10 +1,13 @@
-"""What the command of figure 6 refuses before it runs anything."""
+"""What the command of figure 6 refuses before it runs anything, and how it chooses settings."""
 
 from __future__ import annotations
 
+import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -25,13 +28,13 @@ def arguments(tmp_path: Path) -> list[str]:
     return ["--csv", str(tmp_path / "set.csv"), "--model", str(tmp_path / "model"), *places]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "__main__") -> dict[str, Any]:
     """The command; modules of its folder are forgotten again, since the folders share names."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     try:
-        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
+        return runpy.run_path(str(FOLDER / "run.py"), run_name=name)
     finally:
         for name in set(sys.modules) - before:
             if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
@@ -51,3 +54,48 @@ def test_levels_need_a_block_each(arguments: list[str], tmp_path: Path, monkeypa
     run(monkeypatch, *arguments, *small, "--methods", "nearest_mean")
     run(monkeypatch, *arguments, *small, "--methods", "levels", "--blocks", "3")
     assert '"levels"' in (tmp_path / "results.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "best", "tried"),
+    [
+        ("replay_small", {"lr": 3e-5}, 3),
+        ("replay_small", {"lr": 1e-3}, 6),
+        ("replay_small", {"lr": 1e-6}, 6),
+        ("ewc", {"lr": 1e-4, "strength": 1e7}, 12),
+        ("ewc", {"lr": 3e-4, "strength": 1e5}, 12),
+        ("external_learner", {"shrinkage": 0.95}, 6),
+        ("external_learner", {"shrinkage": 0.01}, 8),
+        ("frozen_memory", {"weight": 1000.0, "ridge": 300.0}, 6),
+        ("nearest_mean", {}, 0),
+    ],
+)
+def test_a_grid_grows_until_the_best_is_inside(
+    method: str, best: dict[str, float], tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy falls with the distance from the best, so the choice is that; the number of settings tried is counted by
+    hand: one beyond the best in each direction that grows, and no value again."""
+    module = run(monkeypatch, name="figure6")
+    asked = []
+
+    def measure(method: str, options: dict[str, float], part: str, seed: int) -> dict[str, float]:
+        assert part == "validation"
+        asked.append(tuple(options.values()))
+        away = sum(abs(math.log10(options[name] / value)) for name, value in best.items())
+        return {"final": round(-away, 6), "average": 0.0}
+
+    chosen = module["Experiment"].chosen(SimpleNamespace(run=measure), method)
+    assert chosen == pytest.approx(best)
+    assert len(set(asked)) == tried
+
+
+def test_settings_that_are_as_good_do_not_make_the_grid_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equals the first stands; beside it, one value beyond each edge is asked for and no more."""
+    module, asked = run(monkeypatch, name="figure6"), []
+
+    def measure(method: str, options: dict[str, float], part: str, seed: int) -> dict[str, float]:
+        asked.append(options["lr"])
+        return {"final": 0.5, "average": 0.5}
+
+    assert module["Experiment"].chosen(SimpleNamespace(run=measure), "replay_small") == {"lr": 1e-5}
+    assert sorted(set(asked)) == [3e-6, 1e-5, 3e-5, 1e-4]

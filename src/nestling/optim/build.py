@@ -83,6 +83,7 @@ def build(
     if name == "m3":
         return M3(groups, lr, adamw_betas=betas)
     if name == "adamw":
+        # Not fused: with a state of another shape (a memory file's) that kernel writes beyond it on a CPU.
         return AdamW(groups, lr, betas=betas)
     if name == "sgd":
         return SGD(groups, lr, momentum=betas[0])
