@@ -244,6 +244,22 @@ def test_what_is_replayed_is_taught_by_the_running_mean(
     assert "--teacher 128: this memory was begun with 640" in again
 
 
+def test_what_the_model_knew_is_rehearsed(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*LEVELS, "--rehearse", "4", "--quick"]
+    assert run(model, texts[0], "--memory", tmp_path / "two", *options) == 0
+    assert "writes 4 pieces of 32 tokens" in capsys.readouterr().out
+    memory = load_memory(tmp_path / "two")
+    assert memory.settings["learner"]["options"]["rehearsal"] == {"pieces": 4, "length": None, "weight": 0.3}
+    assert run(model, texts[1], "--memory", tmp_path / "two", "--quick") == 0
+    assert "writes" not in capsys.readouterr().out
+    assert run(model, *texts, "--memory", tmp_path / "one", *options) == 0
+    assert_same(undated(load_memory(tmp_path / "one")), undated(load_memory(tmp_path / "two")))
+    again = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "two", "--rehearse", "5")
+    assert "--rehearse 5: this memory was begun with 4" in again
+
+
 def test_progress_without_a_terminal(
     model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,10 +77,19 @@ def learn(
             rich_help_panel=LEARNING,
         ),
     ] = None,
+    rehearse: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="PIECES",
+            help="Pieces of text that the model writes before it learns; one with each chunk keeps what it knew.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 0,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Forward pass in bfloat16; weights stay float32.", rich_help_panel=LEARNING)
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of ranks and replay.", rich_help_panel=LEARNING)] = 0,
+    seed: Annotated[int, typer.Option(help="Of ranks, replay and rehearsal.", rich_help_panel=LEARNING)] = 0,
     save_tokens: Annotated[
         int | None, typer.Option(min=1, help="Save after so many tokens as well.", rich_help_panel=RECORDS)
     ] = None,

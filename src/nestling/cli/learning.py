@@ -22,7 +22,7 @@ from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.guards import LearningDivergedError
 from nestling.continual.learner import Learner
 from nestling.continual.memory import Memory
-from nestling.continual.options import Level, Options, Replay, settings_from
+from nestling.continual.options import Level, Options, Rehearsal, Replay, settings_from
 from nestling.continual.snapshots import Snapshot
 from nestling.continual.store import MemoryStore
 from nestling.continual.study import Autosave, Progress, Text, frozen_loss, learn_text, text_digest, tokens_read
@@ -42,6 +42,7 @@ class LearnSettings:
         given: names of the options on the command line, which must not contradict a memory that exists.
         lr, rate_exponent, optimizer, context, rank, retention, replay, bf16, seed: see `Learner` and its `Options`.
         teacher: tokens of the running mean that teaches what is replayed.
+        rehearse: pieces of the model's own text, of its `Rehearsal`.
     """
 
     levels: str | None
@@ -53,6 +54,7 @@ class LearnSettings:
     retention: float
     replay: int
     teacher: int | None
+    rehearse: int
     bf16: bool
     seed: int
     given: frozenset[str] = frozenset()
@@ -162,6 +164,8 @@ def run(
             warnings.simplefilter("ignore")  # the learner's are printed as notes
             lines = None if console.is_terminal else ProgressLines(_to_learn(learner, texts))
             session = Session(learner, autosave, console, measure, check, lines)
+            if learner.written is not None and learner.written.ids is None:
+                say(console, "the model first writes {} pieces of {} tokens to rehearse".format(*learner.written.shape))
             stopped = _until_stopped(session, texts)
             snapshot = _save(session, note, stopped)
     print_outcomes(console, session.outcomes, session.measure, session.seconds)
@@ -194,6 +198,7 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
                 retention=settings.retention,
                 replay=Replay(settings.replay, teacher=teacher) if settings.replay else None,
                 average=settings.teacher,
+                rehearsal=Rehearsal(settings.rehearse) if settings.rehearse else None,
                 bfloat16=settings.bf16,
                 seed=settings.seed,
             ),
@@ -299,6 +304,7 @@ def _check_given(settings: LearnSettings, saved: Memory) -> None:
         "retention": own.options.retention,
         "replay": replay,
         "teacher": own.options.average,
+        "rehearse": own.options.rehearsal.pieces if own.options.rehearsal else 0,
         "bf16": own.options.bfloat16,
         "seed": own.options.seed,
     }
