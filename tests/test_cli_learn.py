@@ -249,7 +249,9 @@ def test_what_the_model_knew_is_rehearsed(
 ) -> None:
     options = [*LEVELS, "--rehearse", "4", "--quick"]
     assert run(model, texts[0], "--memory", tmp_path / "two", *options) == 0
-    assert "writes 4 pieces of 32 tokens" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "writes 4 pieces of 32 tokens" in printed.out and "128 tokens written in" in printed.out
+    assert "tokens written" not in printed.err
     memory = load_memory(tmp_path / "two")
     assert memory.settings["learner"]["options"]["rehearsal"] == {"pieces": 4, "length": None, "weight": 0.3}
     assert run(model, texts[1], "--memory", tmp_path / "two", "--quick") == 0
@@ -258,6 +260,30 @@ def test_what_the_model_knew_is_rehearsed(
     assert_same(undated(load_memory(tmp_path / "one")), undated(load_memory(tmp_path / "two")))
     again = fails(capsys, "learn", model, texts[0], "--memory", tmp_path / "two", "--rehearse", "5")
     assert "--rehearse 5: this memory was begun with 4" in again
+
+
+def test_writing_may_be_watched_and_interrupted(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [model, texts[0], "--memory", tmp_path / "memory", *LEVELS, "--rehearse", "4", "--quick"]
+    real = learning_report.ProgressLines.writing
+
+    def writing(self: learning_report.ProgressLines, done: int, total: int) -> None:
+        real(self, done, total)
+        if done == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(learning_report, "LINE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(learning_report.ProgressLines, "writing", writing)
+        assert run(*arguments) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:9] == [f"{done} of 128 tokens written" for done in range(8, 44, 4)]
+    assert "stopping after this step" in lines[10] and "the same command begins again" in lines[-1]
+    assert not (tmp_path / "memory").exists()
+    assert run(*arguments) == 0
+    written = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
+    assert written == [f"{done} of 128 tokens written" for done in range(8, 132, 4)]
 
 
 def test_progress_without_a_terminal(

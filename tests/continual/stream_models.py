@@ -25,3 +25,8 @@ def text(n: int, seed: int = 0) -> Tensor:
 def copy_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
     """The parameters as they are."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """All parameters, to the last bit."""
+    return all(torch.equal(value, b[name]) for name, value in a.items())

@@ -15,7 +15,7 @@ from nestling.continual import Gate, Learner, LearningWarning, Level, Memory, Op
 from nestling.continual.beside import base_weights
 from nestling.continual.weights import exchange
 from nestling.optim import NAMES
-from tests.continual.stream_models import copy_of, text, tiny_llama
+from tests.continual.stream_models import copy_of, equal, text, tiny_llama
 
 LEVELS = {"fast": Level(8, ("*layers.1.mlp.*",)), "slow": Level(16, ("*layers.0.mlp.*",))}
 TAUGHT = Options(average=32, replay=Replay(4, teacher="average"), rehearsal=Rehearsal(2, 6))
@@ -28,10 +28,6 @@ def learner_of(options: Options = TAUGHT, optimizer: str = "adamw", model=None) 
 def mean_of(learner: Learner) -> dict[str, Tensor]:
     with learner.averaged():
         return copy_of(learner.model)
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 WATCHING = ("delta_gradient_descent", "generalized_gradient_descent")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from transformers import GenerationConfig
 
 from nestling.continual import Learner, Level, Options, Rehearsal
-from nestling.continual.beside import write
+from nestling.continual.beside import ROWS, write
 from tests.continual.reference_learner import ReferenceLevel, learn, momentum
-from tests.continual.stream_models import text, tiny_llama
+from tests.continual.stream_models import copy_of, equal, text, tiny_llama
 from tests.continual.test_learner import DOCUMENTS, TOP, agree, names, read
 
 
@@ -48,6 +49,34 @@ def test_rehearsed_text_is_the_base_models_whatever_was_loaded() -> None:
     knowing.load(replace(fresh.memory(), tensors={}))
     knowing.observe(text(6))
     assert torch.equal(knowing.written.ids, fresh.written.ids)
+
+
+def test_writing_at_once_is_told_and_can_be_given_up() -> None:
+    """The same text as with the first chunk; given up half way, model and random numbers are as before."""
+    options = Options(rehearsal=Rehearsal(pieces=ROWS + 3, length=9))
+    late, early = (
+        Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12, options=options) for _ in range(2)
+    )
+    late.observe(text(12))
+
+    def give_up(done: int) -> None:
+        if done > 9 * ROWS:
+            raise KeyboardInterrupt
+
+    weights, numbers = copy_of(early.model), torch.get_rng_state()
+    settings = early.model.generation_config
+    with pytest.raises(KeyboardInterrupt):
+        early.write_rehearsal(give_up)
+    assert early.written.ids is None and early.model.generation_config is settings
+    assert equal(copy_of(early.model), weights) and torch.equal(torch.get_rng_state(), numbers)
+    told: list[int] = []
+    early.write_rehearsal(told.append)
+    assert told == [n * ROWS for n in range(2, 10)] + [9 * ROWS + 3 * n for n in range(2, 10)]
+    early.write_rehearsal(give_up)  # nothing to write any more
+    early.observe(text(12))
+    assert torch.equal(early.written.ids, late.written.ids)
+    assert equal(copy_of(early.model), copy_of(late.model))
+    Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12).write_rehearsal(give_up)
 
 
 def test_the_models_text_does_not_follow_its_generation_settings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -74,7 +75,7 @@ class Session:
         check: raises `Stopped` when it is time to stop.
         lines: of progress, where the console is no terminal and shows no bar.
         outcomes: a line for every document begun.
-        seconds: spent on learning, saves included and what is read before and after left out.
+        seconds: spent on learning, saves included; what is read before and after, and what is written, left out.
     """
 
     learner: Learner
@@ -85,6 +86,28 @@ class Session:
     lines: ProgressLines | None
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
+
+    def prepare(self) -> None:
+        """Have the model write what it will rehearse, if there is anything to write."""
+        written = self.learner.written
+        if written is None or written.ids is not None:
+            return
+        say(self.console, "the model first writes {} pieces of {} tokens to rehearse".format(*written.shape))
+        total, began = math.prod(written.shape), time.monotonic()
+        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("writing", total=total)
+
+            def step(done: int) -> None:
+                if self.lines is not None:
+                    self.lines.writing(done, total)
+                bar.update(task, completed=done)
+                self.check()
+
+            self.learner.write_rehearsal(step)
+        seconds = time.monotonic() - began
+        say(self.console, f"{total:,} tokens written in {seconds:.1f} s")
+        if self.lines is not None:
+            self.lines.leave_out(seconds)
 
     def learn(self, text: Text) -> None:
         """Learn from one document, from where it was left."""
@@ -164,8 +187,6 @@ def run(
             warnings.simplefilter("ignore")  # the learner's are printed as notes
             lines = None if console.is_terminal else ProgressLines(_to_learn(learner, texts))
             session = Session(learner, autosave, console, measure, check, lines)
-            if learner.written is not None and learner.written.ids is None:
-                say(console, "the model first writes {} pieces of {} tokens to rehearse".format(*learner.written.shape))
             stopped = _until_stopped(session, texts)
             snapshot = _save(session, note, stopped)
     print_outcomes(console, session.outcomes, session.measure, session.seconds)
@@ -266,6 +287,7 @@ def _to_learn(learner: Learner, texts: Sequence[Text]) -> int:
 
 def _until_stopped(session: Session, texts: Sequence[Text]) -> bool:
     try:
+        session.prepare()
         for text in texts:
             session.learn(text)
     except LearningDivergedError as error:

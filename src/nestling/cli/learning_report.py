@@ -68,10 +68,17 @@ class ProgressLines:
         self.total, self.done = total, 0
         self._seconds = LINE_SECONDS if seconds is None else seconds
         self._since, self._losses, self._began = time.monotonic(), list[Tensor](), 0
+        self._told = self._since
 
     def leave_out(self, seconds: float) -> None:
         """Time that was spent on something else than learning."""
         self._since += seconds
+
+    def writing(self, done: int, total: int) -> None:
+        """So many of the tokens to rehearse are written; prints it if it is time."""
+        if (now := time.monotonic()) - self._told >= self._seconds:
+            print(f"{done:,} of {total:,} tokens written", file=sys.stderr, flush=True)
+            self._told = now
 
     def add(self, progress: Progress) -> None:
         """Count a step; prints tokens done of all, and speed and mean loss since the line before, if it is time."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from nestling.continual.options import Rehearsal
 from nestling.continual.pieces import Piece, decode
@@ -63,11 +63,15 @@ class Written:
 
     def piece(self, learner: Learner, number: int) -> Piece:
         """The one that goes with the `number`-th chunk."""
-        if self.ids is None:
-            with base_weights(learner):
-                self.ids = write(learner, *self.shape, self.seed)
-        row = np.random.default_rng((self.seed, REHEARSE, number)).integers(len(self.ids))
-        return _whole(self.ids[int(row)])
+        ids = self.ids if self.ids is not None else self.write(learner)
+        row = np.random.default_rng((self.seed, REHEARSE, number)).integers(len(ids))
+        return _whole(ids[int(row)])
+
+    def write(self, learner: Learner, on_token: Callable[[int], object] | None = None) -> Int[Tensor, "pieces length"]:
+        """Have the base model write it; `on_token` as in the function of this name."""
+        with base_weights(learner):
+            self.ids = write(learner, *self.shape, self.seed, on_token)
+        return self.ids
 
     def state(self) -> dict[str, Tensor]:
         """The text, once there is some."""
@@ -118,7 +122,20 @@ def base_weights(learner: Learner) -> Iterator[None]:
         yield
 
 
-def write(learner: Learner, pieces: int, length: int, seed: int) -> Int[Tensor, "pieces length"]:
+class _Watch(StoppingCriteria):
+    """Stops nothing; tells how many tokens there are."""
+
+    def __init__(self, done: int, on_token: Callable[[int], object]) -> None:
+        self.done, self.on_token = done, on_token
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Bool[Tensor, " rows"]:  # type: ignore[override]
+        self.on_token(self.done + input_ids.numel())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def write(
+    learner: Learner, pieces: int, length: int, seed: int, on_token: Callable[[int], object] | None = None
+) -> Int[Tensor, "pieces length"]:
     """Text that the model as it is samples from its beginning token, or from any token where it has none, without the
     temperature, limits and penalties of its generation settings.
 
@@ -126,6 +143,8 @@ def write(learner: Learner, pieces: int, length: int, seed: int) -> Int[Tensor, 
         learner: attached.
         pieces, length: rows, and tokens of each.
         seed: of the sampling; random numbers elsewhere are as if nothing had been drawn.
+        on_token: told after each step how many of the pieces x length tokens there are; what it raises ends the
+            writing, and the model and the random numbers are then as before.
     """
     model, found = learner.model, []
     first = getattr(model.config, "bos_token_id", None)
@@ -142,7 +161,10 @@ def write(learner: Learner, pieces: int, length: int, seed: int) -> Int[Tensor, 
             shape = (min(ROWS, pieces - begin), 1)
             start = torch.randint(learner.vocabulary, shape) if beginning is None else torch.full(shape, beginning)
             mask = torch.ones(shape, dtype=torch.long, device=device)
-            ids: Tensor = model.generate(start.to(device), attention_mask=mask)  # type: ignore[operator]  # a mixin's
+            watch = [] if on_token is None else [_Watch(begin * length, on_token)]
+            ids: Tensor = model.generate(  # type: ignore[operator]  # a mixin's
+                start.to(device), attention_mask=mask, stopping_criteria=StoppingCriteriaList(watch)
+            )
             found.append(ids.cpu())
     return torch.cat(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Self, cast
@@ -171,6 +171,18 @@ class Learner:
             self.counters.tokens += new
             done = part.stop
         return Observation(losses, tuple(updated), tuple(notes))
+
+    def write_rehearsal(self, on_token: Callable[[int], object] | None = None) -> None:
+        """Write the text of `Options.rehearsal` now, and not with the first chunk. Nothing happens where there is some
+        already, or nothing to rehearse.
+
+        Args:
+            on_token: told after each step how many tokens there are, of `Rehearsal.pieces` times its length. What it
+                raises ends the writing, and nothing has changed then.
+        """
+        self._check_at_work()
+        if self.written is not None and self.written.ids is None:
+            self.written.write(self, on_token)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
