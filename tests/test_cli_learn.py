@@ -277,7 +277,9 @@ def test_writing_may_be_watched_and_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(learning_report.ProgressLines, "writing", writing)
         assert run(*arguments) == 130
-    lines = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    assert "nats" not in printed.out
+    lines = printed.err.splitlines()
     assert lines[:9] == [f"{done} of 128 tokens written" for done in range(8, 44, 4)]
     assert "stopping after this step" in lines[10] and "the same command begins again" in lines[-1]
     assert not (tmp_path / "memory").exists()

@@ -189,7 +189,8 @@ def run(
             session = Session(learner, autosave, console, measure, check, lines)
             stopped = _until_stopped(session, texts)
             snapshot = _save(session, note, stopped)
-    print_outcomes(console, session.outcomes, session.measure, session.seconds)
+    if session.outcomes:
+        print_outcomes(console, session.outcomes, session.measure, session.seconds)
     print_place(console, store, snapshot, learner, stopped)
     return stopped
 
