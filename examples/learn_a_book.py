@@ -13,7 +13,7 @@ import torch
 from nestling.continual.learner import Learner
 from nestling.continual.options import Level
 from nestling.continual.records import DocumentRecord
-from nestling.continual.store import MemoryStore
+from nestling.continual.store import MemoryStore, load_memory
 from nestling.continual.study import frozen_loss, text_digest
 from nestling.levels.assignment import stream_levels
 from nestling.models.pretrained import load_pretrained
@@ -43,10 +43,9 @@ def main(
         print(f"{learner.counters.tokens:,} tokens, loss {float(seen.losses.nanmean()):.3f}", *seen.notes)
     learner.end_document()
     after = frozen_loss(model, ids, context)
-    memory = learner.memory()
-    snapshot = MemoryStore(place).save(memory, f"read {book}")
+    snapshot = MemoryStore(place).save(learner.memory(), f"read {book}")
     learner.detach()  # the model is as it was, bit for bit; the memory brings it back
-    with memory.applied(model):
+    with load_memory(place).applied(model):
         again = frozen_loss(model, ids, context)
     print(f"{place}: {snapshot.bytes:,} bytes; loss before {before:.3f}, after {after:.3f}, from the file {again:.3f}")
     return {"before": before, "while": float(torch.cat(losses).nanmean()), "after": after, "again": again}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from nestling.cli import learning, learning_report, main
 from nestling.continual.memory import Memory, MemoryFileError
 from nestling.continual.store import MemoryStore, load_memory
 from nestling.continual.study import frozen_loss, text_digest
+from nestling.models import NestlingForCausalLM, presets
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
 from tests.llamas import random_llama
@@ -303,6 +305,46 @@ def test_progress_without_a_terminal(
     monkeypatch.setattr(learning_report, "LINE_SECONDS", 3600.0)
     assert run(*arguments, "--memory", tmp_path / "seldom") == 0
     assert capsys.readouterr().err == ""
+
+
+def test_one_level_of_a_converted_model_and_its_losses_elsewhere(
+    model: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All MLPs of a converted model as one level; `memory export` measures with the memory's own context."""
+    converted, place = tmp_path / "converted", tmp_path / "memory"
+    assert main(["convert", str(model), str(converted), "--levels", "fast=64,slow=128"]) == 0
+    arguments = [converted, texts[0], "--memory", place, *LEVELS[2:]]
+    assert "fits no parameter; the model has the levels fast, slow and the parameters" in fails(
+        capsys, "learn", *arguments, "--levels", "*.mlp.*=64"
+    )
+    capsys.readouterr()
+    assert run(*arguments, "--levels", "*.channel.*=64", "--replay", "4", "--teacher", "640", "--rehearse", "2") == 0
+    printed = capsys.readouterr().out
+    assert load_memory(place).periods == {"*.channel.*": 64}
+    measured = ["--model", str(converted), "--text", texts[0]]
+    assert main(["memory", "export", str(place), str(tmp_path / "x.safetensors"), *measured]) == 0
+    exported = capsys.readouterr().out
+    row = re.search(r"([\d.]+) +│ +([\d.]+) +│ +([\d.]+) +│$", printed, re.MULTILINE)
+    assert row is not None and row[1] in exported and row[3] in exported
+
+
+def test_the_mlps_of_a_model_without_levels(texts: list[str], tmp_path: Path) -> None:
+    """By default all MLPs every 256 tokens, whatever the model calls them."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 259}
+    NestlingForCausalLM(presets.transformer(**sizes)).save_pretrained(tmp_path / "own")
+    byte_tokenizer().save_pretrained(tmp_path / "own")
+    assert run(tmp_path / "own", texts[0], "--memory", tmp_path / "memory", "--quick") == 0
+    assert load_memory(tmp_path / "memory").periods == {"*.channel.*": 256}
+
+
+def test_a_merge_of_a_rank_with_full_differences_goes_on(model: Path, texts: list[str], tmp_path: Path) -> None:
+    for name, more in (("small", ["--rank", "4"]), ("full", [])):
+        assert run(model, texts[0], "--memory", tmp_path / name, *LEVELS, *more, "--quick") == 0
+    for a, b in (("small", "full"), ("full", "small")):
+        out = tmp_path / f"{a} and {b}"
+        assert main(["memory", "merge", str(tmp_path / a), str(tmp_path / b), str(out)]) == 0
+        assert run(model, texts[1], "--memory", out, "--quick") == 0
 
 
 def test_what_a_user_can_put_right(

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nestling.continual import levels as module
 from nestling.continual.learner import Learner
 from nestling.continual.levels import resolve
 from nestling.continual.options import Level, Options, UpdateLimit
+from nestling.levels.assignment import continuum_levels
+from nestling.models import NestlingForCausalLM, presets
 from tests.continual.stream_models import tiny_llama
 
 TOP, BOTTOM = "*layers.1.mlp.*", "*layers.0.mlp.*"
@@ -30,6 +35,7 @@ def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = {i: [n for n, _ in model.named_parameters() if f"layers.{i}.mlp" in n] for i in (0, 1)}
     model.config.levels = {"fast": 8, "slow": 16}
     monkeypatch.setattr(module, "stream_levels", lambda model: {"fast": mlp[1], "slow": mlp[0]})
+    monkeypatch.setattr(module, "named_levels", lambda model: {"fast": set(mlp[1]), "slow": set(mlp[0])})
     assert resolve(model, None) == {"fast": Level(8, tuple(mlp[1])), "slow": Level(16, tuple(mlp[0]))}
     assert resolve(model, {"slow": 4}) == {"slow": Level(4, tuple(mlp[0]))}
 
@@ -39,8 +45,13 @@ def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"levels": None}, "no levels of its own"),
         ({"levels": {}}, "no levels of its own"),
-        ({"levels": {"a": Level(8, ("nothing.*",))}}, "fits no parameter"),
-        ({"levels": {"a": Level(8, (TOP,)), "b": Level(8, (TOP,))}}, "fits no parameter"),
+        ({"levels": ["a"]}, "levels are given by name"),
+        ({"levels": {"a": "8"}}, "level 'a' is a Level or a period in tokens, not '8'"),
+        (
+            {"levels": {"a": Level(8, ("nothing.*",))}},
+            r"nothing\.\* fits no parameter; the model has the parameters .*model\.layers\.\*\.mlp\.up_proj\.weight",
+        ),
+        ({"levels": {"a": Level(8, (TOP,)), "b": Level(8, (TOP,))}}, "an earlier level has taken every parameter of"),
         ({"levels": {"a": Level(8, (TOP,)), "b": Level(12, (BOTTOM,))}}, "no multiple of the fastest, 8"),
         ({"levels": {"a": Level(8, (TOP,))}, "optimizer": "adam"}, "unknown optimizer"),
         ({"levels": {"a": Level(8, ("*norm*",), rank=2)}}, "weights of nn.Linear"),
@@ -69,3 +80,19 @@ def test_a_context_beyond_learned_positions_is_refused() -> None:
     Learner(GPT2LMHeadModel(GPT2Config(**shape)), levels, lr=0.1, context=32)
     rotary = tiny_llama()
     Learner(rotary, levels, lr=0.1, context=2 * rotary.config.max_position_embeddings)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(rank=2)])
+def test_weights_in_which_small_steps_are_lost_are_refused(options: Options) -> None:
+    with pytest.raises(ValueError, match="is bfloat16, in which small steps are lost: load the model with dtype=torch"):
+        Learner(tiny_llama(dtype=torch.bfloat16), {"a": Level(8, (TOP,))}, lr=0.1, options=options)
+
+
+def test_levels_of_the_librarys_own_models() -> None:
+    """A continuum memory's levels by their own names."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = NestlingForCausalLM(presets.hope(**sizes, periods=(8, 16, None)))
+    found = resolve(model, {"cms.0": 8, "cms.1": 16})
+    assert {name: set(level.parameters) for name, level in found.items()} == {
+        name: names for name, names in continuum_levels(model).items() if name in ("cms.0", "cms.1")
+    }

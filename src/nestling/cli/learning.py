@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from nestling.errors import UserError
 from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents
 
-DEFAULT_LEVELS = "*.mlp.*=256"
+MLPS = ("*.mlp.*", "*.channel.*")  # of transformers' models, and of this library's
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,11 @@ def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level |
     Raises:
         UserError: not NAME=PERIOD,..., or a level twice.
     """
-    own = stream_levels(model)
-    if spec is None and own:
+    if spec is None and stream_levels(model):
         return None
-    return dict(parse_levels(spec or DEFAULT_LEVELS, unit="tokens"))
+    names = [name for name, _ in model.named_parameters()]
+    mlps = next((pattern for pattern in MLPS if any(fnmatchcase(n, pattern) for n in names)), MLPS[0])
+    return dict(parse_levels(spec or f"{mlps}=256", unit="tokens"))
 
 
 @contextmanager

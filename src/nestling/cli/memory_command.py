@@ -113,7 +113,7 @@ def merge(
     merged = merge_memories(one, two, weights, by_level)
     console = stdout_console()
     if model is not None:
-        measured = memory_tables.load_measured(model, text or [], measure)
+        measured = memory_tables.load_measured(model, text or [], measure, one)
         losses = measured.losses({"base": None, "A": one, "B": two, "merged": merged})
         memory_tables.print_losses(console, measured, losses)
     head = MemoryStore(out).save(merged, f"merge of {a} and {b}, weights {', '.join([weight, *(level or [])])}")
@@ -175,7 +175,7 @@ def export(
     memory_tables.check_measuring(model, text)
     found = load_memory(path, at)
     # A model or text that is refused must be so before anything is written.
-    measured = None if model is None else memory_tables.load_measured(model, text or [], measure)
+    measured = None if model is None else memory_tables.load_measured(model, text or [], measure, found)
     losses = {} if measured is None else measured.losses({"base": None, "memory": found})
     small = for_use(found)
     console = stdout_console()

@@ -19,6 +19,7 @@ from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.memory import Memory
 from nestling.continual.memory_file import DTYPES, is_memory_file
 from nestling.continual.merge import Comparison, Weights
+from nestling.continual.options import settings_from
 from nestling.continual.records import DocumentRecord
 from nestling.continual.snapshots import INDEX, Index
 from nestling.continual.study import frozen_loss
@@ -28,6 +29,7 @@ from nestling.printing import short
 from nestling.tasks.text import read_documents
 
 ROWS = 20  # documents and snapshots shown
+CONTEXT = 512  # for a memory that does not say with how much it was learned, as in `frozen_loss`
 
 
 def description(memory: Memory, index: Index | None) -> dict[str, Any]:
@@ -101,10 +103,12 @@ class Measured:
     Attributes:
         model: the base model.
         texts: tokens by name.
+        context: that they are read with.
     """
 
     model: PreTrainedModel
     texts: dict[str, Tensor]
+    context: int
 
     def losses(self, memories: Mapping[str, Memory | None]) -> dict[str, list[float]]:
         """Mean loss in nats of each text with each memory.
@@ -115,12 +119,12 @@ class Measured:
         found = {}
         for name, memory in memories.items():
             with nullcontext() if memory is None else memory.applied(self.model):
-                found[name] = [frozen_loss(self.model, ids) for ids in self.texts.values()]
+                found[name] = [frozen_loss(self.model, ids, self.context) for ids in self.texts.values()]
         return found
 
 
-def load_measured(source: str, paths: Sequence[str], measure: int) -> Measured:
-    """A model, and the first `measure` tokens of each text.
+def load_measured(source: str, paths: Sequence[str], measure: int, memory: Memory) -> Measured:
+    """A model, and the first `measure` tokens of each text, to be read as the learner of `memory` reads.
 
     Raises:
         UserError: a model or text that cannot be loaded.
@@ -128,7 +132,9 @@ def load_measured(source: str, paths: Sequence[str], measure: int) -> Measured:
     documents = [document for path in paths for document in read_documents(path)]
     quiet_libraries()
     model, tokenizer = load_causal_lm(source)
-    return Measured(model, {d.name: document_tokens(source, tokenizer, d.text)[:measure] for d in documents})
+    texts = {d.name: document_tokens(source, tokenizer, d.text)[:measure] for d in documents}
+    made = memory.settings.get("learner")
+    return Measured(model, texts, CONTEXT if made is None else settings_from(made).context)
 
 
 def print_losses(console: Console, measured: Measured, losses: Mapping[str, Sequence[float]]) -> None:

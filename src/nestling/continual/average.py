@@ -27,16 +27,11 @@ class Average:
     Args:
         weights: of all levels.
         rate: chunk / horizon, in (0, 1].
-
-    Raises:
-        ValueError: weights below float32, in which a small step towards them would be lost.
     """
 
     def __init__(self, weights: Mapping[str, Weights], rate: float) -> None:
         self.weights, self.rate = weights, rate
         self.read = False
-        if any(torch.finfo(value.dtype).bits < 32 for value in self._live):
-            raise ValueError("average needs float32 weights; bfloat16=True runs the forward pass in bfloat16 with them")
         self.values = [value.clone() for value in self._live]
 
     @torch.no_grad()

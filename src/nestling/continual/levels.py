@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from nestling.continual.options import Level, Settings
 from nestling.continual.weights import FullWeights, LowRankWeights, Weights
-from nestling.levels.assignment import stream_levels
+from nestling.levels.assignment import existing_names, named_levels, stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
 from nestling.optim.layer_inputs import InputOptimizer
 
@@ -29,24 +30,38 @@ def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[
             name as a pattern. None takes the model's own levels (`nestling.models.convert`) with their periods.
 
     Raises:
-        ValueError: no levels, a pattern that fits nothing, or periods that are no multiples of the fastest.
+        ValueError: no levels or something else than a mapping, a pattern that fits nothing, a level that is neither,
+            weights below float32, or periods that are no multiples of the fastest.
     """
-    own = stream_levels(model)
     if levels is None:
         periods = getattr(model.config, "levels", None) or {}
-        levels = {name: Level(periods[name], tuple(names)) for name, names in own.items()}
+        levels = {name: Level(periods[name], tuple(names)) for name, names in stream_levels(model).items()}
+    if not isinstance(levels, Mapping):
+        raise ValueError(f'levels are given by name, as {{"fast": Level(256, ("*.mlp.*",))}}, not {levels!r}')
     if not levels:
         raise ValueError('the model has no levels of its own: name some, as {"fast": Level(256, ("*.mlp.*",))}')
-    left = [name for name, _ in model.named_parameters()]
+    own = named_levels(model)
+    parameters = dict(model.named_parameters())
+    everything = left = list(parameters)
     found: dict[str, Level] = {}
     for name, level in levels.items():
         if isinstance(level, int):
             level = Level(level, tuple(own.get(name, (name,))))
-        taken = [n for n in left if any(n == p or fnmatchcase(n, p) for p in level.parameters)]
+        if not isinstance(level, Level):
+            raise ValueError(f"level {name!r} is a Level or a period in tokens, not {level!r}")
+        fits = [n for n in everything if any(n == p or fnmatchcase(n, p) for p in level.parameters)]
+        patterns = ", ".join(level.parameters[:3])
+        if not fits:
+            raise ValueError(f"level {name!r}: {patterns} fits no parameter; the model has {existing_names(model)}")
+        taken = [n for n in left if n in set(fits)]
         if not taken:
+            raise ValueError(f"level {name!r}: an earlier level has taken every parameter of {patterns}; name it first")
+        low = next((n for n in taken if torch.finfo(parameters[n].dtype).bits < 32), None)
+        if low is not None:
+            kind = str(parameters[low].dtype).removeprefix("torch.")
             raise ValueError(
-                f"level {name!r}: {', '.join(level.parameters[:3])} fits no parameter that an earlier level has not "
-                f"taken; the model has for example {', '.join(left[:3])}"
+                f"{low} is {kind}, in which small steps are lost: load the model with dtype=torch.float32; "
+                "Options(bfloat16=True) runs the forward pass in bfloat16 all the same"
             )
         found[name] = replace(level, parameters=tuple(taken))
         left = [n for n in left if n not in set(taken)]

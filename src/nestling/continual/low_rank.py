@@ -70,15 +70,19 @@ def limit_rank(memory: Memory, rank: int) -> Truncation:
 def with_ranks(memory: Memory) -> Memory:
     """The memory with its learner's ranks set to those of its differences, so that learning can go on from it.
 
-    A memory whose learner had no ranks stays as it is.
+    A level that had a rank and holds full differences now, since it was merged with such, has none any more. A level
+    without a rank stays as it is.
     """
     settings = deepcopy(memory.settings)
-    learner: dict[str, Any] = settings.get("learner") or {"levels": {}}
+    learner: dict[str, Any] = settings.get("learner") or {"levels": {}, "options": {"rank": None}}
+    of_all, learner["options"]["rank"] = learner["options"]["rank"], None
     for level, values in learner["levels"].items():
         found = [memory.differences.get(name) for name in memory.parameters.get(level, [])]
-        ranks = [d.left.shape[1] for d in found if isinstance(d, LowRank)]
-        if ranks and (values["rank"] or learner["options"]["rank"]):
-            values["rank"] = max(ranks)
+        there = [d for d in found if d is not None]
+        ranks = [d.left.shape[1] for d in there if isinstance(d, LowRank)]
+        values["rank"] = values["rank"] or of_all
+        if values["rank"] and there:
+            values["rank"] = max(ranks) if len(ranks) == len(there) else None
     return replace(memory, settings=settings)
 
 

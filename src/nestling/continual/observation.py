@@ -15,7 +15,8 @@ class Observation:
     Attributes:
         losses: `[n]`, float32, nats: of every token before anything was learned from it; NaN for a document's first
             token and for tokens that were not to be scored.
-        updated: names of the levels that were updated, once for every update, in order.
+        updated: names of the levels whose period passed, once for every time, in order. Where a gate left out all of
+            a period's chunks, there was nothing to update that level with, but for `retention`.
         notes: sentences about what went otherwise than planned.
     """
 

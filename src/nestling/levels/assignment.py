@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -16,6 +17,8 @@ from nestling.optim import MultiFrequency, OptimizerLevel
 
 REST = "rest"
 """Name of the level of all parameters that no pattern names; its period is 1."""
+SHOWN = 16
+"""Names in a message at most."""
 
 
 def parse_levels(text: str, unit: str = "steps") -> dict[str, int]:
@@ -33,7 +36,8 @@ def parse_levels(text: str, unit: str = "steps") -> dict[str, int]:
         name, equals, period = (part.strip() for part in entry.partition("="))
         if not name or not equals:
             raise UserError(
-                f"--levels: {entry.strip()!r} is no NAME=PERIOD; write for example --levels cms.1=8,cms.2=64"
+                f"--levels: {entry.strip()!r} is no NAME=PERIOD; write for example --levels NAME=8,OTHER=64, NAME a "
+                "level of the model or a pattern of parameter names"
             )
         if not (period.isascii() and period.isdigit()) or int(period) < 1:
             raise UserError(f"--levels: the period of {name} is a number of {unit}, 1 or more, not {period!r}")
@@ -119,7 +123,7 @@ def assign_levels(model: nn.Module, levels: Mapping[str, int]) -> dict[str, list
         named = own.get(pattern)
         fits = [n for n in everything if (n in named if named is not None else fnmatchcase(n, pattern))]
         if not fits:
-            raise UserError(f"--levels: {pattern} fits no parameter of this model; it has {_existing(model, own)}")
+            raise UserError(f"--levels: {pattern} fits no parameter of this model; it has {existing_names(model)}")
         assigned[pattern] = [n for n in fits if n in left]
         if not assigned[pattern]:
             raise UserError(f"--levels: every parameter of {pattern} belongs to a level named before it; name it first")
@@ -164,9 +168,10 @@ def describe_levels(model: nn.Module, levels: Mapping[str, int]) -> str:
     return "; ".join(parts)
 
 
-def _existing(model: nn.Module, levels: Mapping[str, set[str]]) -> str:
-    """What a level may name, short enough for one line."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+def existing_names(model: nn.Module) -> str:
+    """What a level may name, for a message: the model's own levels, and its parameters, those of all blocks as one."""
+    names = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name, _ in model.named_parameters()))
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    levels = named_levels(model)
     own = f"the levels {', '.join(levels)} and " if levels else ""
     return f"{own}the parameters {shown}"

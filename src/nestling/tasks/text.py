@@ -41,7 +41,7 @@ def read_documents(path: str | Path, *, leave_out: Path | None = None) -> list[D
     elif root.exists():
         files = [root]
     else:
-        raise UserError(f"no file or directory at {path}; check the path (a set of the hub needs --streaming)")
+        raise UserError(f"no file or directory at {path}; check the path")
     documents = [Document(str(file), text) for file in files if (text := _read_utf8(file))]
     if not any(document.text.strip() for document in documents):
         raise UserError(f"{path} holds no text; give a UTF-8 text file, or a directory of them")

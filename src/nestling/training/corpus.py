@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ def prepare_data(config: TrainConfig, processes: int = 1, tokenizer_dir: str | N
 
 def _read_split(config: TrainConfig) -> tuple[list[Document], list[Document], str]:
     """Training documents, validation documents, and a line that says how they were split."""
+    for path in config.data:
+        if not Path(path).exists():
+            raise UserError(f"no file or directory at {path}; check the path (a set of the hub needs --streaming)")
     corpora = [read_documents(path) for path in config.data] or [embedded_corpus()]
     names = ", ".join(config.data) or "the embedded corpus (CPython's language reference, pydoc_data.topics)"
     if config.valid:
