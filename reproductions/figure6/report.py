@@ -8,6 +8,7 @@ from pathlib import Path
 
 from methods import METHODS  # beside this file
 
+from nestling.evaluation.level_records import levels_tables
 from nestling.evaluation.result_file import Row
 from nestling.plotting.curves import Series, line_chart
 from nestling.plotting.matrix import matrix_chart
@@ -16,7 +17,8 @@ DRAWN = ("levels_memory", "memory", "external_learner", "replay_large", "lora", 
 
 
 def write_report(rows: list[Row], name: str, folder: Path) -> None:
-    """`name`-table.md, `name`-accuracy.svg and `name`-matrix.svg of a set's test rows with the newest row's sizes.
+    """`name`-table.md, with the levels' measures where there are such, `name`-accuracy.svg and `name`-matrix.svg of a
+    set's test rows with the newest row's sizes.
 
     Of a method, the rows with its newest settings: a grid that has grown may have changed the choice.
     """
@@ -27,7 +29,12 @@ def write_report(rows: list[Row], name: str, folder: Path) -> None:
     mine = [row for row in mine if all(row[key] == mine[-1][key] for key in keys)]
     found = {method: [row for row in mine if row["method"] == method] for method in METHODS}
     found = {m: [row for row in own if row["options"] == own[-1]["options"]] for m, own in found.items() if own}
-    (folder / f"{name}-table.md").write_text(_table(found, mine[-1]["sizes"], mine[-1]["model"]))
+    text = _table(found, mine[-1]["sizes"], mine[-1]["model"])
+    measured = [row for row in rows if row["set"] == name and row["part"] == "measures"]
+    measured = [row for row in measured if all(row[key] == mine[-1][key] for key in ("model", "sizes", "blocks"))]
+    if measured:
+        text += "\n" + "\n".join(levels_tables({row["method"]: row["measures"] for row in measured})) + "\n"
+    (folder / f"{name}-table.md").write_text(text)
     series = {method: own for method, own in found.items() if method in DRAWN}
     lines = []
     for color, (method, own) in enumerate(series.items()):

@@ -13,6 +13,9 @@ accuracy at the end of a validation stream: the first --tune-tasks tasks of anot
 of training texts), asked about validation texts. No test text is asked before the settings stand. Joint training sees
 all texts at once, in one shuffled pass.
 
+`--measures N` measures the levels of the methods that have several (how alike their gradients are, how far they move)
+every N steps of one more pass over the first seed's test stream in which nothing is asked.
+
 Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
 stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
 are kept in --cache. SET-table.md, SET-accuracy.svg and SET-matrix.svg are written from all results there are. `--quick`
@@ -36,12 +39,15 @@ from methods import METHODS, PERIODS, Options, Setup  # beside this file
 from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from nestling.evaluation.class_incremental import run_class_incremental
+from nestling.evaluation.class_incremental import ClassLearner, run_class_incremental
+from nestling.evaluation.class_training import LevelsWithMemory, TrainedClassifier
 from nestling.evaluation.features import TextFeatures
 from nestling.evaluation.label_prompts import LabelPrompts
+from nestling.evaluation.level_records import record_levels
 from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
 from nestling.evaluation.result_file import ResultFile, Row, next_rate
 from nestling.models.pretrained import load_pretrained
+from nestling.optim import MultiFrequency
 from nestling.tasks.classification import (
     ClassificationSet,
     ClassTask,
@@ -109,11 +115,7 @@ class Experiment:
         features.prepare([x.text for task in tasks for x in (*task.train, *task.test)])
         features.frozen = True
         prepared = time.perf_counter()
-        classes = sum(len(task.classes) for task in tasks)
-        buffers = (classes, 3 * classes)
-        setup = Setup(copy.deepcopy(self.model), self.prompts, features, self.blocks, buffers, seed, self.greedy)
-        torch.manual_seed(seed)
-        result = self._measure(method, options, setup, tasks)
+        result = self._measure(METHODS[method].build(self._setup(features, tasks, seed), options), tasks)
         result["seconds"] = round(time.perf_counter() - prepared, 1)
         result["feature_seconds"] = round(prepared - start, 1)
         result["hardware"] = hardware(self.model.device)
@@ -121,8 +123,34 @@ class Experiment:
         print(f"{self.data.name} {part} seed {seed} {method} {options or ''}: {told}", flush=True)
         return result
 
-    def _measure(self, method: str, options: Options, setup: Setup, tasks: list[ClassTask]) -> Row:
+    def measure(self, method: str, options: Options, seed: int, every: int) -> None:
+        """The levels' measures while a method learns the test stream, unless they are there; nothing is asked."""
+        name = {"set": self.data.name, "model": self.name, "method": method, "options": options, "part": "measures"}
+        name |= {"seed": seed, "sizes": self.sizes, "blocks": self.blocks, "every": every}
+        self.results.get(name, lambda: self._record(method, options, seed, every))
+
+    def _record(self, method: str, options: Options, seed: int, every: int) -> Row:
+        features = TextFeatures(self.model, self.prompts, self.layers, self.cache)
+        tasks = self.tasks("test", seed)
+        setup = self._setup(features, tasks, seed)
         learner = METHODS[method].build(setup, options)
+        levels = learner.levels if isinstance(learner, LevelsWithMemory) else learner
+        assert isinstance(levels, TrainedClassifier) and isinstance(levels.optimizer, MultiFrequency)
+        known = {id(p): name for name, p in setup.model.named_parameters()}
+        names = {level.name: [known[id(p)] for p in level.parameters] for level in levels.optimizer.levels}
+        records = record_levels(setup.model, names, levels.optimizer, every)
+        for task in tasks:
+            levels.learn(task)
+        return {"measures": records, "hardware": hardware(self.model.device)}
+
+    def _setup(self, features: TextFeatures, tasks: list[ClassTask], seed: int) -> Setup:
+        """What a method is made of; random numbers begin anew."""
+        classes = sum(len(task.classes) for task in tasks)
+        buffers = (classes, 3 * classes)
+        torch.manual_seed(seed)
+        return Setup(copy.deepcopy(self.model), self.prompts, features, self.blocks, buffers, seed, self.greedy)
+
+    def _measure(self, learner: ClassLearner, tasks: list[ClassTask]) -> Row:
         try:
             result = run_class_incremental(learner, tasks)
         except ArithmeticError:  # a rate or strength of the grid that is too high
@@ -182,6 +210,7 @@ def quick(device: str) -> None:
         made = Experiment(data, model, "tiny", prompts, sizes, [1], 3, cache, ResultFile(cache / "results.jsonl"))
         for method in METHODS:
             made.run(method, METHODS[method].grid[0], "test", 0)
+        made.measure("levels_memory", METHODS["levels_memory"].grid[0], 0, 2)
         made.chosen("memory")
         write_report(made.results.rows, data.name, cache)
         print((cache / f"{data.name}-table.md").read_text())
@@ -207,6 +236,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--greedy", action="store_true", help="answer by greedy descent: cheaper with many labels")
+    parser.add_argument("--measures", type=int, metavar="N", help="measure the levels every N steps, in a pass more")
     parser.add_argument("--report", action="store_true", help="of what is finished, nothing runs")
     add_machine_arguments(parser)
     parser.add_argument("--quick", action="store_true")
@@ -265,6 +295,8 @@ def main() -> None:
         options = made.chosen(method)
         for seed in args.seeds:
             made.run(method, options, "test", seed)
+        if args.measures and args.seeds and method.startswith("levels"):
+            made.measure(method, options, args.seeds[0], args.measures)
     write_report(made.results.rows, data.name, args.results.parent)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nestling.evaluation.level_records import levels_tables
 from nestling.evaluation.result_file import Row
-from nestling.evaluation.stream_methods import levels_alike
 from nestling.plotting.curves import Series, line_chart
 
 
@@ -27,7 +27,7 @@ def write_report(folder: Path, rows: dict[str, tuple[Row, Row]], grids: dict[str
         ]
         labels = {"x_label": f"languages learned, {second} the second", "y_label": f"{first} to English, chrF"}
         (folder / "languages.svg").write_text(line_chart(drawn, **labels))
-        lines += ["", *_levels(rows)]
+        lines += ["", *levels_tables({method: both["measures"] for method, (both, _) in rows.items()})]
     lines += ["", "| method | mean loss of the validation languages at the end, by lr |", "| --- | --- |"]
     for method, grid in grids.items():
         lines.append(f"| `{method}` | " + ", ".join(f"{rate:.3g}: {grid[rate]:.4f}" for rate in sorted(grid)) + " |")
@@ -54,13 +54,3 @@ def _scores(rows: dict[str, tuple[Row, Row]], first: str, second: str) -> list[s
         rate = f"{both['rate']:.3g}" if both["rate"] else ""
         lines.append(f"| `{method}` | {rate} | {' | '.join(cells)} | {examples} | {speed} |")
     return lines
-
-
-def _levels(rows: dict[str, tuple[Row, Row]]) -> list[str]:
-    lines = ["| method | levels | gradients' subspaces alike | by chance |", "| --- | --- | --- | --- |"]
-    for method, (both, _) in rows.items():
-        alike = levels_alike(both["measures"])
-        for key in (k for k in alike if k.endswith("/subspace")):
-            pair = key.removesuffix("/subspace").replace("~", ", ")
-            lines.append(f"| `{method}` | {pair} | {alike[key]:.3f} | {alike[key + '_chance']:.3f} |")
-    return lines if len(lines) > 2 else ["Levels: not measured (`--measures N`)."]

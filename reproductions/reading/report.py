@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from nestling.evaluation.level_records import levels_tables
 from nestling.evaluation.result_file import Row
-from nestling.evaluation.stream_methods import levels_alike
 from nestling.plotting.curves import Series, line_chart
 
 POINTS = 24
@@ -38,7 +37,7 @@ def write_report(
             (folder / f"{row['texts'][0]}.svg").write_text(picture)
     if sequence:
         parts += ["", "## One after the other", "", *_sequence(sequence), "", *_judged(sequence)]
-        parts += ["", "## Levels", "", *_levels(sequence)]
+        parts += ["", "## Levels", "", *levels_tables({m: row.get("measures") or [] for m, row in sequence.items()})]
     parts += ["", "## Rates", "", *_grids(grids)]
     text = "\n".join(parts).strip() + "\n"
     (folder / "table.md").write_text(text)
@@ -101,27 +100,6 @@ def _judged(rows: dict[str, Row]) -> list[str]:
         s: frozen["choices"][s]["items"] for s in sets
     }
     return [*lines, "", "Items: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + "."]
-
-
-def _levels(rows: dict[str, Row]) -> list[str]:
-    """Whether the levels learn different things."""
-    lines = [*_header(["method", "levels", "gradients' subspaces alike", "by chance"])]
-    for method, row in rows.items():
-        alike = levels_alike(row.get("measures") or [])
-        for key in (k for k in alike if k.endswith("/subspace")):
-            pair = key.removesuffix("/subspace").replace("~", ", ")
-            lines.append(_line([f"`{method}`", pair, f"{alike[key]:.3f}", f"{alike[key + '_chance']:.3f}"]))
-    moved = [*_header(["method", "level", "distance from the base, relative", "latest update's norm"])]
-    for method, row in rows.items():
-        last: dict[str, Any] = (row.get("measures") or [{}])[-1]
-        for key in (k for k in last if k.endswith("/relative_distance")):
-            level = key.removesuffix("/relative_distance")
-            update = last.get(f"{level}/update_norm")
-            told = "none yet" if update is None else f"{update:.4f}"
-            moved.append(_line([f"`{method}`", level, f"{last[key]:.5f}", told]))
-    if len(lines) == 2 and len(moved) == 2:
-        return ["Not measured (`--measures N`)."]
-    return [*lines, "", *moved]
 
 
 def _grids(grids: dict[str, list[Row]]) -> list[str]:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from nestling.continual.options import Replay
+from nestling.evaluation.level_records import levels_alike
 from nestling.evaluation.stream_methods import (
     ABLATIONS,
     METHODS,
     StreamModel,
-    levels_alike,
     method_of,
     period_names,
     read_frozen,
@@ -134,7 +134,7 @@ def test_the_levels_measures(base: LlamaForCausalLM) -> None:
     names = reader.model.config.levels
     before = {key: p.detach().clone() for key, p in reader.model.named_parameters()}
     reader.read(text(24))
-    assert [record["chunk"] for record in reader.records] == [1, 3]
+    assert [record["step"] for record in reader.records] == [1, 3]
     last = reader.records[-1]
     moved = [p - before[key] for key, p in reader.model.named_parameters() if ".level_1." in key]
     distance = math.sqrt(sum(float(m.square().sum()) for m in moved))

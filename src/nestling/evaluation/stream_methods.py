@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,16 +12,15 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from nestling.continual.learner import Learner
 from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.continual.pieces import Stream, batches
 from nestling.continual.reading import Reader
+from nestling.evaluation.level_records import Record, record_levels
 from nestling.evaluation.lora import add_lora
 from nestling.levels.assignment import stream_levels
-from nestling.levels.measures import LevelMeter, roles_by_depth
 from nestling.models import convert
 from nestling.models.conversion import Assignment
 
@@ -32,8 +31,6 @@ PERIODS = (1, 4, 16, 64)
 """Of the levels, in chunks, fastest first."""
 AVERAGE = 4096
 """Tokens of the running mean."""
-COMPARED_BLOCKS = 2
-"""Of each level; a pair costs about 8 width^2 hidden operations in float64 for each of its three matrices."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ class StreamModel:
     Attributes:
         model: what reads.
         learner: None if nothing is learned.
-        records: of the levels, `{"chunk": ..., MEASURE: ...}`.
+        records: of the levels, `{"step": ..., MEASURE: ...}`, a step a chunk.
     """
 
     def __init__(
@@ -170,7 +167,7 @@ class StreamModel:
         if method.long == "longest":
             self.context = _most_positions(base)
         self.learner: Learner | None = None
-        self.records: list[dict[str, float]] = []
+        self.records: list[Record] = []
         self.model, levels = _prepare(base, method, chunk, seed)
         if method.learned != "nothing":
             # A piece is a chunk or half the context, as where nothing is learned.
@@ -179,7 +176,8 @@ class StreamModel:
                 self.model, levels, lr=rate, rate_exponent=method.rate_exponent, context=context, options=options
             )
         if measure_every is not None and self.learner is not None and method.levels > 1 and options.rank is None:
-            self._measure(self.learner, measure_every)
+            names = {level: made.parameters for level, made in self.learner.settings.levels.items()}
+            self.records = record_levels(self.model, names, self.learner.optimizer, measure_every)
 
     def read(
         self,
@@ -236,22 +234,6 @@ class StreamModel:
         if self.learner is not None:
             self.learner.detach()
 
-    def _measure(self, learner: Learner, every: int) -> None:
-        """Records of the levels' measures around the learner's steps."""
-        names = {level: list(made.parameters) for level, made in learner.settings.levels.items()}
-        meter = LevelMeter(self.model, names, roles_by_depth(names, COMPARED_BLOCKS))
-
-        def before(optimizer: Optimizer, arguments: object, keywords: object) -> None:
-            meter.before_step(learner.optimizer, meter.steps % every == 0)
-
-        def after(optimizer: Optimizer, arguments: object, keywords: object) -> None:
-            meter.after_step()
-            if (meter.steps - 1) % every == 0:
-                self.records.append({"chunk": float(meter.steps), **meter.measure()})
-
-        learner.optimizer.register_step_pre_hook(before)
-        learner.optimizer.register_step_post_hook(after)
-
 
 def _most_positions(model: PreTrainedModel) -> int:
     """The longest context that a model was trained with."""
@@ -280,10 +262,3 @@ def _prepare(
     if method.learned == "everything":
         return model, {"all": Level(chunk, ("*",))}
     return add_lora(model, method.rank, seed), {"lora": Level(chunk, ("*lora_A*", "*lora_B*"))}
-
-
-def levels_alike(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over all records of every measure between two levels (`LEVEL~LEVEL/...`), the cosine left out: it means
-    nothing between different blocks."""
-    keys = sorted({key for record in records for key in record if "~" in key and not key.endswith("/cosine")})
-    return {key: sum(r[key] for r in records if key in r) / sum(key in r for r in records) for key in keys}
