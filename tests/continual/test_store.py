@@ -210,7 +210,7 @@ def test_a_fork_is_of_the_head_that_was_read(
 def test_a_snapshot_that_is_missing_for_good_is_an_error(store: MemoryStore, memories: list[Memory]) -> None:
     store.save(memories[0])
     (store.path / "snapshot-0001.safetensors").unlink()
-    with pytest.raises(MemoryFileError, match="no memory file at"):
+    with pytest.raises(MemoryFileError, match=r"snapshot-0001.safetensors is gone, and memory\.json names it"):
         store.load()
 
 

@@ -271,6 +271,11 @@ class MemoryStore:
         file = self.path / snapshot_name(snapshot.number)
         if file.is_symlink():
             raise MemoryFileError(f"{file} is a symbolic link; a snapshot must be a file of its own")
+        if not file.exists():
+            raise MemoryFileError(
+                f"{file} is gone, and {INDEX} names it; restore it from a copy, or go to another snapshot with "
+                "nestling memory rollback --to N"
+            )
         return file
 
     def _holds_something_else(self) -> bool:

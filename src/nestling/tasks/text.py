@@ -157,7 +157,7 @@ def _read_utf8(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}); convert it, for "
-            "example with iconv -t UTF-8, or leave it out"
+            "example with iconv -t UTF-8, or name the files to read"
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; check its permissions") from error
