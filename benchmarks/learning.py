@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import Report
 from benchmarks.resident import in_own_process, peak, reset_peak
 from benchmarks.timing import Subject, interleave, speed_ratio
-from nestling.continual.learner import Learner
-from nestling.continual.options import Gate, Options, Rehearsal, Replay, UpdateLimit
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Gate, Options, Rehearsal, Replay, UpdateLimit
 from nestling.evaluation.stream_methods import read_frozen
 from nestling.models import convert
 

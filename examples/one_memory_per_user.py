@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from nestling.continual.learner import Learner
-from nestling.continual.options import Level
-from nestling.continual.store import MemoryStore, load_memory
-from nestling.continual.study import frozen_loss
+from nestling.continual.learn_documents import frozen_loss
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Level
+from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.models.pretrained import load_pretrained
 
 SAYS = {

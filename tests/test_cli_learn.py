@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from nestling.cli import learning, learning_report, main
-from nestling.continual.memory import Memory, MemoryFileError
-from nestling.continual.store import MemoryStore, load_memory
-from nestling.continual.study import frozen_loss, text_digest
+from nestling.continual.learn_documents import frozen_loss, text_digest
+from nestling.continual.store.memory import Memory, MemoryFileError
+from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.models import NestlingForCausalLM, presets
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same

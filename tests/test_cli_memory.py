@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from nestling.cli import main
-from nestling.continual.memory import LowRank, Memory
-from nestling.continual.records import dense
-from nestling.continual.store import MemoryStore, load_memory
-from nestling.continual.study import frozen_loss
+from nestling.continual.learn_documents import frozen_loss
+from nestling.continual.store.memory import LowRank, Memory
+from nestling.continual.store.records import dense
+from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.models.conversion import convert
 from nestling.printing import printable
 from nestling.training.tokenization import byte_tokenizer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nestling import NestlingForCausalLM, presets
-from nestling.continual.learner import Learner
-from nestling.continual.memory import Memory
-from nestling.continual.options import Options, Replay
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Options, Replay
+from nestling.continual.store.memory import Memory
 from nestling.models import convert
 from nestling.optim import NAMES, build
 from tests.llamas import random_llama

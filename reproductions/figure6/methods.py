@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nestling.continual.class_memory import AssociativeMemory, ClassMeans
 from nestling.continual.ewc import ElasticWeightConsolidation
-from nestling.continual.reservoir import Reservoir
+from nestling.continual.replay.reservoir import Reservoir
 from nestling.evaluation.class_incremental import ClassLearner
 from nestling.evaluation.class_methods import (
     CandidateReader,

@@ -41,7 +41,7 @@ import torch
 from report import write_report  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.continual.guards import LearningDivergedError
+from nestling.continual.learner.guards import LearningDivergedError
 from nestling.evaluation.language import LossReport
 from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
 from nestling.evaluation.result_file import ResultFile, Row, best_rate, tune_rate

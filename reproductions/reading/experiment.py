@@ -15,7 +15,7 @@ from progress import Progress, State  # beside this file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.continual.guards import LearningDivergedError
+from nestling.continual.learner.guards import LearningDivergedError
 from nestling.evaluation.choices import (
     Question,
     ask_last_words,

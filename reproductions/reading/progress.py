@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nestling.continual.memory import Memory
+from nestling.continual.store.memory import Memory
 from nestling.evaluation.result_file import Row
 from nestling.evaluation.stream_methods import StreamModel
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from nestling.continual.fingerprint import base_fingerprint
-from nestling.continual.memory import DocumentRecord, LowRank, Memory
+from nestling.continual.store.fingerprint import base_fingerprint
+from nestling.continual.store.memory import DocumentRecord, LowRank, Memory
 
 
 def make_memory(model: LlamaForCausalLM, seed: int = 0, size: float = 0.01) -> Memory:

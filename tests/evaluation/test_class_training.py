@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 from nestling.continual.class_memory import AssociativeMemory
 from nestling.continual.ewc import ElasticWeightConsolidation
-from nestling.continual.reservoir import Reservoir
+from nestling.continual.replay.reservoir import Reservoir
 from nestling.evaluation.class_incremental import ClassIncrementalResult, run_class_incremental
 from nestling.evaluation.class_methods import Keys, MemoryClassifier
 from nestling.evaluation.class_training import (

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from nestling.continual.options import Replay
+from nestling.continual.learner.options import Replay
 from nestling.evaluation.level_records import levels_alike
 from nestling.evaluation.stream_methods import (
     ABLATIONS,

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from examples import learn_a_book, one_memory_per_user
-from nestling.continual.store import load_memory
+from nestling.continual.store.store import load_memory
 from nestling.models.pretrained import load_pretrained
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same

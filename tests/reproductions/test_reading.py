@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nestling.continual.learner import Learner
+from nestling.continual.learner.learner import Learner
 from nestling.evaluation import stream_methods
 from nestling.evaluation.choices import Question
 from nestling.evaluation.result_file import ResultFile

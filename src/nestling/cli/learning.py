@@ -21,13 +21,21 @@ from transformers import PreTrainedModel
 from nestling.cli.console import cell, quiet_libraries, say, stdout_console
 from nestling.cli.learning_report import Outcome, ProgressLines, mean, print_outcomes, print_place
 from nestling.cli.loading import document_tokens, load_causal_lm
-from nestling.continual.guards import LearningDivergedError
-from nestling.continual.learner import Learner
-from nestling.continual.memory import Memory
-from nestling.continual.options import Level, Options, Rehearsal, Replay, settings_from
-from nestling.continual.snapshots import Snapshot
-from nestling.continual.store import MemoryStore
-from nestling.continual.study import Autosave, Progress, Text, frozen_loss, learn_text, text_digest, tokens_read
+from nestling.continual.learn_documents import (
+    Autosave,
+    Progress,
+    Text,
+    frozen_loss,
+    learn_text,
+    text_digest,
+    tokens_read,
+)
+from nestling.continual.learner.guards import LearningDivergedError
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Level, Options, Rehearsal, Replay, settings_from
+from nestling.continual.store.memory import Memory
+from nestling.continual.store.snapshots import Snapshot
+from nestling.continual.store.store import MemoryStore
 from nestling.errors import UserError
 from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents

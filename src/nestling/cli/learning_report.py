@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from nestling.cli.console import cell, say
-from nestling.continual.learner import Learner
-from nestling.continual.snapshots import Snapshot
-from nestling.continual.store import MemoryStore
-from nestling.continual.study import Progress
+from nestling.continual.learn_documents import Progress
+from nestling.continual.learner.learner import Learner
+from nestling.continual.store.snapshots import Snapshot
+from nestling.continual.store.store import MemoryStore
 
 LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import NestlingForCausalLM
-from nestling.continual.memory_file import is_memory_file
-from nestling.continual.store import load_memory as load_learned
+from nestling.continual.store.memory_file import is_memory_file
+from nestling.continual.store.store import load_memory as load_learned
 from nestling.errors import UserError
 from nestling.memory.state import StateFileError
 from nestling.models.cache import ModelState

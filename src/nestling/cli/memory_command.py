@@ -35,7 +35,7 @@ def show(path: Source, as_json: Annotated[bool, typer.Option("--json", help="Pri
     """Show levels, documents, size, how far each level and layer has moved, and the snapshots."""
     from nestling.cli.console import stdout_console
     from nestling.cli.memory_tables import description, print_memory
-    from nestling.continual.store import MemoryStore, load_memory
+    from nestling.continual.store.store import MemoryStore, load_memory
 
     if path.is_dir():
         store = MemoryStore(path)
@@ -58,8 +58,8 @@ def diff(
     """Compare two memories: how far each level has moved, how alike the directions are, which documents differ."""
     from nestling.cli.console import stdout_console
     from nestling.cli.memory_tables import print_comparison
-    from nestling.continual.merge import compare
-    from nestling.continual.store import load_memory
+    from nestling.continual.store.merge import compare
+    from nestling.continual.store.store import load_memory
 
     comparison = compare(load_memory(a), load_memory(b))
     if as_json:
@@ -76,7 +76,7 @@ def fork(
 ) -> None:
     """Begin a new memory with what another holds; both then go on apart."""
     from nestling.cli.console import say, stdout_console
-    from nestling.continual import store
+    from nestling.continual.store import store
 
     head = store.fork(path, target, at).head()
     say(stdout_console(), f"{target}: {short(head.note)} ({head.tokens:,} tokens, {head.bytes:,} bytes)")
@@ -103,8 +103,8 @@ def merge(
     """
     from nestling.cli import memory_tables
     from nestling.cli.console import say, stdout_console
-    from nestling.continual.merge import merge as merge_memories
-    from nestling.continual.store import MemoryStore, load_memory
+    from nestling.continual.store.merge import merge as merge_memories
+    from nestling.continual.store.store import MemoryStore, load_memory
 
     memory_tables.check_new(out)
     memory_tables.check_measuring(model, text)
@@ -127,7 +127,7 @@ def rollback(
 ) -> None:
     """Go back to an earlier snapshot, or forward again. Nothing is deleted."""
     from nestling.cli.console import say, stdout_console
-    from nestling.continual.store import MemoryStore
+    from nestling.continual.store.store import MemoryStore
 
     head = MemoryStore(path).rollback(to)
     say(stdout_console(), f"{path}: now at snapshot {head.number}, {head.time}: {short(head.note)}")
@@ -139,7 +139,7 @@ def prune(
 ) -> None:
     """Delete all snapshots but the head and the N - 1 before it, for good."""
     from nestling.cli.console import say, stdout_console
-    from nestling.continual.store import MemoryStore
+    from nestling.continual.store.store import MemoryStore
 
     gone = MemoryStore(path).prune(keep)
     numbers = ", ".join(str(s.number) for s in gone) or "none"
@@ -167,9 +167,9 @@ def export(
     """
     from nestling.cli import memory_tables
     from nestling.cli.console import say, stdout_console
-    from nestling.continual.low_rank import for_use, limit_rank
-    from nestling.continual.memory import Memory
-    from nestling.continual.store import load_memory
+    from nestling.continual.store.low_rank import for_use, limit_rank
+    from nestling.continual.store.memory import Memory
+    from nestling.continual.store.store import load_memory
 
     memory_tables.check_export(path, out, dtype, overwrite)
     memory_tables.check_measuring(model, text)

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from nestling.cli.console import cell, quiet_libraries, say
 from nestling.cli.loading import document_tokens, load_causal_lm
-from nestling.continual.memory import Memory
-from nestling.continual.memory_file import DTYPES, is_memory_file
-from nestling.continual.merge import Comparison, Weights
-from nestling.continual.options import settings_from
-from nestling.continual.records import DocumentRecord
-from nestling.continual.snapshots import INDEX, Index
-from nestling.continual.study import frozen_loss
-from nestling.continual.summary import summarize
+from nestling.continual.learn_documents import frozen_loss
+from nestling.continual.learner.options import settings_from
+from nestling.continual.store.memory import Memory
+from nestling.continual.store.memory_file import DTYPES, is_memory_file
+from nestling.continual.store.merge import Comparison, Weights
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.snapshots import INDEX, Index
+from nestling.continual.store.summary import summarize
 from nestling.errors import UserError
 from nestling.printing import short
 from nestling.tasks.text import read_documents

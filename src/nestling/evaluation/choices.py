@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.continual.pieces import Piece, batches
-from nestling.continual.reading import Reader, target_ids
+from nestling.continual.stream.chunks import Piece, batches
+from nestling.continual.stream.scoring import Reader, target_ids
 from nestling.errors import UserError
 
 Ids = list[int]

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from nestling.continual.ewc import ElasticWeightConsolidation
-from nestling.continual.reservoir import Reservoir, ReservoirItem
+from nestling.continual.replay.reservoir import Reservoir, ReservoirItem
 from nestling.evaluation.class_methods import MemoryClassifier, trie_scores
 from nestling.evaluation.label_prompts import LabelPrompts
 from nestling.evaluation.label_trie import LabelScorer, answer_loss

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.continual.fingerprint import base_fingerprint
+from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.evaluation.label_prompts import LabelPrompts
 from nestling.evaluation.label_trie import pad_left
 

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nestling.continual.learner import Learner
-from nestling.continual.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
-from nestling.continual.pieces import Stream, batches
-from nestling.continual.reading import Reader
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
+from nestling.continual.stream.chunks import Stream, batches
+from nestling.continual.stream.scoring import Reader
 from nestling.evaluation.level_records import Record, record_levels
 from nestling.evaluation.lora import add_lora
 from nestling.levels.assignment import stream_levels

@@ -138,7 +138,10 @@ def open_stream(name: str, subset: str | None, split: str, column: str) -> Any:
 
 def _files(root: Path, leave_out: Path | None) -> list[Path]:
     """Sorted, those of memories left out."""
-    from nestling.continual.snapshots import INDEX, is_memory_directory  # brings the learner; most texts need none
+    from nestling.continual.store.snapshots import (  # brings the learner; most texts need none
+        INDEX,
+        is_memory_directory,
+    )
 
     found = [f for f in sorted(root.rglob("*")) if f.is_file() and not _hidden(f.relative_to(root))]
     closed = {f.parent for f in found if f.name == INDEX and is_memory_directory(f.parent)}

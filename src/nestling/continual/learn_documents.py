@@ -1,0 +1,199 @@
+"""Learning from whole documents, with a memory on disk that is never more than a little behind."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.continual.store.memory import Memory
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.store import MemoryStore
+from nestling.continual.stream.chunks import Stream
+
+
+class Notes(Protocol):
+    """What `Student.observe` returns, as far as it is used here."""
+
+    @property
+    def losses(self) -> Tensor:
+        """`[n]`, nats, NaN where there was no target."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What went otherwise than planned."""
+
+
+class Student(Protocol):
+    """The part of a `Learner` that this module uses."""
+
+    @property
+    def stream(self) -> Stream:
+        """Its chunks: how many tokens one has, and how many the present one still takes."""
+
+    def observe(self, tokens: Tensor, *, document: DocumentRecord | None = None) -> Notes:
+        """Score tokens, then learn from them."""
+
+    def end_document(self) -> None:
+        """The present document is finished."""
+
+    def memory(self) -> Memory:
+        """What was learned, and all that is needed to go on exactly."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document as tokens.
+
+    Attributes:
+        name: path or title.
+        digest: SHA-256 of its text.
+        ids: `[n]` int64, beginning and end tokens included.
+    """
+
+    name: str
+    digest: str
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step was learned.
+
+    Attributes:
+        tokens: in this step.
+        losses: of them, before they were learned from.
+        notes: what went otherwise than planned.
+    """
+
+    tokens: int
+    losses: Tensor
+    notes: Sequence[str]
+
+
+@dataclass
+class Autosave:
+    """Saves when enough tokens or seconds have passed since the last time.
+
+    Attributes:
+        store: where to.
+        tokens: None for no such limit.
+        seconds: None for no such limit.
+    """
+
+    store: MemoryStore
+    tokens: int | None = None
+    seconds: float | None = 120.0
+
+    def __post_init__(self) -> None:
+        self._unsaved, self._since = 0, time.monotonic()
+
+    @property
+    def unsaved(self) -> int:
+        """Tokens learned since the last save."""
+        return self._unsaved
+
+    def count(self, student: Student, tokens: int) -> None:
+        """Tokens were learned; saves if it is time."""
+        self._unsaved += tokens
+        late = self.seconds is not None and time.monotonic() - self._since >= self.seconds
+        if late or (self.tokens is not None and self._unsaved >= self.tokens):
+            self.save(student)
+
+    def save(self, student: Student) -> None:
+        """Save what is not yet on disk, as a snapshot that the next one replaces."""
+        if self._unsaved:
+            self.store.save(student.memory(), "not finished", autosave=True)
+        self._unsaved, self._since = 0, time.monotonic()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a document's text, by which it is known again."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def tokens_read(records: Iterable[DocumentRecord], digest: str) -> int | None:
+    """Tokens of a document that were learned from, in one part or several; None when it was finished."""
+    parts = [r for r in records if r.digest == digest]
+    return None if any(r.finished for r in parts) else sum(r.tokens for r in parts)
+
+
+def learn_text(
+    student: Student,
+    text: Text,
+    start: int,
+    autosave: Autosave,
+    *,
+    step: int = 256,
+    on_step: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Learn from a document to its end.
+
+    Tokens are given in steps that end with a chunk of the learner's, because those of a chunk that is not full are read
+    once for their losses and once more when it is: every token but those after the document's last full chunk is read
+    once. A chunk longer than `step` is one step. Parts of it could be stopped between, but would be read twice, and the
+    last of them takes as long as all, since it brings the learning from the whole chunk.
+
+    An exception of `on_step` leaves the student whole, after the step: that is the place to stop at.
+
+    Args:
+        student: the learner.
+        text: the document.
+        start: tokens of it that were learned from before.
+        autosave: where the memory goes meanwhile.
+        step: tokens given to the learner at once at most, where chunks are not longer; changes no result.
+        on_step: called after every step.
+    """
+    document = DocumentRecord(text.name, text.digest, 0, False, 0.0, "")
+    place = start
+    while place < len(text.ids):
+        ids = text.ids[place : place + _whole_chunks(student.stream, step)]
+        place += len(ids)
+        seen = student.observe(ids, document=document)
+        if place == len(text.ids):
+            student.end_document()
+        autosave.count(student, len(ids))
+        on_step(Progress(len(ids), seen.losses, seen.notes))
+
+
+@torch.no_grad()
+def frozen_loss(
+    model: nn.Module, ids: Tensor, context: int = 512, on_window: Callable[[int], None] = lambda _: None
+) -> float:
+    """Mean loss of a text's tokens but the first, in nats, without learning; NaN for fewer than two tokens.
+
+    Read in windows of `context` tokens that overlap by half, as a `Learner` reads by default, so the three losses
+    before, while and after learning differ in the weights alone.
+
+    Args:
+        model: any causal language model of transformers.
+        ids: `[n]`.
+        context: tokens in a window.
+        on_window: called with the tokens scored since the last call.
+    """
+    was_training, total = model.training, 0.0
+    model.eval()
+    device = next(model.parameters()).device
+    stride, done = max(1, context // 2), 1
+    try:
+        while done < len(ids):
+            new = min(stride if done > 1 else context - 1, len(ids) - done)
+            window = ids[max(0, done + new - context) : done + new].to(device)
+            logits = model(input_ids=window[None], use_cache=False).logits[0, -new - 1 : -1]
+            total += float(F.cross_entropy(logits.float(), window[-new:].long(), reduction="sum"))
+            done += new
+            on_window(new)
+    finally:
+        model.train(was_training)
+    return total / (len(ids) - 1) if len(ids) > 1 else float("nan")
+
+
+def _whole_chunks(stream: Stream, most: int) -> int:
+    """Tokens to the end of the present chunk, and of as many more as fit."""
+    return stream.room + max(0, most - stream.room) // stream.chunk * stream.chunk

@@ -1,0 +1,1 @@
+"""The learner: options, levels, steps, and what it learns."""

@@ -1,0 +1,395 @@
+"""A pre-trained model that goes on learning from the stream of tokens it reads (NL Eq. 71, sections 7.1 and 7.3)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from types import TracebackType
+from typing import Self, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nestling.continual.learner import consolidation
+from nestling.continual.learner.average import Average
+from nestling.continual.learner.gradients import take_gradients
+from nestling.continual.learner.guards import LearningDivergedError, LearningWarning, SpikeGuard, SurpriseGate
+from nestling.continual.learner.levels import make_optimizer, make_weights, resolve
+from nestling.continual.learner.observation import Counters, Observation
+from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
+from nestling.continual.learner.steps import limit_step, retain
+from nestling.continual.replay.auxiliary_losses import Written, companions
+from nestling.continual.replay.reservoir import Reservoir, undone_on_error
+from nestling.continual.store import resume
+from nestling.continual.store.applying import LEARNER, check_free
+from nestling.continual.store.fingerprint import base_fingerprint
+from nestling.continual.store.memory import Memory
+from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
+from nestling.continual.stream.documents import Document, DocumentLog
+from nestling.continual.stream.scoring import Reader, learned_positions, learning
+
+
+class Learner:
+    """Learns from a stream of tokens, level by level: every level by the mean gradient of its own period's tokens.
+
+    The stream is cut into chunks of the fastest level's period, inside which the weights stand still. A chunk is read
+    in pieces of at most `options.piece` tokens, each with up to `context - piece` earlier tokens of its document, and
+    its gradient is that of the mean loss over all its targets. Tokens are scored when they come; those of a chunk that
+    is not full wait for the rest and are then read again, with gradients. So losses, weights and updates do not depend
+    on how the tokens are divided into calls (to float rounding), and a call that brings whole chunks reads every one
+    once.
+
+    While attached, the model has the learned weights, for `generate` too. One learner can be attached to a model at a
+    time; `detach` gives the model its base weights back, to the last bit, and `with learner:` attaches for a while.
+
+    Costs, beside the forward and backward pass of `(context + piece) / 2` to `context` tokens a piece: one copy of the
+    learned parameters (the base), their gradients, the optimizer's state (two more for AdamW), one gradient sum for
+    every level but the fastest, with an `UpdateLimit` one more copy during a step, and with an average one more copy.
+    With ranks these are of the factors' size.
+
+    Args:
+        model: any causal language model of transformers, with its base weights.
+        levels: see `nestling.continual.learner.levels.resolve`. Parameters of no level stay as they are.
+        optimizer: a name of `nestling.optim.NAMES`, or what makes an optimizer from a list of parameters (its rate is
+            its own), for the levels that name none.
+        lr: rate of the fastest level. 1e-4 is where to start with AdamW, a model of 135M parameters and chunks of 256
+            tokens; see `nestling.optim.build` for the others' sizes.
+        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. With -0.5 slow levels
+            forget less and learn a later text less than one level does (reproductions/reading).
+        context: tokens that a piece is read with at most, its own included.
+        options: everything else.
+
+    Raises:
+        ValueError: settings that do not fit the model or each other, or a model that another learner is attached to.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        levels: Mapping[str, Level | int] | None = None,
+        optimizer: str | Factory = "adamw",
+        *,
+        lr: float,
+        rate_exponent: float = -0.5,
+        context: int = 512,
+        options: Options | None = None,
+    ) -> None:
+        check_free(model, None)
+        options = options or Options()
+        self.model = model
+        self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
+        chunk = next(iter(self.settings.levels.values())).period
+        options.check_levels(list(self.settings.levels), chunk, context)
+        self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
+        if self.stream.size >= context:
+            raise ValueError(
+                f"pieces of {self.stream.size} tokens do not fit a context of {context}: each needs one token before it"
+            )
+        if (most := learned_positions(model)) is not None and context > most:
+            raise ValueError(f"a context of {context} tokens is more than the model's {most} positions")
+        self.fingerprint = base_fingerprint(model)
+        self.reader = Reader(model, options.bfloat16)
+        self.weights = make_weights(model, self.settings)
+        self.average: Average | None = None
+        self._learned = {name: weights.learned for name, weights in self.weights.items()}
+        self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+        try:
+            self.start_afresh()
+        except BaseException:
+            for weights in self.weights.values():
+                weights.detach()
+            raise
+        self.attached = True
+        setattr(model, LEARNER, self)
+
+    def start_afresh(self) -> None:
+        """Forget all but the weights: optimizers, pending tokens, replay, gate, guard, documents and counters."""
+        self._check_live()
+        options = self.settings.options
+        with learning(self.model, self._everything):
+            self.optimizer = make_optimizer(self.settings, self.weights)
+        self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
+        self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
+        self.gate = None if options.gate is None else SurpriseGate(options.gate)
+        self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
+        self.log = DocumentLog()
+        self.counters = Counters()
+        rehearsal, context = options.rehearsal, self.settings.context
+        self.written = None if rehearsal is None else Written(rehearsal, context, options.seed)
+        self.average = None if options.average is None else Average(self.weights, self.stream.chunk / options.average)
+        self._refused = 0
+        self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
+
+    def observe(
+        self,
+        tokens: Int[Tensor, " n"] | Sequence[int],
+        *,
+        document: Document | None = None,
+        scored: Bool[Tensor, " n"] | Sequence[bool] | None = None,
+    ) -> Observation:
+        """Score tokens, then learn from them.
+
+        Args:
+            tokens: the next ones of the stream, any number.
+            document: which document they belong to; another one than before ends that one. None goes on with the
+                present document.
+            scored: which of them are targets, for example the answers alone; None is all. The others are read only,
+                but count for the periods.
+
+        Returns:
+            the losses before learning, and what was updated. A chunk whose loss or gradient is not finite, or whose
+            loss is a spike, is not learned from: weights, optimizers and periods are then as before it, its tokens are
+            counted as skipped, a note says so, and a `LearningWarning` is given.
+
+        Raises:
+            ValueError: tokens that are no whole numbers or not in the vocabulary, or `scored` of another length;
+                nothing has changed then. LearningDivergedError: the weights themselves are no longer finite.
+            RuntimeError: the learner is detached.
+        """
+        self._check_at_work()
+        ids, targets = check_tokens(tokens, scored, self.vocabulary)
+        if not len(ids):
+            return Observation(torch.empty(0), notes=("no tokens: nothing was learned",))
+        if not self.log.is_present(document):
+            self._leave(finished=False)
+            self.log.begin(document)
+        losses = torch.full((len(ids),), math.nan, dtype=torch.float32)
+        updated: list[str] = []
+        notes: list[str] = []
+        done = 0
+        while done < len(ids):
+            part = slice(done, done + min(self.stream.room, len(ids) - done))
+            new = part.stop - part.start
+            with self.stream.undone_on_error(), undone_on_error(self.buffer):
+                self.stream.add(ids[part], targets[part])
+                full = not self.stream.room
+                losses[part] = self._learn(new, updated, notes) if full else self._score(new)
+            self.log.add(losses[part])
+            self.counters.tokens += new
+            done = part.stop
+        return Observation(losses, tuple(updated), tuple(notes))
+
+    def write_rehearsal(self, on_token: Callable[[int], object] | None = None) -> None:
+        """Write the text of `Options.rehearsal` now, and not with the first chunk. Nothing happens where there is some
+        already, or nothing to rehearse.
+
+        Args:
+            on_token: told after each step how many tokens there are, of `Rehearsal.pieces` times its length. What it
+                raises ends the writing, and nothing has changed then.
+        """
+        self._check_at_work()
+        if self.written is not None and self.written.ids is None:
+            self.written.write(self, on_token)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the running mean of its weights (`Options.average`) for a `with` block, as a memory gives it;
+        with the weights as they are where there is no such mean.
+
+        Raises:
+            RuntimeError: the learner is detached, or the mean is on the model already.
+        """
+        self._check_at_work()
+        with nullcontext() if self.average is None else self.average.in_place():
+            yield
+
+    def end_document(self) -> None:
+        """The present document is finished: what comes next has nothing before it. Pending tokens stay pending."""
+        self._leave(finished=True)
+
+    def apply(self) -> None:
+        """Attach: give the model what was learned.
+
+        Raises:
+            ValueError: another learner is attached to the model.
+        """
+        if self.attached:
+            return
+        check_free(self.model, self)
+        for weights in self.weights.values():
+            weights.attach()
+        self.attached = True
+        setattr(self.model, LEARNER, self)
+
+    def detach(self) -> None:
+        """Give the model its base weights back, to the last bit; what was learned stays here."""
+        if not self.attached:
+            return
+        self._check_live()
+        for weights in self.weights.values():
+            weights.detach()
+        self.attached = False
+        delattr(self.model, LEARNER)
+
+    def __enter__(self) -> Self:
+        self.apply()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def consolidate(
+        self,
+        *,
+        fast: Sequence[str] | None = None,
+        retention: float = 0.5,
+        steps: int = 20,
+        lr: float | None = None,
+        rows: int = 2,
+        held_out: float = 0.25,
+        seed: int = 0,
+    ) -> consolidation.Consolidation:
+        """Sleep: the slower levels learn to say what the model says now, and the fast ones forget. A running mean
+        begins anew from what the weights are then.
+
+        See `nestling.continual.learner.consolidation.consolidate`.
+        """
+        self._check_at_work()
+        return consolidation.consolidate(
+            self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
+        )
+
+    def memory(self) -> Memory:
+        """What was learned, and all that is needed to go on exactly from here.
+
+        Taken inside a block of `averaged` it is for use only: the running mean, and nothing to go on with.
+        """
+        return resume.to_memory(self)
+
+    def load(self, memory: Memory) -> None:
+        """Go on where `memory` was taken. A memory without `tensors` gives its differences only: a fresh start of
+        optimizers and counters from what it knows.
+
+        Raises:
+            ValueError: a memory of another base model, of other levels, or one that does not fit together.
+        """
+        self._check_live()
+        resume.load(self, memory)
+        self._unproven = set(self.weights) if memory.tensors else set()
+
+    @classmethod
+    def restore(cls, model: PreTrainedModel, memory: Memory) -> Learner:
+        """The learner that `memory` was taken of.
+
+        Args:
+            model: with its base weights.
+            memory: of a learner whose optimizers were all named.
+
+        Raises:
+            ValueError: as `load`, or an optimizer that was a function.
+        """
+        if "learner" not in memory.settings:
+            raise ValueError("this memory has no learner's settings: make a Learner and call its load")
+        check_free(model, None)
+        resume.check_model(memory, base_fingerprint(model))
+        made = settings_from(memory.settings["learner"])
+        learner = cls(
+            model,
+            made.levels,
+            made.optimizer,
+            lr=made.lr,
+            rate_exponent=made.rate_exponent,
+            context=made.context,
+            options=made.options,
+        )
+        try:
+            learner.load(memory)
+        except BaseException:
+            learner.detach()
+            raise
+        return learner
+
+    def _check_at_work(self) -> None:
+        if not self.attached:
+            raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
+        self._check_live()
+
+    def _check_live(self) -> None:
+        if self.average is not None and self.average.read:
+            raise RuntimeError("the running mean is on the model; leave the block of averaged() first")
+
+    @property
+    def _everything(self) -> list[Tensor]:
+        return [p for parameters in self._learned.values() for p in parameters]
+
+    def _leave(self, finished: bool) -> None:
+        self.log.end(finished)
+        self.stream.end_document()
+
+    def _score(self, new: int) -> Float[Tensor, " new"]:
+        """Losses of the chunk's last tokens."""
+        wanted = []
+        for piece, own in self.stream.last(new):
+            late = torch.arange(len(piece)) >= len(piece) - own
+            wanted.append(Piece(piece.ids, piece.start, piece.scored & late))
+        with learning(self.model, ()):
+            work = batches(wanted, self.settings.options.batch_tokens)
+            found = [self.reader.scores(batch).cpu().float() for batch in work]
+        return placed(wanted, torch.cat(found) if found else torch.empty(0))[-new:]
+
+    def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
+        """Learn from the full chunk; losses of its last tokens."""
+        pieces, options = self.stream.pieces, self.settings.options
+        joined, beside = companions(self)
+        with learning(self.model, self._everything):
+            seen = take_gradients(self.reader, pieces, joined, beside, options, self.guard, self.gate, self._learned)
+            if seen.refusal is None:
+                updated.extend(self._step())
+        if seen.refusal is None:
+            self._count(pieces, seen.losses)
+        else:
+            self._refuse(seen.refusal, notes)
+        self.stream.end_chunk()
+        return placed(pieces, seen.losses.float())[-new:]
+
+    def _step(self) -> list[str]:
+        """Update the levels whose period has passed."""
+        options = self.settings.options
+        due = [level.name for level in self.optimizer.levels if level.elapsed + 1 == level.period]
+        before = {name: [p.detach().clone() for p in self._learned[name]] for name in due if options.limit_of(name)}
+        for name in due:
+            if (kept := options.retention_of(name)) != 1:
+                retain(self.weights[name].anchored, kept)
+        with resume.fitting(bool(self._unproven)):
+            self.optimizer.step()
+        self._unproven -= set(due)
+        for name, old in before.items():
+            if (limit := options.limit_of(name)) is not None:
+                limit_step([p.detach() for p in self._learned[name]], old, limit)
+        return due
+
+    def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
+        self.counters.chunks += 1
+        self._refused = 0
+        if self.average is not None:
+            self.average.follow(self.counters.chunks)
+        if len(losses):
+            self.guard.accept(float(losses.mean()))
+            if self.gate is not None:
+                self.gate.remember(losses)
+        if self.buffer is not None:
+            for piece in pieces:
+                if bool(piece.targets.any()):
+                    self.buffer.add(piece.encode(), {"start": piece.start})
+
+    def _refuse(self, reason: str, notes: list[str]) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self._everything):
+            raise LearningDivergedError(
+                "learned weights are not finite; restore the learner from its last saved memory and lower lr"
+            )
+        self._refused += 1
+        if self._refused > self.settings.options.patience and "not finite" in reason:
+            raise LearningDivergedError(
+                f"{self._refused} chunks on end were refused, the last since {reason}; restore the learner from its "
+                "last saved memory and lower lr"
+            )
+        self.counters.skipped += self.stream.chunk
+        note = f"{self.stream.chunk} tokens were not learned from: {reason}"
+        notes.append(note)
+        warnings.warn(note, LearningWarning, stacklevel=4)

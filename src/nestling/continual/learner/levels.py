@@ -1,0 +1,140 @@
+"""The levels of a learner: which parameters, how often, how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from nestling.continual.learner.options import Level, Settings
+from nestling.continual.learner.weights import FullWeights, LowRankWeights, Weights
+from nestling.levels.assignment import existing_names, named_levels, stream_levels
+from nestling.optim import MultiFrequency, OptimizerLevel, build
+from nestling.optim.layer_inputs import InputOptimizer
+
+
+def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[str, Level]:
+    """The levels with every parameter by its exact name, fastest first.
+
+    A parameter that several levels' patterns fit belongs to the first of them.
+
+    Args:
+        model: whose parameters.
+        levels: by name. A number is a period: of the model's own level of that name, or of the parameters that fit the
+            name as a pattern. None takes the model's own levels (`nestling.models.convert`) with their periods.
+
+    Raises:
+        ValueError: no levels or something else than a mapping, a pattern that fits nothing, a level that is neither,
+            weights below float32, or periods that are no multiples of the fastest.
+    """
+    if levels is None:
+        periods = getattr(model.config, "levels", None) or {}
+        levels = {name: Level(periods[name], tuple(names)) for name, names in stream_levels(model).items()}
+    if not isinstance(levels, Mapping):
+        raise ValueError(f'levels are given by name, as {{"fast": Level(256, ("*.mlp.*",))}}, not {levels!r}')
+    if not levels:
+        raise ValueError('the model has no levels of its own: name some, as {"fast": Level(256, ("*.mlp.*",))}')
+    own = named_levels(model)
+    parameters = dict(model.named_parameters())
+    everything = left = list(parameters)
+    found: dict[str, Level] = {}
+    for name, level in levels.items():
+        if isinstance(level, int):
+            level = Level(level, tuple(own.get(name, (name,))))
+        if not isinstance(level, Level):
+            raise ValueError(f"level {name!r} is a Level or a period in tokens, not {level!r}")
+        fits = [n for n in everything if any(n == p or fnmatchcase(n, p) for p in level.parameters)]
+        patterns = ", ".join(level.parameters[:3])
+        if not fits:
+            raise ValueError(f"level {name!r}: {patterns} fits no parameter; the model has {existing_names(model)}")
+        taken = [n for n in left if n in set(fits)]
+        if not taken:
+            raise ValueError(f"level {name!r}: an earlier level has taken every parameter of {patterns}; name it first")
+        low = next((n for n in taken if torch.finfo(parameters[n].dtype).bits < 32), None)
+        if low is not None:
+            kind = str(parameters[low].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{low} is {kind}, in which small steps are lost: load the model with dtype=torch.float32; "
+                "Options(bfloat16=True) runs the forward pass in bfloat16 all the same"
+            )
+        found[name] = replace(level, parameters=tuple(taken))
+        left = [n for n in left if n not in set(taken)]
+    fastest = min(level.period for level in found.values())
+    for name, level in found.items():
+        if level.period % fastest:
+            raise ValueError(
+                f"the period of level {name!r}, {level.period} tokens, is no multiple of the fastest, {fastest}"
+            )
+    return dict(sorted(found.items(), key=lambda item: item[1].period))
+
+
+def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
+    """What every level learns, attached to the model."""
+    made: dict[str, Weights] = {}
+    for index, (name, level) in enumerate(settings.levels.items()):
+        rank = level.rank or settings.options.rank
+        names = list(level.parameters)
+        made[name] = (
+            FullWeights(model, names)
+            if rank is None
+            else LowRankWeights(model, names, rank, settings.options.seed + index)
+        )
+    return made
+
+
+def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiFrequency:
+    """One inner optimizer a level, periods in chunks, gradients averaged over the period.
+
+    The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
+    memories that follow a gradient's size would otherwise grow with the period on top of `rate_exponent`. So a level's
+    rate means the same for every period and every optimizer.
+
+    Raises:
+        ValueError: passes beside the chunk's, with an optimizer that learns from layer inputs.
+    """
+    fastest = min(level.period for level in settings.levels.values())
+    made = MultiFrequency(
+        {
+            name: OptimizerLevel(
+                weights[name].learned, level.period // fastest, _factory(settings, level, weights[name], fastest)
+            )
+            for name, level in settings.levels.items()
+        },
+        reduce="mean",
+    )
+    options = settings.options
+    apart = options.rehearsal is not None or (
+        options.replay is not None and (options.replay.projection or options.replay.teacher is not None)
+    )
+    watching = {level.name: level.optimizer for level in made.levels if isinstance(level.optimizer, InputOptimizer)}
+    if watching and apart:
+        for optimizer in watching.values():
+            optimizer.close()
+        raise ValueError(
+            f"the optimizer of level {next(iter(watching))!r} learns from the layers' inputs, which have no weight: it "
+            "takes no rehearsal, and replay without projection or teacher only"
+        )
+    return made
+
+
+def rate(settings: Settings, level: Level, fastest: int) -> float:
+    """The level's own rate, or lr * (period / fastest)^rate_exponent."""
+    return settings.lr * (level.period / fastest) ** settings.rate_exponent if level.lr is None else level.lr
+
+
+def _factory(settings: Settings, level: Level, weights: Weights, fastest: int) -> Any:
+    chosen = level.optimizer or settings.optimizer
+    if not isinstance(chosen, str):
+        return chosen
+    lr = rate(settings, level, fastest)
+    return partial(_build, chosen, weights.owner, lr=lr, betas=settings.options.betas)
+
+
+def _build(name: str, owner: nn.Module, only: list[Any], *, lr: float, betas: tuple[float, float]) -> Optimizer:
+    return build(name, owner, lr=lr, betas=betas, only=only)

@@ -1,0 +1,1 @@
+"""What was learned, as a file: memories, snapshots, merging, ranks."""

@@ -1,0 +1,152 @@
+"""Putting what was learned into a model, and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nestling.continual.store.fingerprint import base_fingerprint
+from nestling.continual.store.records import LowRank, dense, identity, shape_of
+from nestling.errors import UserError
+
+# On the module itself, so that a deep copy of a model knows what it holds.
+ATTRIBUTE = "_nestling_memory"
+LEARNER = "_nestling_learner"
+"""Where a model holds the learner that is attached to it: one that is forgotten must not leave its weights unseen."""
+
+
+class MemoryUseError(UserError, ValueError):
+    """A memory that cannot be put into this model, or taken out of it."""
+
+
+@dataclass
+class Applied:
+    """What a model remembers of the memory it holds, or held.
+
+    Attributes:
+        owner: `identity` of the differences held; None when it has been taken out to rounding.
+        base: fingerprint of the model before.
+        originals: the parameters' values before; None where they were not kept.
+        rounded: fingerprint after a removal that was exact to rounding only.
+    """
+
+    owner: str | None
+    base: str
+    originals: dict[str, Tensor] | None = None
+    rounded: str | None = None
+
+
+def put_in(
+    model: nn.Module,
+    fingerprint: str,
+    differences: Mapping[str, Tensor | LowRank],
+    *,
+    keep_originals: bool,
+) -> None:
+    """Add every difference to its parameter; all is checked before anything changes.
+
+    Raises:
+        MemoryUseError: another base model, a memory already inside, a parameter the model lacks or shapes otherwise.
+    """
+    if getattr(model, LEARNER, None) is not None:
+        raise MemoryUseError("a learner is attached to the model; call its detach() first")
+    owner, record = identity(differences), held_by(model)
+    if record is not None and record.owner is not None:
+        again = "this memory" if record.owner == owner else "another memory"
+        raise MemoryUseError(
+            f"{again} is already applied to the model; remove it first (two memories become one with merge)"
+        )
+    _check_base(model, fingerprint, record)
+    targets = _targets(model, differences)
+    originals = {name: p.detach().clone() for name, p in targets.items()} if keep_originals else None
+    _add(targets, differences, 1.0)
+    setattr(model, ATTRIBUTE, Applied(owner, fingerprint, originals))
+
+
+def take_out(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> None:
+    """Undo `put_in`: bit for bit where the originals were kept, else by subtraction, exact to rounding.
+
+    Raises:
+        MemoryUseError: this memory is not applied to the model.
+    """
+    record = held_by(model)
+    if record is None or record.owner is None:
+        raise MemoryUseError("no memory is applied to the model, so none can be removed")
+    if record.owner != identity(differences):
+        raise MemoryUseError("another memory is applied to the model; remove that one")
+    targets = _targets(model, differences)
+    if record.originals is None:
+        _add(targets, differences, -1.0)
+        setattr(model, ATTRIBUTE, Applied(None, record.base, rounded=base_fingerprint(model)))
+        return
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            parameter.copy_(record.originals[name])
+    delattr(model, ATTRIBUTE)
+
+
+@contextmanager
+def put_in_for_a_while(
+    model: nn.Module, fingerprint: str, differences: Mapping[str, Tensor | LowRank]
+) -> Iterator[None]:
+    """`put_in`, and `take_out` bit for bit however the block ends."""
+    put_in(model, fingerprint, differences, keep_originals=True)
+    try:
+        yield
+    finally:
+        take_out(model, differences)
+
+
+def held_by(model: nn.Module) -> Applied | None:
+    """What a model knows of the memory inside it; None where there never was one, or it was removed bit for bit."""
+    record = getattr(model, ATTRIBUTE, None)
+    return record if isinstance(record, Applied) else None
+
+
+def check_free(model: nn.Module, learner: object) -> None:
+    """Raises ValueError for a model that another learner than this one, or a memory, is on."""
+    if getattr(model, LEARNER, learner) is not learner:
+        raise ValueError("another learner is attached to this model; call its detach() first")
+    if (held := held_by(model)) is not None and held.owner is not None:
+        raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")
+
+
+def _check_base(model: nn.Module, fingerprint: str, record: Applied | None) -> None:
+    found = base_fingerprint(model)
+    if found == fingerprint:
+        return
+    if record is not None and record.base == fingerprint and record.rounded == found:
+        return  # the base model, but for the rounding of an earlier removal
+    raise MemoryUseError(
+        f"the memory belongs to another model (fingerprint {fingerprint}, this model is {found}); load the model it "
+        "was learned on, in the same precision, and change none of its weights before"
+    )
+
+
+def _targets(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = {}
+    for name, difference in differences.items():
+        if name not in parameters:
+            raise MemoryUseError(f"the memory changes {name}, which a {type(model).__name__} does not have")
+        if tuple(parameters[name].shape) != shape_of(difference):
+            raise MemoryUseError(
+                f"the memory's {name} has shape {shape_of(difference)}, the model's {tuple(parameters[name].shape)}"
+            )
+        targets[name] = parameters[name]
+    if len({id(p) for p in targets.values()}) != len(targets):
+        raise MemoryUseError("the memory changes one parameter under two names (tied weights)")
+    return targets
+
+
+@torch.no_grad()
+def _add(targets: Mapping[str, nn.Parameter], differences: Mapping[str, Tensor | LowRank], sign: float) -> None:
+    """In float32 at least, so that a half-precision model is rounded once."""
+    for name, parameter in targets.items():
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        change = dense(differences[name]).to(parameter.device, exact)
+        parameter.copy_(parameter.to(exact) + sign * change)

@@ -1,0 +1,1 @@
+"""A stream of tokens: its chunks, their losses, its documents."""
