@@ -21,7 +21,7 @@ from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, show, write_json
 from benchmarks.throughput import against_attention, against_public
 from benchmarks.timing import MIN_ROUNDS
-from nestling.evaluation.machine import processor_name
+from reproductions.harness.machine import processor_name
 
 WIDTH = 120  # of the tables when the output is a file or a pipe
 

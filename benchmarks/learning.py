@@ -18,8 +18,8 @@ from benchmarks.resident import in_own_process, peak, reset_peak
 from benchmarks.timing import Subject, interleave, speed_ratio
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Gate, Options, Rehearsal, Replay, UpdateLimit
-from nestling.evaluation.stream_methods import read_frozen
 from nestling.models import convert
+from reproductions.harness.stream_methods import read_frozen
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 QUICK_SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}

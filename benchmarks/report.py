@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nestling.evaluation.machine import processor_name
+from reproductions.harness.machine import processor_name
 
 
 @dataclass(frozen=True)

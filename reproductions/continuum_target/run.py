@@ -1,6 +1,6 @@
 """Which target should a continuum level learn in context? hope_attention, about 2.4M parameters, periods 16, 64, never.
 
-    python reproductions/continuum_target/run.py --train BOOK... --valid BOOK [--tokens 200000] [--jobs 2]
+    python -m reproductions continuum_target --train BOOK... --valid BOOK [--tokens 200000] [--jobs 2]
 
 Two seeds for each target and for no updates, at one learning rate. Validation losses in nats per byte are appended to
 results.jsonl beside this file; what is there is skipped.
@@ -9,28 +9,18 @@ results.jsonl beside this file; what is there is skipped.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nestling.evaluation.result_file import ResultFile, Row
+from reproductions.harness.result_file import ResultFile, Row
+from reproductions.small_lm import run as small_lm
 
 RATE = 3e-3
 CASES: list[tuple[str, dict[str, Any], int]] = [
     *((t, {"target": t, "periods": [16, 64, None]}, s) for s in (0, 1) for t in ("next", "value", "reconstruction")),
     *(("no updates", {"periods": [None]}, s) for s in (0, 1)),
 ]
-
-
-def small_lm() -> Any:
-    """The functions of reproductions/small_lm/run.py."""
-    path = Path(__file__).parent.parent / "small_lm" / "run.py"
-    spec = importlib.util.spec_from_file_location("small_lm", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:
@@ -42,15 +32,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/continuum_target"))
     args = parser.parse_args()
-    lm, results = small_lm(), ResultFile(Path(__file__).parent / "results.jsonl")
-    data, valid = (lm.prepare(books, args.work / "books") for books in (args.train, [args.valid]))
+    results = ResultFile(Path(__file__).parent / "results.jsonl")
+    data, valid = (small_lm.prepare(books, args.work / "books") for books in (args.train, [args.valid]))
 
     def run(case: tuple[str, dict[str, Any], int]) -> None:
         name, overrides, seed = case
         out = args.work / f"{name.replace(' ', '-')}-{seed}"
 
         def trained() -> Row:
-            result = lm.train_once(out, args.tokens, data, valid, "hope_attention", RATE, seed, overrides)
+            result = small_lm.train_once(out, args.tokens, data, valid, "hope_attention", RATE, seed, overrides)
             return {"loss": result["validation"]["loss"], "parameters": result["parameters"]}
 
         row = results.get({"target": name, "seed": seed, "tokens": args.tokens, "rate": RATE}, trained)

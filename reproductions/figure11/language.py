@@ -1,6 +1,6 @@
 """Tiny Hope and Transformer++ language models on the embedded corpus under AdamW, Muon, M3 and delta momentum.
 
-    python reproductions/figure11/language.py [--tokens 100000]
+    python -m reproductions.figure11.language [--tokens 100000]
 
 Two blocks of width 128, bytes, batches of 4 x 256 tokens, 10% warm-up, cosine to a tenth, weight decay 0.1; learning
 rates as in run.py, chosen on the first half of the held-out text with seed 0, three seeds at the best, and the figures
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
-from tune import Row, Runs, grid_table  # beside this file
 
 from nestling.evaluation.language import evaluate_loss
 from nestling.training import TrainConfig, train
 from nestling.training.corpus import prepare_data
 from nestling.training.divergence import DivergenceError
+from reproductions.figure11.tune import Row, Runs, grid_table
 
 HERE = Path(__file__).parent
 PRESETS = ("transformer", "hope")

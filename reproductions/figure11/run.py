@@ -1,6 +1,6 @@
 """A small ViT under AdamW, Muon, M3 and delta momentum (NL Figure 11, at small scale), each tuned.
 
-    python reproductions/figure11/run.py --mnist DIR [--quick]
+    python -m reproductions figure11 --mnist DIR [--quick]
 
 A vision transformer of 0.2M parameters on 8,000 images of MNIST (the 10,000 of its test set, split anew), six epochs of
 batches of 128, 10% warm-up, cosine to a tenth, weight decay 0.05. The learning rates of a grid, extended by factors of
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from tune import Row, Runs, grid_table
-from vit import Set, VisionTransformer, digits, mnist  # beside this file
 
 from nestling.optim import build
 from nestling.plotting.curves import Series, line_chart
+from reproductions.figure11.tune import Row, Runs, grid_table
+from reproductions.figure11.vit import Set, VisionTransformer, digits, mnist
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results.jsonl"

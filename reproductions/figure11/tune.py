@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nestling.evaluation.result_file import ResultFile, Row
+from reproductions.harness.result_file import ResultFile, Row
 
 SEEDS = (0, 1, 2)
 

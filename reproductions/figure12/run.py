@@ -1,6 +1,6 @@
 """Time of one optimizer step against the model's size (NL Figure 12): AdamW, Muon, AdaMuon, M3, delta momentum.
 
-    python reproductions/figure12/run.py [--sizes 2 10 40] [--threads 2] [--quick]
+    python -m reproductions figure12 [--sizes 2 10 40] [--threads 2] [--quick]
 
 The parameters are a Transformer++'s of about so many millions, the gradients random, and only `step()` is timed: on a
 real run the forward and backward pass come on top, the same for all. The optimizers take turns in every round, and a
@@ -23,11 +23,11 @@ from pytorch_optimizer.optimizer.muon import adamuon
 from torch import nn
 
 from nestling import NestlingForCausalLM, presets
-from nestling.evaluation.machine import processor_name
 from nestling.ops.newton_schulz import newton_schulz
 from nestling.optim import build
 from nestling.optim.groups import matrix_groups
 from nestling.plotting.curves import Series, line_chart
+from reproductions.harness.machine import processor_name
 
 HERE = Path(__file__).parent
 NAMES = ("adamw", "muon", "adamuon", "m3", "delta_momentum")

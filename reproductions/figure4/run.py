@@ -1,6 +1,6 @@
 """The valley of NL Eq. 53 under momentum and delta momentum (NL Figure 4), over a grid of what the paper leaves out.
 
-    python reproductions/figure4/run.py [--quick]
+    python -m reproductions figure4 [--quick]
 
 psi(r, theta) = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2), whose minimum is (0, 0). The paper gives
 neither k, alpha and omega nor the rates. Every function of a grid is minimised by every method with every setting of
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plot import ratio_chart, valley_chart  # beside this file
 from torch import Tensor
 
 from nestling.optim import DeltaMomentum
+from reproductions.figure4.plot import ratio_chart, valley_chart
 
 HERE = Path(__file__).parent
 START = (-3.5, 2.0)

@@ -9,11 +9,9 @@ from typing import Literal
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from nestling.continual.class_memory import AssociativeMemory, ClassMeans
-from nestling.continual.ewc import ElasticWeightConsolidation
 from nestling.continual.replay.reservoir import Reservoir
-from nestling.evaluation.class_incremental import ClassLearner
-from nestling.evaluation.class_methods import (
+from nestling.evaluation.class_incremental.class_memory import AssociativeMemory, ClassMeans
+from nestling.evaluation.class_incremental.classifiers import (
     CandidateReader,
     ExternalLearner,
     InContext,
@@ -21,17 +19,19 @@ from nestling.evaluation.class_methods import (
     MemoryClassifier,
     Retrieval,
 )
-from nestling.evaluation.class_training import (
+from nestling.evaluation.class_incremental.ewc import ElasticWeightConsolidation
+from nestling.evaluation.class_incremental.features import TextFeatures
+from nestling.evaluation.class_incremental.label_trie import LabelScorer
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
+from nestling.evaluation.class_incremental.protocol import ClassLearner
+from nestling.evaluation.class_incremental.training import (
     LevelsWithMemory,
     TrainedClassifier,
     TrainingSettings,
     levels_optimizer,
 )
-from nestling.evaluation.features import TextFeatures
-from nestling.evaluation.label_prompts import LabelPrompts
-from nestling.evaluation.label_trie import LabelScorer
-from nestling.evaluation.lora import add_lora
 from nestling.tasks.classification import ClassTask
+from reproductions.harness.lora import add_lora
 
 Options = dict[str, float]
 PERIODS = (1, 4, 16)

@@ -6,12 +6,11 @@ import math
 import statistics
 from pathlib import Path
 
-from methods import METHODS  # beside this file
-
-from nestling.evaluation.level_records import levels_tables
-from nestling.evaluation.result_file import Row
 from nestling.plotting.curves import Series, line_chart
 from nestling.plotting.matrix import matrix_chart
+from reproductions.figure6.methods import METHODS
+from reproductions.harness.level_records import levels_tables
+from reproductions.harness.result_file import Row
 
 DRAWN = ("levels_memory", "memory", "external_learner", "replay_large", "lora", "fine_tuning")
 

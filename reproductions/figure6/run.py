@@ -1,8 +1,8 @@
 """Class-incremental learning with a causal language model (NL section 9.1, Figure 6, at small scale).
 
-    python reproductions/figure6/run.py --set clinc150 --data DIR --model PATH [--methods NAME ...] [--seeds 0 1 2]
-    python reproductions/figure6/run.py --csv FILE --model PATH
-    python reproductions/figure6/run.py --quick
+    python -m reproductions figure6 --set clinc150 --data DIR --model PATH [--methods NAME ...] [--seeds 0 1 2]
+    python -m reproductions figure6 --csv FILE --model PATH
+    python -m reproductions figure6 --quick
 
 Tasks of 15 classes (--classes) come one after the other; each training text is seen once, and after each task all
 classes seen are asked, without a hint at the task. Every class has --per-class training texts and --test-per-class
@@ -35,17 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, PERIODS, Options, Setup  # beside this file
-from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from nestling.evaluation.class_incremental import ClassLearner, run_class_incremental
-from nestling.evaluation.class_training import LevelsWithMemory, TrainedClassifier
-from nestling.evaluation.features import TextFeatures
-from nestling.evaluation.label_prompts import LabelPrompts
-from nestling.evaluation.level_records import record_levels
-from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
-from nestling.evaluation.result_file import ResultFile, Row, next_rate
+from nestling.evaluation.class_incremental.features import TextFeatures
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
+from nestling.evaluation.class_incremental.protocol import ClassLearner, run_class_incremental
+from nestling.evaluation.class_incremental.training import LevelsWithMemory, TrainedClassifier
 from nestling.models.pretrained import load_pretrained
 from nestling.optim import MultiFrequency
 from nestling.tasks.classification import (
@@ -59,6 +54,11 @@ from nestling.tasks.classification import (
     synthetic_set,
 )
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.figure6.methods import METHODS, PERIODS, Options, Setup
+from reproductions.figure6.report import write_report
+from reproductions.harness.level_records import record_levels
+from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
+from reproductions.harness.result_file import ResultFile, Row, next_rate
 
 HERE = Path(__file__).parent
 VALIDATION_SEED = 1000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nestling.evaluation.level_records import levels_tables
-from nestling.evaluation.result_file import Row
 from nestling.plotting.curves import Series, line_chart
+from reproductions.harness.level_records import levels_tables
+from reproductions.harness.result_file import Row
 
 
 def write_report(folder: Path, rows: dict[str, tuple[Row, Row]], grids: dict[str, dict[float, float]]) -> str:

@@ -1,9 +1,9 @@
 """Two languages that a model does not know, one after the other: translation into English (NL Figure 8, small scale).
 
-    python reproductions/figure8/run.py --model PATH --flores DIR --measure [--kalamang FILE]
-    python reproductions/figure8/run.py --model PATH --flores DIR --kalamang FILE --second NAME
+    python -m reproductions figure8 --model PATH --flores DIR --measure [--kalamang FILE]
+    python -m reproductions figure8 --model PATH --flores DIR --kalamang FILE --second NAME
         --validation NAME NAME [--tokens 6144] [--test 64] [--measures 8]
-    python reproductions/figure8/run.py --quick
+    python -m reproductions figure8 --quick
 
 --measure says how well the frozen model knows each language of FLORES (and Kalamang): bits per byte of its sentences,
 to choose --second by (the paper's second language, Manchu, is not at hand).
@@ -38,19 +38,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import write_report  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.learner.guards import LearningDivergedError
 from nestling.evaluation.language import LossReport
-from nestling.evaluation.machine import add_machine_arguments, hardware, use_machine
-from nestling.evaluation.result_file import ResultFile, Row, best_rate, tune_rate
-from nestling.evaluation.stream_methods import METHODS, StreamModel, period_names, read_frozen
 from nestling.evaluation.translation import EncodedPairs, encode_pairs, score_translations
 from nestling.models import NestlingForCausalLM, convert
 from nestling.models.pretrained import load_pretrained
 from nestling.tasks.translation import Pair, read_aligned_pairs, read_cldf_pairs, split_pairs
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.figure8.report import write_report
+from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
+from reproductions.harness.result_file import ResultFile, Row, best_rate, tune_rate
+from reproductions.harness.stream_methods import METHODS, StreamModel, period_names, read_frozen
 
 HERE = Path(__file__).parent
 NAMES = {"icl": "frozen", "level_1": "one_level", "level_2": "cms_2", "level_3": "cms_3"}

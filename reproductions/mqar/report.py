@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from nestling.evaluation.result_file import Row
 from nestling.plotting.scatter import Point, scatter_chart
+from reproductions.harness.result_file import Row
 
 Groups = dict[tuple[str, str | None], list[Row]]
 

@@ -1,6 +1,6 @@
 """Multi-query associative recall (Zoology) for every preset: accuracy against the size of the state.
 
-    python reproductions/mqar/run.py [--presets NAME ...] [--ablations [NAME ...]] [--quick]
+    python -m reproductions mqar [--presets NAME ...] [--ablations [NAME ...]] [--quick]
 
 One training serves three difficulties: the first half of its steps are the easiest task, the rest the three in turn.
 Two layers of width 64. The learning rate of a preset is the one of the grid with the highest mean accuracy on
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import write_report  # beside this file
 from torch.nn import functional as F
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
-from nestling.evaluation.result_file import ResultFile, Row
 from nestling.optim.groups import parameter_groups
 from nestling.tasks.associative_recall import IGNORE, RecallTask
+from reproductions.harness.result_file import ResultFile, Row
+from reproductions.mqar.report import write_report
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"

@@ -1,6 +1,6 @@
 """Tasks with orthogonal gradients, one after another (NL section 4.3, Eq. 45): what each optimizer forgets.
 
-    python reproductions/orthogonal_tasks/run.py [--quick]
+    python -m reproductions orthogonal_tasks [--quick]
 
 Linear regression in 32 dimensions. Task i draws its inputs from a 4-dimensional subspace of its own, orthogonal to the
 others', so its gradient lives there and one matrix solves all eight tasks. They are trained in sequence, 100 steps

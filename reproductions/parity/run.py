@@ -1,6 +1,6 @@
 """Parity of a bit string at every position: trained on windows of 40, tested at length 160.
 
-    python reproductions/parity/run.py [--quick]
+    python -m reproductions parity [--quick]
 
 `reset` trains on strings of 40. `carry` trains on windows of 40, four to a string, and hands the detached state on from
 one to the next (truncated backpropagation through time), so that gradients still never span more than 40 tokens.

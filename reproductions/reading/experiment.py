@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from progress import Progress, State  # beside this file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,11 +23,12 @@ from nestling.evaluation.choices import (
     read_questions,
 )
 from nestling.evaluation.language import loss_by_position
-from nestling.evaluation.machine import hardware
-from nestling.evaluation.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
-from nestling.evaluation.stream_methods import StreamModel, method_of
 from nestling.tasks.text import read_documents, strip_gutenberg
 from nestling.tasks.translation import as_text, read_cldf_pairs
+from reproductions.harness.machine import hardware
+from reproductions.harness.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
+from reproductions.harness.stream_methods import StreamModel, method_of
+from reproductions.reading.progress import Progress, State
 
 OWN_RATES = ("rank", "even", "rising")
 """Options that change what a rate means."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nestling.continual.store.memory import Memory
-from nestling.evaluation.result_file import Row
-from nestling.evaluation.stream_methods import StreamModel
+from reproductions.harness.result_file import Row
+from reproductions.harness.stream_methods import StreamModel
 
 SECONDS = 600.0
 """Between two saves: a memory of all MLPs with its optimizer is about 1 GB."""

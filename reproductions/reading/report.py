@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nestling.evaluation.level_records import levels_tables
-from nestling.evaluation.result_file import Row
 from nestling.plotting.curves import Series, line_chart
+from reproductions.harness.level_records import levels_tables
+from reproductions.harness.result_file import Row
 
 POINTS = 24
 """Of a line in a picture at most: each is a mean over the tokens since the one before."""

@@ -1,9 +1,9 @@
 """A pre-trained model reads books and a language it does not know: frozen, or learning with levels, LoRA or all of it.
 
-    python reproductions/reading/run.py --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
+    python -m reproductions reading --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
         [--wikitext FILE] [--lambada FILE] [--choices FILE ... --items 100] [--measures 8]
-    python reproductions/reading/run.py --model PATH --texts FILE ... --rate 1e-4 --methods NAME ...
-    python reproductions/reading/run.py --quick
+    python -m reproductions reading --model PATH --texts FILE ... --rate 1e-4 --methods NAME ...
+    python -m reproductions reading --quick
 
 Texts are UTF-8 files (of Project Gutenberg's books the text alone) or a dictionary's examples in CLDF (.csv), read as
 lines `sentence = translation`. --tokens of each are read, and those after them are held out. Losses are prequential:
@@ -45,16 +45,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from experiment import Experiment, Judges, Sizes, Text, encode, make_judges, make_text  # beside this file
-from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestling.evaluation.choices import Question
-from nestling.evaluation.machine import add_machine_arguments, use_machine
-from nestling.evaluation.result_file import ResultFile, Row
-from nestling.evaluation.stream_methods import ABLATIONS, METHODS, method_of
 from nestling.models.pretrained import load_pretrained
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.harness.machine import add_machine_arguments, use_machine
+from reproductions.harness.result_file import ResultFile, Row
+from reproductions.harness.stream_methods import ABLATIONS, METHODS, method_of
+from reproductions.reading.experiment import Experiment, Judges, Sizes, Text, encode, make_judges, make_text
+from reproductions.reading.report import write_report
 
 HERE = Path(__file__).parent
 PARTS = ("rates", "alone", "sequence", "ablations")

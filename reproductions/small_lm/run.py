@@ -1,6 +1,6 @@
 """Validation loss of hope, hope_linear, hope_attention and transformer, about 2.4M parameters each, on the same tokens.
 
-    python reproductions/small_lm/run.py --train BOOK... --valid BOOK --test BOOK [--tokens 400000] [--jobs 2]
+    python -m reproductions small_lm --train BOOK... --valid BOOK --test BOOK [--tokens 400000] [--jobs 2]
 
 Every preset starts from the same grid of learning rates (seed 0), which doubles or halves on until the best rate is not
 at its edge. The rate with the lowest validation loss then runs with two more seeds, and the test book is read once by

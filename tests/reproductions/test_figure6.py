@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.figure6 import run as figure6
 from tests.llamas import random_llama
-
-FOLDER = Path(__file__).resolve().parents[2] / "reproductions" / "figure6"
 
 
 @pytest.fixture
@@ -28,17 +25,10 @@ def arguments(tmp_path: Path) -> list[str]:
     return ["--csv", str(tmp_path / "set.csv"), "--model", str(tmp_path / "model"), *places]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "__main__") -> dict[str, Any]:
-    """The command; modules of its folder are forgotten again, since the folders share names."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    try:
-        return runpy.run_path(str(FOLDER / "run.py"), run_name=name)
-    finally:
-        for name in set(sys.modules) - before:
-            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command."""
+    monkeypatch.setattr(sys, "argv", ["figure6", *arguments])
+    figure6.main()
 
 
 def test_levels_need_a_block_each(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +60,9 @@ def test_levels_need_a_block_each(arguments: list[str], tmp_path: Path, monkeypa
         ("nearest_mean", {}, 0),
     ],
 )
-def test_a_grid_grows_until_the_best_is_inside(
-    method: str, best: dict[str, float], tried: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_grows_until_the_best_is_inside(method: str, best: dict[str, float], tried: int) -> None:
     """Accuracy falls with the distance from the best, so the choice is that; the number of settings tried is counted by
     hand: one beyond the best in each direction that grows, and no value again."""
-    module = run(monkeypatch, name="figure6")
     asked = []
 
     def measure(method: str, options: dict[str, float], part: str, seed: int) -> dict[str, float]:
@@ -84,18 +71,18 @@ def test_a_grid_grows_until_the_best_is_inside(
         away = sum(abs(math.log10(options[name] / value)) for name, value in best.items())
         return {"final": round(-away, 6), "average": 0.0}
 
-    chosen = module["Experiment"].chosen(SimpleNamespace(run=measure), method)
+    chosen = figure6.Experiment.chosen(SimpleNamespace(run=measure), method)
     assert chosen == pytest.approx(best)
     assert len(set(asked)) == tried
 
 
-def test_settings_that_are_as_good_do_not_make_the_grid_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_are_as_good_do_not_make_the_grid_grow() -> None:
     """Of equals the first stands; beside it, one value beyond each edge is asked for and no more."""
-    module, asked = run(monkeypatch, name="figure6"), []
+    asked = []
 
     def measure(method: str, options: dict[str, float], part: str, seed: int) -> dict[str, float]:
         asked.append(options["lr"])
         return {"final": 0.5, "average": 0.5}
 
-    assert module["Experiment"].chosen(SimpleNamespace(run=measure), "replay_small") == {"lr": 1e-5}
+    assert figure6.Experiment.chosen(SimpleNamespace(run=measure), "replay_small") == {"lr": 1e-5}
     assert sorted(set(asked)) == [3e-6, 1e-5, 3e-5, 1e-4]

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from nestling.evaluation.result_file import ResultFile
-
-FOLDER = Path(__file__).resolve().parents[2] / "reproductions" / "mqar"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("run")
-    for name in ("run", "report"):  # other folders have modules of these names
-        sys.modules.pop(name, None)
+from reproductions.harness.result_file import ResultFile
+from reproductions.mqar import run as mqar
 
 
 def training(rate: float, steps: int, seed: int, accuracy: float, ablation: str | None = None) -> dict[str, Any]:
@@ -30,16 +17,14 @@ def training(rate: float, steps: int, seed: int, accuracy: float, ablation: str 
 
 
 @pytest.mark.parametrize("steps", [100, 300])
-def test_rates_are_those_of_the_short_trainings(
-    module: ModuleType, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "HERE", tmp_path)
+def test_rates_are_those_of_the_short_trainings(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqar, "HERE", tmp_path)
     results = ResultFile(tmp_path / "results.jsonl")
     results.rows = [training(0.003, 100, 0, 0.2), training(0.01, 100, 0, 0.4)]
     if steps == 300:  # at the other rate it would have been better
         results.rows += [training(0.003, 300, 0, 0.9), training(0.01, 300, 0, 0.5), training(0.01, 300, 1, 0.7)]
         results.rows += [training(0.01, 300, 0, 0.6, "chunk 1")]
-    module.report(results, steps, 100)
+    mqar.report(results, steps, 100)
     table = (tmp_path / "table.md").read_text()
     assert "0.003" not in table
     assert ("0.600 (0.500, 0.700), 1 KiB" if steps == 300 else "0.400 (0.400), 1 KiB") in table

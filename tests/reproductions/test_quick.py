@@ -25,15 +25,8 @@ ROOT = Path(__file__).resolve().parents[2] / "reproductions"
     ],
 )
 def test_quick(folder: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / folder))
-    monkeypatch.setattr(sys, "argv", [folder, "--quick"])
+    monkeypatch.setattr(sys, "argv", ["reproductions", folder, "--quick"])
     committed = {file: file.read_bytes() for file in (ROOT / folder).iterdir() if file.is_file()}
-    try:
-        runpy.run_path(str(ROOT / folder / "run.py"), run_name="__main__")
-    finally:
-        for name in set(sys.modules) - before:  # the folders share names of modules
-            if str(ROOT) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
+    runpy.run_module("reproductions", run_name="__main__")
     assert shown in capsys.readouterr().out
     assert {file: file.read_bytes() for file in (ROOT / folder).iterdir() if file.is_file()} == committed

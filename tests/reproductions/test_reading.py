@@ -2,65 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from nestling.continual.learner.learner import Learner
-from nestling.evaluation import stream_methods
 from nestling.evaluation.choices import Question
-from nestling.evaluation.result_file import ResultFile
-from nestling.evaluation.stream_methods import StreamModel, method_of, read_frozen
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.harness import stream_methods
+from reproductions.harness.result_file import ResultFile
+from reproductions.harness.stream_methods import StreamModel, method_of, read_frozen
+from reproductions.reading import experiment, progress
+from reproductions.reading.run import Plan
 from tests.llamas import random_llama
 
-FOLDER = Path(__file__).resolve().parents[2] / "reproductions" / "reading"
 SIZES = {"held": 8, "again": 8, "chunk": 8, "context": 16, "long": 32}
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("experiment")
-    for name in ("experiment", "progress", "report", "run"):
-        sys.modules.pop(name, None)  # another folder may have a module of this name
 
 
 def second_half(losses: torch.Tensor) -> float:
     return float(losses[1:][len(losses[1:]) // 2 :].mean())
 
 
-def test_a_text_and_what_is_held_out(module: ModuleType, tmp_path: Path) -> None:
+def small(results: ResultFile) -> experiment.Experiment:
+    sizes, judges = experiment.Sizes(**SIZES), experiment.Judges()
+    return experiment.Experiment(random_llama(), byte_tokenizer(), "m", sizes, judges, results)
+
+
+def test_a_text_and_what_is_held_out(tmp_path: Path) -> None:
     file, tokenizer = tmp_path / "a.txt", byte_tokenizer()
     file.write_text("0123456789" * 4)
     for tokens, read, held in ((None, 32, 9), (10, 8, 10), (33, 32, 9), (38, 24, 17), (100, 24, 17)):
-        sizes = module.Sizes(**SIZES | {"tokens": tokens, "held": 30 if held == 17 else 8})
-        text = module.make_text(file, tokenizer, sizes)
+        sizes = experiment.Sizes(**SIZES | {"tokens": tokens, "held": 30 if held == 17 else 8})
+        text = experiment.make_text(file, tokenizer, sizes)
         assert (len(text.ids), len(text.held), text.name) == (read, held, "a")
         start = tokenizer.decode(torch.cat([text.ids, text.held]))
         assert ("0123456789" * 4 + "\n").startswith(start)
 
 
 @pytest.mark.parametrize("method", ["one_level+taught", "cms_2+sleep", "lora", "frozen"])
-def test_an_interrupted_run_goes_on(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     model, draw = random_llama(), torch.Generator().manual_seed(2)
     parts = [torch.randint(3, 259, (n,), generator=draw) for n in (44, 8, 36, 8)]
-    first, second = module.Text("a", *parts[:2]), module.Text("b", *parts[2:])
+    first, second = experiment.Text("a", *parts[:2]), experiment.Text("b", *parts[2:])
     monkeypatch.setattr(stream_methods, "STEP", 1)
-    monkeypatch.setattr(sys.modules["progress"], "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
 
     def row(folder: str) -> dict[str, object]:
         results = ResultFile(tmp_path / folder / "rows.jsonl")
         results.path.parent.mkdir(exist_ok=True)
-        sizes, judges = module.Sizes(tokens=44, **SIZES), module.Judges(parts[3])
-        made = module.Experiment(model, byte_tokenizer(), "m", sizes, judges, results)
+        sizes, judges = experiment.Sizes(tokens=44, **SIZES), experiment.Judges(parts[3])
+        made = experiment.Experiment(model, byte_tokenizer(), "m", sizes, judges, results)
         found = made.sequence(method, 0.0 if method == "frozen" else 1e-2, first, second)
         return {k: v for k, v in found.items() if "seconds" not in k}
 
@@ -85,14 +77,14 @@ def test_an_interrupted_run_goes_on(
     assert not list((tmp_path / "again").glob("cache/*"))
 
 
-def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:
+def test_a_sequence_by_hand(tmp_path: Path) -> None:
     model, tokenizer = random_llama(), byte_tokenizer()
     draw = torch.Generator().manual_seed(2)
     parts = [torch.randint(3, 259, (n,), generator=draw) for n in (24, 8, 16, 8)]
-    first, second = module.Text("a", *parts[:2]), module.Text("b", *parts[2:])
-    judges = module.Judges(parts[3], [("one", "two")], {"set": [Question(("q",) * 2, ("a", "b"), 1)]})
+    first, second = experiment.Text("a", *parts[:2]), experiment.Text("b", *parts[2:])
+    judges = experiment.Judges(parts[3], [("one", "two")], {"set": [Question(("q",) * 2, ("a", "b"), 1)]})
     results = ResultFile(tmp_path / "rows.jsonl")
-    made = module.Experiment(model, tokenizer, "m", module.Sizes(tokens=24, **SIZES), judges, results, seed=3)
+    made = experiment.Experiment(model, tokenizer, "m", experiment.Sizes(tokens=24, **SIZES), judges, results, seed=3)
 
     reader = StreamModel(model, method_of("cms_2"), 1e-2, chunk=8, context=16, long=32, seed=3)
     halves = [second_half(reader.read(first.ids))]
@@ -117,16 +109,18 @@ def test_a_sequence_by_hand(module: ModuleType, tmp_path: Path) -> None:
     assert made.validation("frozen", 0.0, first, second)["criterion"] == 0
 
     finished = len(results.rows)
-    again_made = module.Experiment(
-        model, tokenizer, "m", module.Sizes(tokens=24, **SIZES), judges, ResultFile(results.path), seed=3
+    again_made = experiment.Experiment(
+        model, tokenizer, "m", experiment.Sizes(tokens=24, **SIZES), judges, ResultFile(results.path), seed=3
     )
     again_made.sequence("cms_2", 1e-2, first, second)
     assert len(again_made.results.rows) == finished == 3
 
 
-def test_rates_are_chosen_by_the_criterion(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_chosen_by_the_criterion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
-    made = module.Experiment(random_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
+    made = experiment.Experiment(
+        random_llama(), byte_tokenizer(), "m", experiment.Sizes(**SIZES), experiment.Judges(), results
+    )
     best = {"cms_2": 3e-3, "cms_2+gate": 1e-2, "cms_2+rank": 3e-5}
     asked: dict[str, set[float]] = {name: set() for name in best}
 
@@ -135,20 +129,20 @@ def test_rates_are_chosen_by_the_criterion(module: ModuleType, tmp_path: Path, m
         return {"criterion": abs(rate - best[method])}
 
     monkeypatch.setattr(made, "validation", measured)
-    texts = [module.Text(name, torch.zeros(2), torch.zeros(2)) for name in "ab"]
+    texts = [experiment.Text(name, torch.zeros(2), torch.zeros(2)) for name in "ab"]
     assert [made.chosen(name, *texts) for name in best] == list(best.values())
     assert asked["cms_2+gate"] == {3e-3, 1e-2} and len(asked["cms_2+rank"]) == 5
     assert made.chosen("frozen_long", *texts) == 0
 
 
-def test_a_given_rate_is_measured_and_used(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = importlib.import_module("run")
-    monkeypatch.delitem(sys.modules, "run")  # another folder may have a module of this name
+def test_a_given_rate_is_measured_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(3, 259, (24,), generator=torch.Generator().manual_seed(2))
-    one, other = module.Text("a", ids[:16], ids[16:]), module.Text("b", ids[4:20], ids[20:])
+    one, other = experiment.Text("a", ids[:16], ids[16:]), experiment.Text("b", ids[4:20], ids[20:])
     results = ResultFile(tmp_path / "rows.jsonl")
-    made = module.Experiment(random_llama(), byte_tokenizer(), "m", module.Sizes(**SIZES), module.Judges(), results)
-    plan = plans.Plan(made, [], (one, other), (other, one), "cms_2", 2e-3)
+    made = experiment.Experiment(
+        random_llama(), byte_tokenizer(), "m", experiment.Sizes(**SIZES), experiment.Judges(), results
+    )
+    plan = Plan(made, [], (one, other), (other, one), "cms_2", 2e-3)
     plan.run(["frozen", "one_level"], ["sequence", "ablations"], ["even+split"])
     rows = [(row["part"], row["method"], row["rate"]) for row in results.rows]
     learned = [("validation", "one_level", 2e-3), ("sequence", "one_level", 2e-3)]

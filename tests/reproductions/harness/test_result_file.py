@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.evaluation.result_file import ResultFile, best_rate, next_rate, tune_rate
+from reproductions.harness.result_file import ResultFile, best_rate, next_rate, tune_rate
 
 
 def test_a_finished_run_is_not_made_again(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from nestling.evaluation import label_trie
-from nestling.evaluation.label_trie import LabelScorer, LabelTrie, answer_loss
-from tests.evaluation.class_models import tiny_llama
+from nestling.evaluation.class_incremental import label_trie
+from nestling.evaluation.class_incremental.label_trie import LabelScorer, LabelTrie, answer_loss
+from tests.evaluation.class_incremental.models import tiny_llama
 
 # Shared beginnings, one label that would begin another but for its end token (9), lengths 2 to 5.
 LABELS = {3: [5, 6, 9], 0: [5, 6, 7, 9], 7: [5, 8, 9], 2: [4, 9], 5: [4, 4, 6, 7, 9]}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nestling.evaluation.label_trie import LabelTrie
+from nestling.evaluation.class_incremental.label_trie import LabelTrie
 from nestling.tasks.classification import LabelledText
 
 

@@ -18,11 +18,11 @@ from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.continual.stream.chunks import Stream, batches
 from nestling.continual.stream.scoring import Reader
-from nestling.evaluation.level_records import Record, record_levels
-from nestling.evaluation.lora import add_lora
 from nestling.levels.assignment import stream_levels
 from nestling.models import convert
 from nestling.models.conversion import Assignment
+from reproductions.harness.level_records import Record, record_levels
+from reproductions.harness.lora import add_lora
 
 BATCH_TOKENS = 2048
 STEP = 16

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nestling.continual.class_memory import AssociativeMemory, ClassMeans
+from nestling.evaluation.class_incremental.class_memory import AssociativeMemory, ClassMeans
 
 
 def stream(count: int = 40, width: int = 6, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

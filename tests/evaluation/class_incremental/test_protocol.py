@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from nestling.evaluation.class_incremental import run_class_incremental
+from nestling.evaluation.class_incremental.protocol import run_class_incremental
 from nestling.tasks.classification import ClassTask, LabelledText
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.continual.class_memory import AssociativeMemory, ClassMeans
-from nestling.evaluation.class_incremental import run_class_incremental
-from nestling.evaluation.class_methods import (
+from nestling.evaluation.class_incremental.class_memory import AssociativeMemory, ClassMeans
+from nestling.evaluation.class_incremental.classifiers import (
     CandidateReader,
     ExternalLearner,
     InContext,
@@ -20,10 +19,11 @@ from nestling.evaluation.class_methods import (
     MemoryClassifier,
     Retrieval,
 )
-from nestling.evaluation.features import TextFeatures
-from nestling.evaluation.label_trie import LabelScorer
+from nestling.evaluation.class_incremental.features import TextFeatures
+from nestling.evaluation.class_incremental.label_trie import LabelScorer
+from nestling.evaluation.class_incremental.protocol import run_class_incremental
 from nestling.tasks.classification import class_tasks, synthetic_set
-from tests.evaluation.class_models import byte_prompts, tiny_llama
+from tests.evaluation.class_incremental.models import byte_prompts, tiny_llama
 
 DATA = synthetic_set(6, 15)
 TASKS = class_tasks(DATA, 2, 0)

@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nestling.evaluation.features import TextFeatures
-from nestling.evaluation.label_prompts import LabelPrompts
-from nestling.evaluation.label_trie import LabelScorer, LabelTrie
+from nestling.evaluation.class_incremental.features import TextFeatures
+from nestling.evaluation.class_incremental.label_trie import LabelScorer, LabelTrie
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
 from nestling.tasks.classification import ClassTask, LabelledText
 
 
 class KeyMemory(Protocol):
-    """What `continual.class_memory` offers."""
+    """What `class_memory` offers."""
 
     classes: list[int]
 

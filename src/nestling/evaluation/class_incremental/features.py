@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.continual.store.fingerprint import base_fingerprint
-from nestling.evaluation.label_prompts import LabelPrompts
-from nestling.evaluation.label_trie import pad_left
+from nestling.evaluation.class_incremental.label_trie import pad_left
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
 
 
 class TextFeatures:

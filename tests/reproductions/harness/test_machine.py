@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nestling.evaluation.machine import add_machine_arguments, hardware, processor_name, use_machine
+from reproductions.harness.machine import add_machine_arguments, hardware, processor_name, use_machine
 
 
 @pytest.fixture(autouse=True)

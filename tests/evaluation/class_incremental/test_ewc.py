@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nestling.continual.ewc import ElasticWeightConsolidation, diagonal_fisher
 from nestling.errors import NonFiniteGradientError
+from nestling.evaluation.class_incremental.ewc import ElasticWeightConsolidation, diagonal_fisher
 
 
 def losses(model: nn.Linear, seed: int, count: int = 5) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaForCausalLM
 
-from nestling.evaluation.label_prompts import LabelPrompts
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
 from nestling.tasks.classification import ClassificationSet
 from nestling.training.tokenization import byte_tokenizer
 from tests.llamas import random_llama

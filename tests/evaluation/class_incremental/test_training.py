@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from nestling.continual.class_memory import AssociativeMemory
-from nestling.continual.ewc import ElasticWeightConsolidation
 from nestling.continual.replay.reservoir import Reservoir
-from nestling.evaluation.class_incremental import ClassIncrementalResult, run_class_incremental
-from nestling.evaluation.class_methods import Keys, MemoryClassifier
-from nestling.evaluation.class_training import (
+from nestling.evaluation.class_incremental.class_memory import AssociativeMemory
+from nestling.evaluation.class_incremental.classifiers import Keys, MemoryClassifier
+from nestling.evaluation.class_incremental.ewc import ElasticWeightConsolidation
+from nestling.evaluation.class_incremental.label_trie import LabelScorer, answer_loss
+from nestling.evaluation.class_incremental.protocol import ClassIncrementalResult, run_class_incremental
+from nestling.evaluation.class_incremental.training import (
     LevelsWithMemory,
     TrainedClassifier,
     TrainingSettings,
     levels_optimizer,
 )
-from nestling.evaluation.label_trie import LabelScorer, answer_loss
-from nestling.evaluation.lora import add_lora
 from nestling.tasks.classification import class_tasks, joined, synthetic_set
-from tests.evaluation.class_models import byte_prompts, tiny_llama
-from tests.evaluation.test_class_methods import BagOfWords
+from reproductions.harness.lora import add_lora
+from tests.evaluation.class_incremental.models import byte_prompts, tiny_llama
+from tests.evaluation.class_incremental.test_classifiers import BagOfWords
 
 DATA = synthetic_set(4, 40)
 PROMPTS = byte_prompts(DATA)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from nestling.continual.ewc import ElasticWeightConsolidation
 from nestling.continual.replay.reservoir import Reservoir, ReservoirItem
-from nestling.evaluation.class_methods import MemoryClassifier, trie_scores
-from nestling.evaluation.label_prompts import LabelPrompts
-from nestling.evaluation.label_trie import LabelScorer, answer_loss
+from nestling.evaluation.class_incremental.classifiers import MemoryClassifier, trie_scores
+from nestling.evaluation.class_incremental.ewc import ElasticWeightConsolidation
+from nestling.evaluation.class_incremental.label_trie import LabelScorer, answer_loss
+from nestling.evaluation.class_incremental.prompts import LabelPrompts
 from nestling.models.conversion import assign_neurons
 from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
 from nestling.tasks.classification import ClassTask, LabelledText

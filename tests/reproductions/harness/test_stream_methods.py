@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from nestling.continual.learner.options import Replay
-from nestling.evaluation.level_records import levels_alike
-from nestling.evaluation.stream_methods import (
+from reproductions.harness.level_records import levels_alike
+from reproductions.harness.stream_methods import (
     ABLATIONS,
     METHODS,
     StreamModel,

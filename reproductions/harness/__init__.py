@@ -1,0 +1,1 @@
+"""What every reproduction is made with."""
