@@ -14,9 +14,9 @@ import pytest
 import nestling
 from nestling.cli import main
 from nestling.cli.app import spread_lists
-from nestling.cli.train_command import parse_overrides
 from nestling.errors import UserError
 from nestling.training import TrainConfig, train
+from nestling.training.config import parse_overrides
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 20
 SMALL = ["--set", "hidden_size=16", "num_layers=1", "num_heads=1", "--steps", "3", "--sequence-length", "32"]

@@ -17,6 +17,7 @@ MAX_LINES = 400
 RANKS = {
     "errors": 0,
     "printing": 0,
+    "settings": 0,
     "ops": 1,
     "memory": 2,
     "layers": 3,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from nestling.errors import UserError
 from nestling.levels.assignment import parse_levels
-from nestling.optim.build import LIKE_ADAMW, NAMES
+from nestling.models.presets import PRESETS, SIZES
+from nestling.optim.build import LIKE_ADAMW
+from nestling.optim.build import NAMES as OPTIMIZERS
+from nestling.settings import check, setting
 
 CONFIG_FILE = "train_config.json"
+MODEL, DATA, OPTIMISATION, RECORDS = "Model", "Data", "Optimisation", "Records"  # headings of the command's help
 
 # Settings that say what is written and shown, not what is computed; a resumed run may change them.
 FREE_ON_RESUME = frozenset(
@@ -20,97 +24,165 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+def parse_overrides(assignments: list[str] | None) -> dict[str, Any]:
+    """What `--set` was given, `["hidden_size=64", "periods=[16, null]"]` as a dictionary; values are JSON.
+
+    Raises:
+        UserError: an assignment without `=`, or a value that is not JSON.
+    """
+    found: dict[str, Any] = {}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {assignment}: write NAME=VALUE, as in --set hidden_size=64")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--set {assignment}: the value must be JSON (64, 0.5, true, null, [16, 64])") from error
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. The defaults train `hope` at size `tiny` on the embedded corpus, some minutes on a CPU.
 
+    Every field is a setting (`nestling.settings`): what its help says is what `nestling train --help` shows. Steps are
+    optimizer steps throughout. More than a line is to be said of these:
+
     Model
-        init: directory of a nestling model to go on training, with its own tokenizer, in place of a fresh `preset`.
-            The levels of a converted model (`models.convert`) are updated at their own periods, each to the nearest
-            whole number of optimizer steps; `levels` overrides them.
+        init: has its own tokenizer. The levels of a converted model (`models.convert`) are updated at their own
+            periods, each to the nearest whole number of optimizer steps; `levels` overrides them.
 
     Data
-        data: files or directories of UTF-8 text, or with `streaming` one set of the hub. Empty: the embedded corpus.
-        valid: text to validate on. Empty: the last tenth of each corpus, contiguous, is held out.
-        tokenizer: `bytes`, `bpe:SIZE` (trained on the training part), or a Hugging Face tokenizer.
+        data: with `streaming` one set of the hub.
+        tokenizer: of `bpe:SIZE` trained on the training part.
 
     Optimisation. AdamW with betas 0.9 and 0.95 (the choice of GPT-3 and most language models since), weight decay on
     matrices only, linear warm-up, cosine down to `min_lr_ratio` of the peak.
-        optimizer: a name of `optim.build`.
-        learning_rate: 3e-3 suits `tiny`; None takes it for `tiny` and 4e-4 (Titans, section 5.1) for larger sizes, 1e-4
-            for a model of `init` (that of the first trials with a pre-trained one), and 0.1 for optimizers whose steps
-            have a gradient's size.
-        tokens: budget in tokens; with neither `tokens` nor `steps`, 500 steps.
+        learning_rate: 3e-3 suits `tiny`; 4e-4 of larger sizes is Titans' (section 5.1), 1e-4 with `init` that of the
+            first trials with a pre-trained model, and 0.1 goes to optimizers whose steps have a gradient's size.
+        batch_size: of each process, where there are several (`torchrun`): they are one run with the batch of all.
         warmup_steps: None means a tenth of the run, at most 2000.
         carry_state: every batch row reads one contiguous stream and keeps its state, detached, from step to step
             (truncated backpropagation through time).
-        carry_tokens: reset carried states after so many tokens; None at the end of a stream only. Models whose state
-            grows with the text (full attention) need it.
-        precision: `float32`, or `bf16` for autocast.
-        matmul_precision: of float32 products, inside memories too, as `torch.set_float32_matmul_precision` takes it:
-            `highest`; `high` allows TF32; `medium` allows bfloat16, and PyTorch then makes the products on a CPU too,
-            which pays where the processor has them in hardware (AMX, AVX512-BF16).
+        carry_tokens: None resets states at the end of a stream only. Models whose state grows with the text (full
+            attention) need it.
+        matmul_precision: as `torch.set_float32_matmul_precision` takes it: `high` allows TF32; `medium` allows
+            bfloat16, and PyTorch then makes the products on a CPU too, which pays where the processor has them in
+            hardware (AMX, AVX512-BF16).
+        levels: update periods in optimizer steps (`levels.assign_levels` says what may be named); everything else has
+            period 1, and with an empty string there is one level. A slow level is updated with the sum of its gradients
+            (NL Eq. 71), each clipped to `grad_clip` at its own step.
+        level_rate_exponent: see `MultiFrequency`.
 
-    Levels
-        levels: update periods in optimizer steps, such as `cms.0=1,cms.1=8,cms.2=64` (`levels.assign_levels` says what
-            may be named); everything else has period 1, and with an empty string there is one level. A slow level is
-            updated with the sum of its gradients (NL Eq. 71), each clipped to `grad_clip` at its own step.
-        level_rate_exponent: learning rates of a level are multiplied by period^this; see `MultiFrequency`.
-
-    Records. Steps are optimizer steps throughout.
-        log_every, eval_every, save_every: in steps; an evaluation and a checkpoint also come at the end.
-        measure_levels: with every training record, measure the levels of `levels`, or without any the continuum's
+    Records. An evaluation and a checkpoint also come at the end.
+        measure_levels: with every training record, the levels of `levels`, or without any the continuum's
             (`levels.measures`). Takes a copy of the first weights.
-        eval_tokens: validation reads at most so many tokens, from the start of the held-out text.
+        eval_tokens: from the start of the held-out text.
     """
 
-    out: str
-    init: str | None = None
-    preset: str = "hope"
-    size: str = "tiny"
-    overrides: dict[str, Any] = field(default_factory=dict)
+    out: str = setting(help="Directory of the run; new, or empty.", metavar="DIR")
 
-    data: tuple[str, ...] = ()
-    valid: tuple[str, ...] = ()
-    tokenizer: str = "bytes"
-    streaming: bool = False
-    subset: str | None = None
-    split: str = "train"
-    column: str = "text"
+    preset: str = setting("hope", help=f"One of: {', '.join(PRESETS)}.", panel=MODEL)
+    size: str = setting("tiny", help=f"One of: {', '.join(SIZES)}.", panel=MODEL)
+    init: str | None = setting(
+        None,
+        help="Go on training this model, with its tokenizer and at the periods of its levels, instead of a preset.",
+        panel=MODEL,
+        metavar="DIR",
+    )
+    overrides: dict[str, Any] = setting(
+        default_factory=dict,
+        help="Change a setting of the preset.",
+        panel=MODEL,
+        flag="set",
+        metavar="NAME=VALUE...",
+        takes=list[str],
+        parse=parse_overrides,
+    )
 
-    sequence_length: int = 256
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    steps: int | None = None
-    tokens: int | None = None
-    carry_state: bool = False
-    carry_tokens: int | None = None
+    data: tuple[str, ...] = setting(
+        (),
+        help="Files or directories of UTF-8 text. Default: CPython's language reference, embedded.",
+        panel=DATA,
+        metavar="PATH...",
+    )
+    valid: tuple[str, ...] = setting(
+        (),
+        help="Text to validate on. Default: the last tenth of each corpus, held out.",
+        panel=DATA,
+        metavar="PATH...",
+    )
+    tokenizer: str = setting("bytes", help="bytes, bpe:SIZE, or a Hugging Face path or name.", panel=DATA)
+    streaming: bool = setting(False, help="--data names a set of the hub, read as it arrives.", panel=DATA)
+    subset: str | None = setting(None, help="Subset of a streamed set.", panel=DATA)
+    split: str = setting("train", help="Split of a streamed set.", panel=DATA)
+    column: str = setting("text", help="Text column of a streamed set.", panel=DATA)
 
-    optimizer: str = "adamw"
-    learning_rate: float | None = None
-    min_lr_ratio: float = 0.1
-    warmup_steps: int | None = None
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    precision: str = "float32"
-    matmul_precision: str = "highest"
-    levels: str = ""
-    level_rate_exponent: float = 0.0
-    gradient_checkpointing: bool = False
-    device: str = "auto"
-    seed: int = 0
+    steps: int | None = setting(None, help="Optimizer steps. Default: 500.", panel=OPTIMISATION, at_least=1)
+    tokens: int | None = setting(None, help="Budget in tokens, instead of --steps.", panel=OPTIMISATION, at_least=1)
+    sequence_length: int = setting(256, help="Tokens in a row.", panel=OPTIMISATION, at_least=2)
+    batch_size: int = setting(8, help="Rows in a batch, of each process.", panel=OPTIMISATION, at_least=1)
+    gradient_accumulation: int = setting(1, help="Batches in an optimizer step.", panel=OPTIMISATION, at_least=1)
+    carry_state: bool = setting(False, help="Read on with the state of the step before.", panel=OPTIMISATION)
+    carry_tokens: int | None = setting(
+        None, help="Reset carried states after so many tokens.", panel=OPTIMISATION, at_least=1
+    )
+    optimizer: str = setting("adamw", help="One of: {choices}.", panel=OPTIMISATION, metavar="NAME", choices=OPTIMIZERS)
+    learning_rate: float | None = setting(
+        None,
+        help="Peak learning rate. Default: 3e-3 for tiny, 1e-4 with --init, else 4e-4; 0.1 for optimizers that step "
+        "like sgd.",
+        panel=OPTIMISATION,
+        flag="lr",
+        above=0,
+    )
+    min_lr_ratio: float = setting(
+        0.1, help="Last learning rate, as a part of the peak.", panel=OPTIMISATION, at_least=0, at_most=1
+    )
+    warmup_steps: int | None = setting(None, help="Default: a tenth of the run.", panel=OPTIMISATION, at_least=0)
+    weight_decay: float = setting(0.1, help="On matrices only.", panel=OPTIMISATION, at_least=0)
+    beta1: float = setting(
+        0.9,
+        help="AdamW's; the momentum of optimizers that step like sgd.",
+        panel=OPTIMISATION,
+        at_least=0,
+        below=1,
+    )
+    beta2: float = setting(0.95, help="AdamW's.", panel=OPTIMISATION, at_least=0, below=1)
+    grad_clip: float = setting(1.0, help="Largest gradient norm.", panel=OPTIMISATION, above=0)
+    levels: str = setting(
+        "",
+        help="Steps between two updates of a level, as in cms.0=1,cms.1=8,cms.2=64; a name is cms.N, a converted "
+        "model's level, or a pattern of parameter names. Everything else: 1.",
+        panel=OPTIMISATION,
+        metavar="NAME=PERIOD,...",
+    )
+    level_rate_exponent: float = setting(
+        0.0, help="A level's learning rate is multiplied by PERIOD^this.", panel=OPTIMISATION
+    )
+    precision: str = setting(
+        "float32", help="float32, or bf16 for autocast.", panel=OPTIMISATION, choices=("float32", "bf16")
+    )
+    matmul_precision: str = setting(
+        "highest",
+        help="Of float32 products, in memories too: highest, high (TF32) or medium (bfloat16).",
+        panel=OPTIMISATION,
+        choices=("highest", "high", "medium"),
+    )
+    gradient_checkpointing: bool = setting(False, help="Less memory for more computation.", panel=OPTIMISATION)
+    device: str = setting("auto", help="auto or cpu.", panel=OPTIMISATION, choices=("auto", "cpu"))
+    seed: int = setting(0, help="Of the weights and the data order.", panel=OPTIMISATION)
 
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 100
-    keep_checkpoints: int = 2
-    eval_tokens: int = 65536
-    tensorboard: bool = True
-    measure_levels: bool = False
-    sample_tokens: int = 200
-    sample_prompt: str = ""
+    log_every: int = setting(10, help="Steps between two records.", panel=RECORDS, at_least=1)
+    eval_every: int = setting(100, help="Steps between two validations.", panel=RECORDS, at_least=1)
+    save_every: int = setting(100, help="Steps between two checkpoints.", panel=RECORDS, at_least=1)
+    keep_checkpoints: int = setting(2, help="Newest checkpoints kept.", panel=RECORDS, at_least=1)
+    eval_tokens: int = setting(65536, help="Most tokens a validation reads.", panel=RECORDS, at_least=2)
+    tensorboard: bool = setting(True, help="Write TensorBoard events.", panel=RECORDS)
+    measure_levels: bool = setting(False, help="Measure updates and gradients of the levels as well.", panel=RECORDS)
+    sample_tokens: int = setting(200, help="Length of the sample at the end.", panel=RECORDS, at_least=0)
+    sample_prompt: str = setting("", help="Beginning of the sample.", panel=RECORDS)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant.
@@ -118,27 +190,7 @@ class TrainConfig:
         Raises:
             UserError: the setting, its value and what is allowed.
         """
-        for name in ("sequence_length", "batch_size", "gradient_accumulation", "log_every", "eval_every", "save_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "tokens", "carry_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
-        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
-        _require(self.eval_tokens >= 2, "eval_tokens", self.eval_tokens, "at least 2")
-        _require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "at least 0")
-        _require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
-        _require(self.learning_rate is None or self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "between 0 and 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "positive")
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
-        _require(self.precision in ("float32", "bf16"), "precision", self.precision, "float32 or bf16")
-        products = self.matmul_precision
-        _require(products in ("highest", "high", "medium"), "matmul_precision", products, "highest, high or medium")
-        _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
-        _require(self.optimizer in NAMES, "optimizer", self.optimizer, f"one of {', '.join(NAMES)}")
+        check(self, UserError)
         if self.levels:
             parse_levels(self.levels)
         elif self.level_rate_exponent and self.init is None:
@@ -227,8 +279,3 @@ def read_run(out: str | Path) -> tuple[TrainConfig, dict[str, Any]]:
         return TrainConfig.from_dict(record["config"]), dict(record["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); start a new run in another directory") from error
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{name} is {value}, but must be {allowed}")
