@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import unicodedata
 
 KEPT = "\n\t"
@@ -26,3 +28,13 @@ def short(text: str, most: int = 200) -> str:
         return text
     end = (most - 1) // 2
     return f"{text[: most - 1 - end]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - end :]}"
+
+
+def forgiving_output() -> None:
+    """From here on, what standard output and standard error cannot encode comes out as a stand-in, not as an error.
+
+    Their encoding is the terminal's or the pipe's, and not every one has the characters of every text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")

@@ -20,7 +20,7 @@ from nestling.cli.memory_command import memory
 from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
-from nestling.printing import printable
+from nestling.printing import forgiving_output, printable
 
 LIST_OPTIONS = ("--data", "--valid", "--set")
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 2 for everything the user can put right (one line on stderr), 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    forgiving_output()
     try:
         result = app(spread_lists(given), prog_name="nestling", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -40,7 +40,8 @@ def generate(
     from nestling.cli.console import quiet_libraries
     from nestling.cli.loading import check_memory_target, load_causal_lm, load_memories, prompt_tokens
     from nestling.cli.loading import save_memory as write_memory
-    from nestling.evaluation.sampling import continue_text
+    from nestling.continual.reading import learned_positions
+    from nestling.evaluation.sampling import Continuation, continue_text, end_tokens
     from nestling.printing import printable
     from nestling.training.tokenization import special_ids
 
@@ -57,31 +58,28 @@ def generate(
     if chat and not prompt:
         raise UserError("--chat needs a --prompt")
     ids = prompt_tokens(source, tokenizer, prompt, continuing=state is not None, chat=chat)
-    written: list[int] = []
-    shown = 0
-
-    def show(token: int) -> None:
-        nonlocal shown
-        written.append(token)
-        text = str(tokenizer.decode(written))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character is still to come
-            _write(printable(text[shown:]))
-            shown = len(text)
-
+    most = learned_positions(model)
+    if most is not None and len(ids) > most:
+        raise UserError(f"the prompt has {len(ids):,} tokens, and the model has {most:,} positions; give a shorter one")
+    room = max_new_tokens if most is None else min(max_new_tokens, most - len(ids))
+    text = Continuation(tokenizer, [] if chat else ids)
+    ends = end_tokens(model, tokenizer)
     _write("" if chat else printable(prompt))
-    _, state = continue_text(
+    written, state = continue_text(
         model,
         ids,
-        max_new_tokens,
+        room,
         state=state,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop_token=tokenizer.eos_token_id,
-        never=special_ids(tokenizer),
-        on_token=show,
+        stop=ends,
+        never=[i for i in special_ids(tokenizer) if i not in ends],
+        on_token=lambda token: _write(printable(text.add(token))),
     )
-    _write(printable(str(tokenizer.decode(written))[shown:]) + "\n")
+    _write(printable(text.rest()) + "\n")
+    if len(written) == room < max_new_tokens:
+        print(f"stopped after {room:,} tokens: the model has {most:,} positions", file=sys.stderr)
     if save_memory is not None:
         assert isinstance(model, NestlingForCausalLM)  # any other was refused above
         write_memory(state, save_memory, model)

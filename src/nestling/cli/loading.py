@@ -188,7 +188,7 @@ def prompt_tokens(
         chat: put it in the tokenizer's chat template, for an answer to follow.
 
     Raises:
-        UserError: a tokenizer without a chat template, or one that fails.
+        UserError: a tokenizer without a chat template, or one that fails, or nothing to begin an empty prompt with.
     """
     if chat:
         if not tokenizer.chat_template:
@@ -202,6 +202,8 @@ def prompt_tokens(
     if (Path(source) / CONFIG_FILE).exists() or continuing:
         return [int(i) for i in reading_tokens(tokenizer, [Document("prompt", prompt)], continuing)]
     found = [*_own_beginning(tokenizer), *map(int, encode_text(tokenizer, prompt))]
+    if not found and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source} has no beginning and no end token to begin with; give a --prompt")
     return found or [start_token(tokenizer)]
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nestling.demo.settings import DemoSettings
 from nestling.errors import UserError
+from nestling.printing import forgiving_output
 
 WIDTH = 110  # of the tables when the output is a file or a pipe
 
@@ -70,4 +71,5 @@ def run(settings: DemoSettings, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    forgiving_output()
     typer.run(main)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from nestling import NestlingForCausalLM, __version__
 from nestling.errors import UserError
 from nestling.evaluation.language import LossReport, evaluate_loss
-from nestling.evaluation.sampling import continue_text
+from nestling.evaluation.sampling import continue_text, decode_continuation, end_tokens
 from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
 from nestling.levels.measures import LevelMeter
 from nestling.printing import printable
@@ -278,10 +278,10 @@ def sample_text(
         temperature=SAMPLE_TEMPERATURE,
         top_p=0.95,
         seed=seed,
-        stop_token=tokenizer.eos_token_id,
+        stop=end_tokens(model, tokenizer),
         never=special_ids(tokenizer),
     )
-    return prompt + str(tokenizer.decode(written))
+    return prompt + decode_continuation(tokenizer, ids, written)
 
 
 def _save_model(out: Path, model: NestlingForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
