@@ -206,6 +206,7 @@ def test_names_of_files_are_harmless(model: Path, tmp_path: Path, capsys: pytest
     for _ in range(2):
         assert run(model, file, "--memory", place, *LEVELS) == 0
         text = capsys.readouterr().out
+        text = re.sub(r"[ │]*\n[ │]*", "", text)  # a long path is folded in the table
         assert "\x1b" not in text and "a�[2J[b]�.txt" in text
     assert "a�[2J[b]�.txt" in fails(capsys, "learn", model, f"{file}.none", "--memory", place)
 
