@@ -40,7 +40,7 @@ def generate(
     from nestling.cli.console import quiet_libraries
     from nestling.cli.loading import check_memory_target, load_causal_lm, load_memories, prompt_tokens
     from nestling.cli.loading import save_memory as write_memory
-    from nestling.continual.reading import learned_positions
+    from nestling.continual.stream.scoring import learned_positions
     from nestling.evaluation.sampling import Continuation, continue_text, end_tokens
     from nestling.printing import printable
     from nestling.training.tokenization import special_ids
