@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nestling.memory.state import State
@@ -13,6 +14,20 @@ from nestling.ops.packing import find_rows
 BOUND = 1e4
 """Largest entry of a layer's input. A normalised residual stream stays two orders of magnitude below; beyond it sums of
 products of three projections over a million tokens, and the backward pass of attention, leave float32."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rows that start at slot 0, as a model brings them to all its layers at once.
+
+    An object and not the bare tensor: hooks that move the inputs of a module to its device leave it on the CPU, where
+    lengths steer the loops over chunks.
+
+    Attributes:
+        lengths: `[N]` int64 on the CPU, real tokens of every row; None when all slots hold one.
+    """
+
+    lengths: Int[Tensor, " N"] | None = None
 
 
 class SequenceLayer(nn.Module, ABC):
@@ -28,6 +43,8 @@ class SequenceLayer(nn.Module, ABC):
         state: State | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        rows: Aligned | None = None,
     ) -> tuple[Float[Tensor, "B T hidden"], State]:
         """Run the layer over `x`, continuing from `state`. Entries of `x` count as at most +-`BOUND`.
 
@@ -38,20 +55,24 @@ class SequenceLayer(nn.Module, ABC):
             mask: `[B, T]`, non-zero for real tokens. Masked tokens neither write nor advance the
                 chunk, and their output is 0.
             cu_seqlens: `[N + 1]` boundaries of documents packed in one row; every document has a state row of its own.
+            rows: what a model says of input that it has aligned, checked and normalised itself. It stands in place of
+                `mask` and `cu_seqlens`, and `x` is taken as it is.
 
         Raises:
             ValueError: a mask, boundary or state that does not fit `x`.
         """
+        if rows is not None:
+            return self.run(x, state, rows.lengths)
         if not x.shape[0]:
             return x, self.init_state(0) if state is None else state
         x = x.clamp(-BOUND, BOUND)
-        rows = find_rows((x.shape[0], x.shape[1]), mask, cu_seqlens)
-        if rows is None:
+        found = find_rows((x.shape[0], x.shape[1]), mask, cu_seqlens)
+        if found is None:
             check_state(state, x.shape[0])
             return self.run(x, state, None)
-        check_state(state, len(rows.lengths))
-        y, state = self.run(rows.pack(x), state, rows.lengths)
-        return rows.unpack(y), state
+        check_state(state, len(found.lengths))
+        y, state = self.run(found.pack(x), state, found.lengths)
+        return found.unpack(y), state
 
     @abstractmethod
     def run(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:

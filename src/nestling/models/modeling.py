@@ -34,7 +34,7 @@ from nestling.layers.neural_memory_config import (
     NeuralMemoryConfig,
 )
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
-from nestling.layers.sequence import SequenceLayer, check_state
+from nestling.layers.sequence import Aligned, SequenceLayer, check_state
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
@@ -107,10 +107,10 @@ class Block(nn.Module):
         return BlockState(self.mixer.init_state(batch_size), channel)
 
     def forward(
-        self, x: Float[Tensor, "N L hidden"], state: BlockState | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: BlockState | None, rows: Aligned
     ) -> tuple[Float[Tensor, "N L hidden"], BlockState]:
-        """Run the block over left-aligned rows; see `SequenceLayer.run`."""
-        y, mixer_state = self.mixer.run(self.mixer_norm(x), None if state is None else state.mixer, lengths)
+        """Run the block over left-aligned rows."""
+        y, mixer_state = self.mixer(self.mixer_norm(x), None if state is None else state.mixer, rows=rows)
         x = x + y
         channel_state: State | None = None
         match self.channel:
@@ -118,7 +118,7 @@ class Block(nn.Module):
                 assert self.channel_norm is not None
                 x = x + self.channel(self.channel_norm(x))
             case ContinuumMemory():
-                x, channel_state = self.channel.run(x, None if state is None else state.channel, lengths)
+                x, channel_state = self.channel(x, None if state is None else state.channel, rows=rows)
         return x, BlockState(mixer_state, channel_state)
 
 
@@ -295,10 +295,10 @@ class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
     def _run_blocks(self, x: Tensor, state: ModelState | None, lengths: Tensor | None) -> tuple[Tensor, ModelState]:
         layers: list[BlockState] = []
         remember = not (self.gradient_checkpointing and torch.is_grad_enabled())
-        time = x.shape[1]
+        time, rows = x.shape[1], Aligned(lengths)
         for i, block in enumerate(self.blocks):
             past = None if state is None else state.layers[i]
-            x, new = block(x, past, lengths) if remember else self._gradient_checkpointing_func(block, x, past, lengths)
+            x, new = block(x, past, rows) if remember else self._gradient_checkpointing_func(block, x, past, rows)
             layers.append(new)
         before = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.position
         return x, ModelState(before + (time if lengths is None else lengths), layers)
