@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEV    := $(VENV)/.stamp-dev
 BENCH  := $(VENV)/.stamp-bench
+DOCS   := $(VENV)/.stamp-docs
 JOBS   ?= 2
 ARGS   ?=
 # One thread per test process: JOBS workers that each take every core only slow one another down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format bench freeze clean
+.PHONY: help setup demo test test-slow lint types format bench docs freeze clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,12 +43,17 @@ format: $(DEV) ## rewrite the files as ruff wants them
 bench: $(BENCH) ## speed and memory, every figure a ratio within one run (ARGS="--quick" for a short look)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-freeze: $(BENCH) ## write what is installed to constraints.txt
+docs: $(DOCS) ## build the documentation site strictly into site/, with nothing from other hosts
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/python docs/site/check_site.py site
+	@echo "open site/index.html"
+
+freeze: $(BENCH) $(DOCS) ## write what is installed to constraints.txt
 	@{ head -2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean: ## remove .venv, caches and the demo's output
-	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo site .mypy_cache .pytest_cache .ruff_cache
 
 $(DEV): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,4 +64,8 @@ $(DEV): pyproject.toml constraints.txt
 
 $(BENCH): $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+$(DOCS): $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@

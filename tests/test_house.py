@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("src", "tests", "benchmarks", "examples", "reproductions")
+CODE = ("src", "tests", "benchmarks", "examples", "reproductions", "docs")
 MAX_LINES = 400
 
 # Imports point one way: a package may import from its own rank and from lower ones.
@@ -43,7 +43,7 @@ def python_files() -> list[Path]:
 
 def prose_files() -> list[Path]:
     """Every Markdown file of the repository, the environment and outputs apart."""
-    folders = [ROOT / name for name in (*CODE, "docs", ".github")]
+    folders = [ROOT / name for name in (*CODE, ".github")]
     return sorted([*ROOT.glob("*.md"), *(p for folder in folders for p in folder.rglob("*.md"))])
 
 

@@ -1,0 +1,1 @@
+"""Data of the evaluations: generators of synthetic tasks, and readers of real sets."""
