@@ -58,6 +58,18 @@ def test_names_are_no_markup(source: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"saved in {out}" in capsys.readouterr().out
 
 
+def test_what_was_found_beside_the_configuration_is_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert main(["convert", str(source), str(tmp_path / "out"), *LEVELS]) == 0
+    assert "note: the model's output projection differs from its embedding" in capsys.readouterr().out
+    original, converted = (AutoModelForCausalLM.from_pretrained(d) for d in (source, tmp_path / "out"))
+    ids = torch.arange(4, 40)[None]
+    torch.testing.assert_close(converted(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_inspect_shows_the_levels(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(source), str(tmp_path / "out"), *LEVELS]) == 0
     capsys.readouterr()

@@ -62,8 +62,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 def pretrained(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a family whose gains and biases are not one and zero either."""
+    return randomized(FAMILIES[family], seed)
+
+
+def randomized(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    """Any model so."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]()
+    model = make()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:

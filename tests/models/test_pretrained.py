@@ -127,3 +127,27 @@ def test_smollm2_from_gguf_keeps_its_logits(tmp_path: Path) -> None:
             error = (converted(ids).logits - wanted).abs().max() / wanted.abs().max()
             assert float(error) < 2e-5, assignment
             assert torch.equal(converted.generate(ids[:, : ids.shape[1] // 4], **options), text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj.bias", "lm_head.bias", "model.layers.9.mlp.up_proj.weight", "model.norm.scale"],
+)
+def test_weights_that_the_configuration_denies_are_refused(source: Path, name: str) -> None:
+    """transformers leaves them out, and the model is another one than was saved."""
+    file = source / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(32)}, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"holds {name}, for which a LlamaForCausalLM of its configuration has no place"
+    ):
+        load_pretrained(source)
+
+
+def test_whole_other_parts_and_old_tables_are_left_out(source: Path) -> None:
+    file = source / "model.safetensors"
+    more = {
+        "model.vision_tower.patch.weight": torch.ones(3),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    assert load_pretrained(source)[0].config.num_hidden_layers == 4

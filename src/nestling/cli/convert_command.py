@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def convert(
     """
     from nestling.cli.console import quiet_libraries, say, stdout_console
     from nestling.levels.assignment import parse_levels, stream_levels
-    from nestling.models.conversion import ASSIGNMENTS
+    from nestling.models.conversion import ASSIGNMENTS, ConversionWarning
     from nestling.models.conversion import convert as convert_model
     from nestling.models.pretrained import load_pretrained
     from nestling.training.checkpoint import new_directory
@@ -58,7 +59,9 @@ def convert(
     quiet_libraries()
     model, tokenizer = load_pretrained(source)
     try:
-        converted = convert_model(model, periods, assignment)  # type: ignore[arg-type]  # checked above
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", ConversionWarning)
+            converted = convert_model(model, periods, assignment)  # type: ignore[arg-type]  # checked above
     except ValueError as error:
         raise UserError(f"{source} cannot be converted: {error}") from error
     del model
@@ -76,6 +79,9 @@ def convert(
         raise UserError(f"nothing was written to {out} ({' '.join(str(error).split())[:200]})") from error
     sizes = {name: p.numel() for name, p in converted.named_parameters()}
     console = stdout_console()
+    for note in notes:
+        if issubclass(note.category, ConversionWarning):
+            say(console, f"note: {note.message}")
     for level, names in stream_levels(converted).items():
         count = sum(sizes[n] for n in names)
         say(console, f"{level}: {count:,} parameters every {periods[level]:,} tokens")

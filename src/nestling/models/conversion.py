@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nestling.models.configuration import NestlingConfig, check_periods
+from nestling.models.convertible import check_convertible, has_own_head, rope_settings
 from nestling.models.modeling import NestlingForCausalLM
 
 Assignment = Literal["depth", "interleaved", "split"]
 ASSIGNMENTS: tuple[str, ...] = get_args(Assignment)
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SUPPORTED = "Llama (SmolLM2 is one), Mistral, Qwen2 and Qwen3"
-STRETCHED_ROPE = ("linear", "llama3")
-"""Rotary kinds whose frequencies are fixed and whose attention is not rescaled."""
 
 OUTSIDE = {"model.embed_tokens": "embed_tokens", "model.norm": "norm", "lm_head": "lm_head"}
 INSIDE = {
@@ -40,6 +31,10 @@ INSIDE = {
     "post_attention_layernorm": "channel_norm",
 }
 NEURON_AXIS = {"mlp.gate_proj": ("gate", 0), "mlp.up_proj": ("up", 0), "mlp.down_proj": ("down", 1)}
+
+
+class ConversionWarning(UserWarning):
+    """Something of a pre-trained model that was taken over and that its owner should know."""
 
 
 def convert(model: PreTrainedModel, levels: Mapping[str, int], assignment: Assignment = "depth") -> NestlingForCausalLM:
@@ -62,8 +57,11 @@ def convert(model: PreTrainedModel, levels: Mapping[str, int], assignment: Assig
         assignment: see above.
 
     Raises:
-        ValueError: another architecture, a setting of it that `NestlingForCausalLM` does not have, levels that cannot
+        ValueError: another architecture, something in it that `NestlingForCausalLM` does not have, levels that cannot
             be, or more of them than there are blocks or neurons.
+
+    Warns:
+        ConversionWarning: the model holds something else than its configuration says, and that was taken.
     """
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment is one of {', '.join(ASSIGNMENTS)}; got {assignment!r}")
@@ -71,11 +69,16 @@ def convert(model: PreTrainedModel, levels: Mapping[str, int], assignment: Assig
     check_convertible(model)
     source = model.config
     shares = assign_neurons(source.num_hidden_layers, source.intermediate_size, tuple(periods), assignment)
-    config = _config(source, shares, periods)
-    with torch.device("meta"):
-        converted = NestlingForCausalLM(config)
-    converted.load_state_dict(dict(_renamed(model.state_dict(), shares)), strict=True, assign=True)
-    converted.tie_weights()
+    config = _config(model, shares, periods)
+    if source.tie_word_embeddings and not config.tie_word_embeddings:
+        warnings.warn(
+            "the model's output projection differs from its embedding, though its configuration says that they are "
+            "tied (tie_word_embeddings); it is kept, and the converted model is not tied",
+            ConversionWarning,
+            stacklevel=2,
+        )
+    with torch.inference_mode(False):  # what is made under inference_mode could never be trained
+        converted = _with_weights(config, _renamed(model.state_dict(), shares))
     if model.generation_config is not None:
         converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.train(model.training)
@@ -101,64 +104,31 @@ def assign_neurons(
     return [{levels[(blocks - 1 - i) * count // blocks]: (0, neurons)} for i in range(blocks)]
 
 
-def check_convertible(model: PreTrainedModel) -> None:
-    """Refuse what cannot become a `NestlingForCausalLM` with equal outputs.
-
-    Raises:
-        ValueError: the architecture, or the setting of its configuration, and what is supported.
-    """
-    c = model.config
-    if isinstance(model, NestlingForCausalLM):
-        raise ValueError("the model is nestling's already; give the pre-trained model it was made from")
-    if FAMILIES.get(c.model_type) != type(model).__name__:
-        raise ValueError(
-            f"{type(model).__name__} (model type {c.model_type}) cannot be converted; supported are the causal "
-            f"language models of {SUPPORTED}"
-        )
-    if getattr(model, "quantization_method", None) not in (None, "gguf"):  # GGUF weights are expanded on loading
-        raise ValueError("the weights are quantized; give the model in float32, float16 or bfloat16, or as GGUF")
-    if c.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {c.hidden_act!r} is not supported; the networks of the levels use silu")
-    if getattr(c, "mlp_bias", False):
-        raise ValueError("mlp_bias is not supported: a bias would belong to no hidden neuron, so to no level")
-    kinds = set(getattr(c, "layer_types", None) or ()) if c.model_type.startswith("qwen") else set()
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layer_types has {', '.join(sorted(unknown))}; supported are full and sliding attention")
-    rope_settings(c)
-
-
-def rope_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary fields of `AttentionConfig`: the base of the frequencies, or where that says too little the values.
-
-    Raises:
-        ValueError: a kind of rotary positions whose frequencies change with the text or that rescales the attention.
-    """
-    rope: dict[str, Any] = config.rope_parameters  # type: ignore[assignment]
-    kind = rope.get("rope_type")
-    if kind != "default" and kind not in STRETCHED_ROPE:
-        raise ValueError(f"rope type {kind!r} is not supported; supported are default, {', '.join(STRETCHED_ROPE)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported: rotary positions turn all channels of a head")
-    theta = {"rope_theta": float(rope["rope_theta"])}
-    if kind == "default":
-        return theta
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return theta | {"rope_frequencies": frequencies.tolist()}
+def _with_weights(config: NestlingConfig, weights: Iterator[tuple[str, Tensor]]) -> NestlingForCausalLM:
+    with torch.device("meta"):
+        made = NestlingForCausalLM(config)
+    try:
+        made.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the model's weights are not those of its configuration ({reason})") from error
+    made.tie_weights()
+    return made
 
 
 def _config(
-    c: PretrainedConfig, shares: Sequence[Mapping[str, tuple[int, int]]], periods: dict[str, int]
+    model: PreTrainedModel, shares: Sequence[Mapping[str, tuple[int, int]]], periods: dict[str, int]
 ) -> NestlingConfig:
-    biased = c.model_type == "qwen2" or getattr(c, "attention_bias", False)
+    c, attention = model.config, cast(Any, model).model.layers[0].self_attn
     mixer = {
         "kind": "attention",
         "num_heads": c.num_attention_heads,
         "num_kv_heads": c.num_key_value_heads,
         "head_width": getattr(c, "head_dim", None),
-        "bias": biased,
-        "output_bias": biased and c.model_type != "qwen2",
+        "bias": attention.q_proj.bias is not None,
+        "output_bias": attention.o_proj.bias is not None,
         "qk_norm_eps": c.rms_norm_eps if c.model_type == "qwen3" else None,
-    } | rope_settings(c)
+    } | rope_settings(model)
     blocks = [
         {
             "mixer": mixer | {"window": _window(c, i)},
@@ -174,7 +144,7 @@ def _config(
         blocks=blocks,
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
-        tie_word_embeddings=c.tie_word_embeddings,
+        tie_word_embeddings=not has_own_head(model),
         initializer_range=c.initializer_range,
         norm_eps=c.rms_norm_eps,
         logit_scale=1.0,

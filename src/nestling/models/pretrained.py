@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.errors import UserError
+from nestling.models.gguf_file import check_header, complete, read_header, unused_tensors
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 GGUF_MAGIC = b"GGUF"
@@ -19,15 +21,17 @@ WEIGHTS = "*.safetensors"
 def load_pretrained(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32, in evaluation mode, and its tokenizer.
 
-    Only safetensors and GGUF files are read, never pickles, and no code that comes with a model is run.
+    Only safetensors and GGUF files are read, never pickles, and no code that comes with a model is run. What stands
+    beside the weights counts: rotary scaling of a GGUF file is taken over, and what the model has no place for is
+    refused.
 
     Args:
         source: a directory in Hugging Face's layout (a converted or trained nestling model is one), a GGUF file, or a
             model's name on the Hugging Face hub. What exists as a file or directory is not looked for on the hub.
 
     Raises:
-        UserError: nothing of that name, no safetensors, a damaged file or one that lacks weights, an adapter, or no
-            tokenizer.
+        UserError: nothing of that name, no safetensors, a damaged file, one that lacks weights or holds more than its
+            configuration has a place for, an adapter, or no tokenizer.
     """
     path = Path(source)
     if path.is_dir():
@@ -71,9 +75,20 @@ def _check_gguf(path: Path) -> None:
 
 def _load_model(source: str | Path, place: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel
+    header = None
     try:
+        more: dict[str, Any] = {}
+        if "gguf_file" in place:
+            header = read_header(source)
+            check_header(header)
+            more["config"] = complete(AutoConfig.from_pretrained(**place, trust_remote_code=False), header)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            **place,
+            **more,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         model, found = loaded
         if "gguf_file" in place:
@@ -87,9 +102,26 @@ def _load_model(source: str | Path, place: dict[str, Any]) -> PreTrainedModel:
         raise UserError(
             f"{source} lacks {len(missing)} of the model's weights, the first {missing[0]}; restore its files"
         )
+    unused = (
+        _misplaced(model, found["unexpected_keys"]) if header is None else unused_tensors(header, model.state_dict())
+    )
+    if unused:
+        raise UserError(
+            f"{source} holds {unused[0]}, for which a {type(model).__name__} of its configuration has no place, so the "
+            "model would not be the one that was saved; correct its configuration, or merge adapters first"
+        )
     if broken := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
         raise UserError(f"{source} holds NaN or infinity in {broken[0]}; restore its files")
     return model.eval()
+
+
+def _misplaced(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Tensors that transformers left out though they belong to a module that the model has, or to a block more of its
+    blocks; not those of whole other parts, such as the images' of a model of images and text."""
+    modules = {name for name, _ in model.named_modules()}
+    parents = {name: name.rpartition(".")[0] for name in sorted(unexpected) if not name.endswith("inv_freq")}
+    blocks = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2].isdecimal()}
+    return [n for n, parent in parents.items() if parent in modules or any(n.startswith(f"{b}.") for b in blocks)]
 
 
 def _unbound(model: PreTrainedModel) -> PreTrainedModel:
