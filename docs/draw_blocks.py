@@ -1,4 +1,4 @@
-"""Draw the blocks of docs/architectures.md, all in the same way, into docs/pictures.
+"""Draw the blocks of docs/architectures.md, all in the same way, into docs/pictures; Hope has draw_hope.py.
 
     python docs/draw_blocks.py
 
@@ -19,83 +19,87 @@ from nestling.plotting.curves import COLORS, STYLE
 
 HERE = Path(__file__).parent
 PLAIN, MEMORY, ATTENTION = "#eef0f3", COLORS[0], COLORS[2]
-HEIGHT, GAP, WIDTH = 0.62, 0.34, 5.2
+HEIGHT, GAP, WIDTH = 0.74, 0.34, 5.6
 
-# kind: "step", "memory" or "attention"; text; note. A list of two steps is drawn side by side.
-Step = tuple[str, str, str]
-FEED_FORWARD: Step = ("step", "+ SwiGLU(norm)", "")
+# kind: "step", "memory" or "attention"; what it is; its formula; note. A list of two steps is drawn side by side.
+Step = tuple[str, str, str, str]
+FEED_FORWARD: Step = ("step", "feed-forward network", "x + SwiGLU(norm(x))", "")
+NORM: Step = ("step", "norm", "", "")
 BLOCKS: dict[str, list[Step | list[Step]]] = {
     "transformer": [
-        ("step", "norm; q, k, v = x W; rotary positions", ""),
-        ("attention", "softmax attention", "every earlier token\nand itself"),
-        ("step", "W_out, + x", ""),
+        ("step", "projections", "q, k, v = norm(x) W, rotary positions", ""),
+        ("attention", "softmax attention", "softmax(q k) v", "reads every earlier\ntoken and itself"),
+        ("step", "output", "x + o W", ""),
         FEED_FORWARD,
     ],
     "linear": [
-        ("step", "norm; q, k, v, gate, rates = x W", ""),
-        ("step", "short convolution, feature map, length 1", "DeltaNets; rotary\npositions in RetNet"),
-        ("memory", "W_t = a W (I - beta k k^T) + beta v k^T", "W_t: after the\ntoken's own write"),
-        ("step", "denominator or norm of every head", ""),
-        ("step", "* gate, W_out, + x", ""),
+        ("step", "projections", "q, k, v, gate, rates = norm(x) W", ""),
+        ("step", "short convolution, feature map, length 1", "", "DeltaNets; rotary\npositions in RetNet"),
+        ("memory", "matrix memory", "W = a W (I - β k k') + β v k';  o = W q", "reads after the\ntoken's own write"),
+        ("step", "denominator or norm of every head", "", ""),
+        ("step", "gate, output", "x + (o * gate) W", ""),
         FEED_FORWARD,
     ],
     "mamba2": [
-        ("step", "norm; z, x, B, C, dt = x W", ""),
-        ("step", "short convolution and SiLU of x, B, C", ""),
-        ("memory", "W_t = exp(-A dt) W + dt x B^T;  W_t C", "W_t: after the\ntoken's own write"),
-        ("step", "+ D x, * silu(z), norm of every group", ""),
-        ("step", "W_out, + x", "no channel mixer"),
+        ("step", "projections", "z, x, B, C, dt = norm(x) W", ""),
+        ("step", "short convolution of x, B, C", "", ""),
+        ("memory", "matrix memory", "W = exp(-A dt) W + dt x B';  o = W C", "reads after the\ntoken's own write"),
+        ("step", "skip, gate, norm of every group", "norm((o + D x) * silu(z))", ""),
+        ("step", "output", "x + o W", "no channel mixer"),
     ],
     "samba": [
-        ("memory", "Mamba-2 and + x", "W_t: after the\ntoken's own write"),
+        ("memory", "Mamba-2", "x + Mamba-2(norm(x))", "reads after the\ntoken's own write"),
         FEED_FORWARD,
-        ("attention", "sliding-window attention and + x", "the last `window`\ntokens"),
+        ("attention", "sliding-window attention", "x + attention(norm(x))", "reads the last\n`window` tokens"),
         FEED_FORWARD,
     ],
     "ttt": [
-        ("step", "norm; qk, v = x W; two short convolutions", ""),
-        ("step", "rotary positions within the mini-batch", ""),
-        ("memory", "f(q_t; W_t),  W -= l grad |LN f(k) + k - v|^2", "gradients: start of the\nmini-batch; read: W_t"),
-        ("step", "LayerNorm, * gelu(x W_g), W_out, + x", ""),
+        ("step", "projections, two short convolutions", "qk, v = norm(x) W", ""),
+        ("step", "rotary positions within the mini-batch", "", ""),
+        (
+            "memory",
+            "a small model f that is trained",
+            "W -= l ∇|LN f(k) + k - v|²;  o = f(q)",
+            "writes once a mini-batch,\nreads its own token's W",
+        ),
+        ("step", "norm, gate, output", "x + (LN(o) * gelu(x W)) W", ""),
         FEED_FORWARD,
     ],
     "titans_lmm": [
-        ("step", "norm; q, k, v = silu(conv(x W)); q, k of length 1", ""),
-        ("memory", "M_t = a M + S_t,  S_t = b S - l grad|M(k) - v|^2", "gradients: start of the\nchunk; read: M_t"),
-        ("step", "norm, * silu(x W_g), W_out, + x", ""),
+        ("step", "projections, short convolution", "q, k, v; q and k of length 1", ""),
+        (
+            "memory",
+            "neural memory M",
+            "M = a M + S;  S = b S - l ∇|M(k) - v|²;  o = M(q)",
+            "gradients at the chunk's\nstart; reads its own M",
+        ),
+        ("step", "norm, gate, output", "x + (norm(o) * silu(x W)) W", ""),
         FEED_FORWARD,
     ],
     "titans_mac": [
-        ("step", "norm", ""),
-        ("memory", "h = M*(q): retrieve", "memory BEFORE the\nsegment"),
-        ("attention", "attention over persistent | h | segment", "h and tokens up to\nitself"),
-        ("memory", "write y, the attention's answers", "gradients: start of\nthe segment"),
-        ("memory", "read M*(y)", "memory after its own\nwrite"),
-        ("step", "y * silu(read), W_out, + x", ""),
+        NORM,
+        ("memory", "retrieve", "h = M(q)", "M before the segment"),
+        ("attention", "attention over persistent tokens, h, segment", "y", "sees h and tokens\nup to itself"),
+        ("memory", "write the answers y into M", "", "gradients at the\nsegment's start"),
+        ("memory", "read", "M(y)", "M after the token's\nown write"),
+        ("step", "gate, output", "x + (y * silu(read)) W", ""),
         FEED_FORWARD,
     ],
     "titans_mag": [
-        ("step", "norm", ""),
+        NORM,
         [
-            ("attention", "sliding window\nand persistent", ""),
-            ("memory", "neural memory", "memory: M_t, after\nits own write"),
+            ("attention", "sliding window", "and persistent tokens", ""),
+            ("memory", "neural memory", "o = M(q)", "M after the token's\nown write"),
         ],
-        ("step", "norm(y) * silu(norm(M)), W_out, + x", ""),
+        ("step", "gate, output", "x + (norm(y) * silu(norm(o))) W", ""),
         FEED_FORWARD,
     ],
     "titans_mal": [
-        ("step", "norm", ""),
-        ("memory", "neural memory (persistent tokens first)", "M_t: after its\nown write"),
-        ("attention", "sliding window over the memory's answers", "the last `window`\nand the persistent"),
-        ("step", "W_out, + x", ""),
+        NORM,
+        ("memory", "neural memory", "persistent tokens first; o = M(q)", "M after the token's\nown write"),
+        ("attention", "sliding window over the memory's answers", "", "sees the last `window`\nand the persistent"),
+        ("step", "output", "x + o W", ""),
         FEED_FORWARD,
-    ],
-    "hope": [
-        ("step", "norm; u = silu(conv(x W)), q", ""),
-        ("memory", "k, v, rates = M_k, M_v, M_eta, M_alpha (u)", "start of the chunk"),
-        ("memory", "write every M with (k, M(v)); o = M(q)", "M: after its own write"),
-        ("step", "norm, * silu(x W_g), W_out, + x", ""),
-        ("memory", "continuum: + MLP of period 64, 256, ...", "each: start of its\nperiod"),
     ],
 }
 
@@ -103,9 +107,9 @@ BLOCKS: dict[str, list[Step | list[Step]]] = {
 def draw(steps: list[Step | list[Step]]) -> Figure:
     """One block."""
     height = len(steps) * (HEIGHT + GAP) + 1.0
-    figure = Figure(figsize=(WIDTH + 2.6, height * 0.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH + 2.5, height * 0.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlim(0, WIDTH + 2.6)
+    axes.set_xlim(0, WIDTH + 2.5)
     axes.set_ylim(-height, 0.1)
     axes.set_axis_off()
     y = -0.4
@@ -115,10 +119,10 @@ def draw(steps: list[Step | list[Step]]) -> Figure:
         y -= GAP
         parts = step if isinstance(step, list) else [step]
         width = (WIDTH - 0.4 - 0.2 * (len(parts) - 1)) / len(parts)
-        for i, (kind, text, note) in enumerate(parts):
-            _box(axes, 0.2 + i * (width + 0.2), y, width, kind, text)
+        for i, (kind, text, formula, note) in enumerate(parts):
+            _box(axes, 0.2 + i * (width + 0.2), y, width, kind, text, formula)
             if note:
-                axes.text(WIDTH + 0.05, y - HEIGHT / 2, note, va="center", fontsize=9, color="#3c4149")
+                axes.text(WIDTH + 0.05, y - HEIGHT / 2, note, va="center", fontsize=9.5, color="#3c4149")
         y -= HEIGHT
     _arrow(axes, y, y - GAP)
     return figure
@@ -130,7 +134,7 @@ def _arrow(axes: Axes, top: float, bottom: float) -> None:
     )
 
 
-def _box(axes: Axes, left: float, top: float, width: float, kind: str, text: str) -> None:
+def _box(axes: Axes, left: float, top: float, width: float, kind: str, text: str, formula: str) -> None:
     color = {"step": PLAIN, "memory": MEMORY, "attention": ATTENTION}[kind]
     axes.add_patch(
         FancyBboxPatch(
@@ -138,7 +142,11 @@ def _box(axes: Axes, left: float, top: float, width: float, kind: str, text: str
         )
     )
     ink = "#20242a" if kind == "step" else "white"
-    axes.text(left + width / 2, top - HEIGHT / 2, text, ha="center", va="center", color=ink, fontsize=9.5)
+    middle, x = top - HEIGHT / 2, left + width / 2
+    axes.text(
+        x, middle + (0.15 if formula else 0), text, ha="center", va="center", color=ink, fontsize=10.5, weight="bold"
+    )
+    axes.text(x, middle - 0.17, formula, ha="center", va="center", color=ink, fontsize=9)
 
 
 def main() -> None:
