@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from tests.optim.models import Network, batch, loss_of
 from tests.optim.subjects import SUBJECTS, Subject
@@ -39,14 +40,19 @@ def shard(net: nn.Module) -> nn.Module:
 
 
 def train(net: nn.Module, subject: Subject, mine: slice, first: int, last: int, state: dict | None = None) -> dict:
-    """Steps on this process's part of each batch; returns the optimizer's state."""
+    """Steps of two backward passes on this process's part of each batch, gradients clipped; returns the optimizer's
+    state. The shards add up their gradients after the second pass only."""
     optimizer = subject.make(net, 0.01)
     if state is not None:
         optimizer.load_state_dict(state)
     for seed in range(first, last):
         optimizer.zero_grad()
-        tokens, x, y = batch(seed)
-        loss_of(net, (tokens[mine], x[mine], y[mine])).backward()
+        for last_pass, number in ((False, seed), (True, 100 + seed)):
+            if isinstance(net, FSDPModule):
+                net.set_requires_gradient_sync(last_pass)
+            tokens, x, y = batch(number)
+            (0.5 * loss_of(net, (tokens[mine], x[mine], y[mine]))).backward()
+        clip_grad_norm_(net.parameters(), 0.5)
         optimizer.step()
     return optimizer.state_dict()
 
@@ -63,7 +69,7 @@ def difference(subject: Subject) -> float:
         assert isinstance(b, DTensor)
         full: Tensor = b.full_tensor()
         if a.numel():
-            worst = max(worst, float((a - full).abs().max()))
+            worst = max(worst, (a - full).abs().max().item())
     return worst
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
+from nestling.optim.generalized_gradient_descent import DOT
 
 PERIOD, LR = 3, 0.5
 
@@ -83,10 +84,11 @@ def test_a_sum_is_the_mean_at_a_rate_times_the_period(settings: dict[str, Any]) 
     same(weights(model), whole_periods(2, LR * PERIOD, **settings))
 
 
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
 @pytest.mark.parametrize("stop", range(1, 2 * PERIOD))
-def test_resumes_exactly_inside_a_period(stop: int) -> None:
+def test_resumes_exactly_inside_a_period(stop: int, kind: Any) -> None:
     model = make_model()
-    optimizer = slow(model)
+    optimizer = slow(model, kind)
     train(model, optimizer, range(stop))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -95,7 +97,7 @@ def test_resumes_exactly_inside_a_period(stop: int) -> None:
     saved = torch.load(file, weights_only=True)
     other = make_model()
     other.load_state_dict(saved["model"])
-    resumed = slow(other)
+    resumed = slow(other, kind)
     resumed.load_state_dict(saved["optimizer"])
     train(other, resumed, range(stop, 3 * PERIOD))
     same(weights(other), weights(model), 0.0)
@@ -122,28 +124,47 @@ def test_gradients_that_were_dropped_leave_no_inputs(kind: Any, dropped: int) ->
     same(*found, 0.0)
 
 
-def test_gradients_that_were_set_to_zero_leave_no_inputs() -> None:
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("clear", ["zero", "model zero"])
+def test_gradients_that_were_set_to_zero_leave_no_inputs(kind: Any, clear: str) -> None:
     found = []
     for disturb in (True, False):
         model = make_model()
-        optimizer = slow(model)
-        train(model, optimizer, range(1), "zero")
+        optimizer = slow(model, kind)
+        train(model, optimizer, range(1), clear)
         if disturb:
             loss_of(model, 100 * batch(7)).backward()
-        train(model, optimizer, range(1, PERIOD), "zero")
+        train(model, optimizer, range(1, PERIOD), clear)
         found.append(weights(model))
     same(*found, 0.0)
 
 
 @pytest.mark.parametrize("clear", ["none", "zero", "model none", "model zero"])
-def test_tokens_themselves_are_those_of_the_last_step(clear: str) -> None:
-    """Whatever came before in the period, linear weights learn from its last step; biases from all of it."""
-    model, alone = make_model(), make_model()
-    train(model, slow(model, GeneralizedGradientDescent), range(PERIOD), clear)
-    optimizer = GeneralizedGradientDescent(alone.parameters(), LR, model=alone)
-    train(alone, optimizer, range(PERIOD - 1, PERIOD))
-    same(weights(model)[::2], weights(alone)[::2])
-    assert not torch.equal(weights(model)[1], weights(alone)[1])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_generalized_steps_with_the_whole_gradient(clear: str, reduce: Any) -> None:
+    """With the dot product nothing but the gradient counts: of all steps of the period, and not of its last."""
+    model, other = make_model(), make_model()
+    train(model, slow(model, GeneralizedGradientDescent, reduce, objective=DOT, inner_steps=1), range(6), clear, 2)
+    level = OptimizerLevel(other.parameters(), PERIOD)
+    train(other, MultiFrequency({"slow": level}, optimizer=partial(SGD, lr=LR), reduce=reduce), range(6), clear, 2)
+    same(weights(model), weights(other))
+
+
+def test_generalized_takes_the_last_tokens_for_all() -> None:
+    """Steps alike: the mean is one step's, however many they are. Any steps: a sum is the mean at a rate times the
+    period."""
+    alike, alone = make_model(), make_model()
+    optimizer = slow(alike, GeneralizedGradientDescent)
+    for _ in range(PERIOD):
+        train(alike, optimizer, range(1))
+    train(alone, GeneralizedGradientDescent(alone.parameters(), LR, model=alone), range(1))
+    same(weights(alike), weights(alone))
+    models = [make_model(), make_model()]
+    for model, reduce, lr in zip(models, ("sum", "mean"), (LR, LR * PERIOD), strict=True):
+        optimizer = slow(model, GeneralizedGradientDescent, reduce)
+        optimizer.param_groups[0]["lr"] = lr
+        train(model, optimizer, range(2 * PERIOD))
+    same(weights(models[0]), weights(models[1]))
 
 
 def test_a_step_that_is_refused_forgets_its_period() -> None:

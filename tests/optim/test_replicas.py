@@ -8,15 +8,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
+from nestling.optim.generalized_gradient_descent import HUBER
 
 STEPS, PERIOD = 7, 3
 
@@ -56,7 +59,7 @@ def slow(kind: type[Optimizer], model: nn.Module, group: dist.ProcessGroup | Non
     return MultiFrequency(levels, optimizer=partial(kind, lr=0.3, model=model, process_group=group), reduce="mean")
 
 
-def plain(kind: type[Optimizer], model: nn.Module, group: dist.ProcessGroup | None, **settings: str) -> Optimizer:
+def plain(kind: type[Optimizer], model: nn.Module, group: dist.ProcessGroup | None, **settings: Any) -> Optimizer:
     return kind(model.parameters(), lr=0.3, model=model, process_group=group, **settings)  # type: ignore[call-arg]
 
 
@@ -66,15 +69,17 @@ KINDS: dict[str, Make] = {
     "delta, slow level": partial(slow, DeltaGradientDescent),
     "generalized": partial(plain, GeneralizedGradientDescent),
     "generalized, slow level": partial(slow, GeneralizedGradientDescent),
+    "generalized, Huber": partial(plain, GeneralizedGradientDescent, objective=HUBER),
 }
 
 
 def train(model: nn.Module, optimizer: Optimizer, rows: slice, first: int, last: int) -> None:
-    """Steps of two backward passes each on some rows of every batch."""
+    """Steps of two backward passes each on some rows of every batch, gradients clipped."""
     for step in range(first, last):
         optimizer.zero_grad()
         for part in (batch(step)[rows], batch(100 + step)[rows]):
             (0.5 * (model(part) - part[:, :3].sin()).square().mean()).backward()
+        clip_grad_norm_(model.parameters(), 0.3)
         optimizer.step()
 
 

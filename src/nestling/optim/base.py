@@ -19,6 +19,15 @@ from nestling.optim.shards import all_finite, local
 OnNonfinite = Literal["raise", "skip"]
 Group = dict[str, Any]
 
+OF_TORCH = frozenset(vars(Optimizer([torch.empty(0)], {}))) | {"step", "_opt_called"}
+"""Attributes that torch manages itself when an optimizer is copied, and those that its schedulers put on one: a `step`
+that is bound to the original, and a note that it was called."""
+
+
+def copied_state(optimizer: Optimizer) -> dict[str, Any]:
+    """What `copy` and `pickle` take of an optimizer: torch's selection, and the attributes of its own class."""
+    return Optimizer.__getstate__(optimizer) | {k: v for k, v in vars(optimizer).items() if k not in OF_TORCH}
+
 
 class MemoryOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose step is p <- (1 - lr weight_decay) p - lr d, with d from `_directions`.
@@ -94,6 +103,10 @@ class MemoryOptimizer(Optimizer):
             for name, value in saved[0]["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `copied_state`: a copy goes on as the original would."""
+        return copied_state(self)
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         """The equation: d of every parameter, local parts, which are only read afterwards.

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, check_reduction, mean_gram, record_gram
+from nestling.optim.layer_inputs import InputOptimizer, Reduction, check_reduction, mean_gram, record_gram
 from nestling.optim.memories import Memories
-from nestling.optim.replicas import Replicas
 from nestling.optim.shards import local, part_of, whole
 
 Solver = Literal["exact", "step"]
@@ -81,8 +80,8 @@ class DeltaGradientDescent(InputOptimizer):
             raise ValueError(f'solver must be "exact" or "step", got {solver!r}')
         check_reduction(reduction)
         self.solver, self.reduction = solver, reduction
-        self.layers = LayerInputs(model, record_gram, Replicas(process_group))
-        super().__init__(params, {**shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite), "erase": erase})
+        defaults = {**shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite), "erase": erase}
+        super().__init__(params, defaults, model, record_gram, process_group)
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import InputOptimizer, LayerInputs, Reduction, check_reduction, record_pairs
-from nestling.optim.memories import Memories
-from nestling.optim.replicas import Replicas
+from nestling.optim.layer_inputs import InputOptimizer, Reduction, Seen, check_reduction, record_pairs
+from nestling.optim.memories import Memories, working_dtype
 from nestling.optim.shards import local, part_of, whole
 
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
@@ -35,13 +34,26 @@ class Objective:
     smoothness: float
 
 
-DOT = Objective(lambda y, u: -(y * u).sum(-1), 0.0)
+# Functions with names, so that an optimizer can be pickled.
+def _dot(y: Tensor, u: Tensor) -> Tensor:
+    return -(y * u).sum(-1)
+
+
+def _l2(y: Tensor, u: Tensor) -> Tensor:
+    return 0.5 * (y - u).square().sum(-1)
+
+
+def _huber(y: Tensor, u: Tensor) -> Tensor:
+    return F.huber_loss(y, u, reduction="none").sum(-1)
+
+
+DOT = Objective(_dot, 0.0)
 """-<y, u>: with the surprise as target this is gradient descent (Eq. 55)."""
 
-L2 = Objective(lambda y, u: 0.5 * (y - u).square().sum(-1), 1.0)
+L2 = Objective(_l2, 1.0)
 """1/2 |y - u|^2: delta gradient descent (Eq. 56)."""
 
-HUBER = Objective(lambda y, u: F.huber_loss(y, u, reduction="none").sum(-1), 1.0)
+HUBER = Objective(_huber, 1.0)
 """Huber's loss of every coordinate, width 1: one outlier pulls with a force of at most 1."""
 
 
@@ -71,16 +83,25 @@ class GeneralizedGradientDescent(InputOptimizer):
 
     The retention window c of Eq. 59 is 1: only W_t is kept.
 
+    **The gradient is that of `.grad`**, after clipping, unscaling and averaging, and not what the backward pass showed
+    the layers. With G it, and T the sum of dL_i/dy_i x_i^T that the layers saw, G = c T + R with c = max(0, <G, T>) /
+    |T|^2. The factor c, 1 unless someone changed the gradient as a whole, goes into the targets, u_i = f(x_i, W_t x_i,
+    -c dL_i/dy_i). The rest R, which no token explains (entries that were cut one by one, a penalty on the weight, the
+    embedding that a tied head shares its weight with), joins the objective as <R, W>: gradient descent. So `DOT` with
+    one step is gradient descent on `.grad`, whatever was done to it, and `L2` is what `DeltaGradientDescent` makes of
+    it.
+
     Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent. Sparse gradients and
     complex parameters are refused. State per parameter: none; between backward and step, in + out numbers a token and
     layer.
 
-    At a level of `MultiFrequency` with a period above 1, linear layers learn from the tokens of the period's last step
-    alone: an arbitrary inner loss needs the tokens themselves, and a period's are too many to keep. Where that step had
-    no gradient they take gradient descent.
+    At a level of `MultiFrequency` with a period above 1, an arbitrary inner loss needs the tokens themselves, and a
+    period's are too many to keep: those of its last step stand for all of them, with the weight of as many steps as
+    had a gradient, and the gradients of the steps before differ from theirs by a part of R. Where the last step had no
+    gradient, linear layers take gradient descent. State there: one number a parameter.
 
     Several processes: as `DeltaGradientDescent`; the mean of Definition 5 is over the tokens of all of them, at the
-    price of adding up one slope of the weight's size an inner step.
+    price of adding up T, and one slope of the weight's size an inner step.
     """
 
     def __init__(
@@ -105,7 +126,7 @@ class GeneralizedGradientDescent(InputOptimizer):
             lr: weight of the inner loss against the retention (the paper's eta).
             model: whose `nn.Linear` layers are watched by forward hooks; `close()` takes them off.
             objective: `DOT`, `L2`, `HUBER` or another.
-            target: f of inputs `[n, in]`, outputs without bias `[n, out]` and -dL/dy `[n, out]`.
+            target: f of inputs `[n, in]`, outputs without bias `[n, out]` and -c dL/dy `[n, out]`.
             retention: of weights and the weights at the start, one number.
             inner_steps: five come within 1% of L2's minimiser where lr mean|x|^2 is below 1.
             reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
@@ -121,52 +142,104 @@ class GeneralizedGradientDescent(InputOptimizer):
         check_reduction(reduction)
         self.objective, self.target, self.retention = objective, target, retention
         self.inner_steps, self.reduction = inner_steps, reduction
-        super().__init__(params, shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite))
-        self.layers = LayerInputs(model, record_pairs, Replicas(process_group))
+        defaults = shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite)
+        super().__init__(params, defaults, model, record_pairs, process_group)
 
     def take_inputs(self, last: bool) -> dict[Tensor, Tensor]:
-        """Nothing, since tokens do not add up: those of the last gradients are kept for the step, others forgotten."""
+        """A count of 1 for every weight with a gradient. Tokens do not add up: those of the last gradients are kept for
+        the step, with the factor that leads from them to these gradients; others are forgotten."""
         if not last:
             self.layers.clear()
         for p in [p for p in self.layers.seen if p.grad is None]:
             del self.layers.seen[p]
-        return {}
+        counts: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not self.layers.watches(p):
+                    continue
+                counts[p] = torch.ones((), device=p.device)
+                tokens = self._tokens(p, working_dtype(p.dtype)) if last else None
+                if tokens is not None:
+                    gradient = local(p.grad).to(tokens.gradient.dtype)
+                    self.layers.seen.setdefault(p, Seen()).factor = _factor(whole(gradient, p), tokens.gradient)
+        return counts
 
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
         lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
         for parameter, gradient in zip(memories.parameters, gradients, strict=True):
-            solved = self._solve(parameter, gradient.dtype, lr, sign) if lr and self.layers.watches(parameter) else None
-            results.append(gradient if solved is None else part_of(solved, parameter))
+            tokens = self._tokens(parameter, gradient.dtype) if lr and self.layers.watches(parameter) else None
+            if tokens is None:
+                results.append(gradient)
+                continue
+            results.append(part_of(self._solve(parameter, tokens, whole(gradient, parameter), lr, sign), parameter))
         return results
 
-    def _solve(self, parameter: Tensor, dtype: torch.dtype, lr: float, sign: float) -> Tensor | None:
-        """(W_t - W) / lr of the whole weight; None where no process has a token.
-
-        Tokens stay where they are: the processes add up their slopes, and so take the same inner steps.
-        """
+    def _tokens(self, parameter: Tensor, dtype: torch.dtype) -> Tokens | None:
+        """None where no process has one."""
         replicas, seen = self.layers.replicas, self.layers.of(parameter)
         if seen is None and not replicas.groups(parameter):
             return None
-        start = whole(local(parameter.detach()).to(dtype), parameter)
-        x, pull = start.new_empty(0, start.shape[1]), start.new_empty(0, start.shape[0])
+        rows, columns = parameter.shape
+        x, pull = (torch.zeros(0, size, dtype=dtype, device=parameter.device) for size in (columns, rows))
         if seen is not None:
             x, pull = torch.cat(seen.inputs), torch.cat(seen.output_gradients)
-        tokens, squares = float(len(x)), float(x.square().sum())
+        count, squares, gradient = float(len(x)), float(x.square().sum()), pull.mT @ x
         if replicas.groups(parameter):
-            counted = replicas.add_up(torch.tensor([tokens, squares], dtype=torch.float64, device=x.device), parameter)
-            tokens, squares = counted.tolist()
-        if not tokens:
-            return None
-        share = 1.0 / tokens if self.reduction == "mean" else 1.0
+            counted = replicas.add_up(torch.tensor([count, squares], dtype=torch.float64, device=x.device), parameter)
+            count, squares = counted.tolist()
+            gradient = replicas.add_up(gradient, parameter)
+        return Tokens(x, pull, count, squares, gradient) if count else None
+
+    def _solve(self, parameter: Tensor, tokens: Tokens, gradient: Tensor, lr: float, sign: float) -> Tensor:
+        """(W_t - W) / lr of the whole weight.
+
+        Tokens stay where they are: the processes add up their slopes, and so take the same inner steps.
+        """
+        replicas, steps = self.layers.replicas, self.layers.summed.get(parameter)
         processes = replicas.count(parameter)
-        u = self.target(x, x @ start.mT, pull * (-sign / (share * processes)))
-        rate = lr / (1 + lr * self.objective.smoothness * share * squares)
+        start = whole(local(parameter.detach()).to(gradient.dtype), parameter)
+        known = self.layers.seen.get(parameter, Seen()).factor
+        factor = sign * (_factor(sign * gradient, tokens.gradient) if known is None else known)
+        share = 1.0 / tokens.count if self.reduction == "mean" else 1.0
+        weight = share if steps is None else share * float(steps)
+        rest = gradient - factor * weight / share * tokens.gradient
+        u = self.target(tokens.x, tokens.x @ start.mT, tokens.pull * (-factor / share))
+        rate = lr / (1 + lr * self.objective.smoothness * weight * tokens.squares)
         w = start
         for _ in range(self.inner_steps):
             with torch.enable_grad():
                 w = w.detach().requires_grad_()
-                loss = self.objective.loss(x @ w.mT, u).sum() * share + self.retention(w, start) / (lr * processes)
+                loss = self.objective.loss(tokens.x @ w.mT, u).sum() * weight
+                loss = loss + (self.retention(w, start) / lr + (rest * w).sum()) / processes
                 (slope,) = torch.autograd.grad(loss, w)
             w = w.detach() - rate * replicas.add_up(slope, parameter)
         return (start - w) / lr
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a layer saw.
+
+    Attributes:
+        x, pull: inputs `[n, in]` and output gradients `[n, out]` of this process's n tokens.
+        count, squares: of the tokens of all processes, their number and the sum of |x|^2.
+        gradient: sum of dL/dy x^T over them, `[out, in]`.
+    """
+
+    x: Tensor
+    pull: Tensor
+    count: float
+    squares: float
+    gradient: Tensor
+
+
+def _factor(gradient: Tensor, of_tokens: Tensor) -> Tensor:
+    """The factor, 0 or more, that takes the tokens' own gradient nearest to `gradient`; 1 where they have none."""
+    if not of_tokens.numel():
+        return of_tokens.new_ones(())
+    # Of the size of 1, since squares of tiny gradients underflow and of scaled ones overflow.
+    size = of_tokens.abs().max()
+    unit = of_tokens / torch.where(size > 0, size, 1.0)
+    square = unit.square().sum()
+    return torch.where(square > 0, (gradient * unit).sum().clamp(min=0) / (size * square), 1.0)

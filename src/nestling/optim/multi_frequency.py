@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nestling.optim.base import copied_state
 from nestling.optim.layer_inputs import InputOptimizer
 
 ACCUMULATED = "accumulated"
@@ -278,8 +279,8 @@ class MultiFrequency(Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, not the base class's selection."""
-        return self.__dict__.copy()
+        """See `copied_state`: a copy goes on as the original would."""
+        return copied_state(self)
 
     def _share(self) -> None:
         """The inner optimizers' groups are this one's: the same objects."""

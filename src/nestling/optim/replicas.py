@@ -64,3 +64,22 @@ class Replicas:
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         """Itself: a process group cannot be copied."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nor can it be pickled, but all processes together are known by a name.
+
+        Raises:
+            TypeError: of another group.
+        """
+        if self.group is None:
+            return Replicas, ()
+        if self.group is dist.group.WORLD:
+            return _everyone, ()
+        raise TypeError(
+            "a DeltaGradientDescent or GeneralizedGradientDescent cannot be pickled with a process_group other than "
+            "torch.distributed.group.WORLD, which only its own process knows: save its state_dict()"
+        )
+
+
+def _everyone() -> Replicas:
+    return Replicas(dist.group.WORLD if dist.is_initialized() else None)
