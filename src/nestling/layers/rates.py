@@ -91,8 +91,9 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         scales.share,
         scales.hidden_erase,
     )
-    made = native.native_rates(_plain, rule, tensors) if native.fits(gates.eta) else _plain(rule, *tensors)
     layers = scales.share.shape[0]
+    compiled = layers <= native.MAX_LAYERS and native.fits(gates.eta)
+    made = native.native_rates(_plain, rule, tensors) if compiled else _plain(rule, *tensors)
     log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
     return Rates(erase or None, lr, ChunkDecay(log_a, gates.log_momentum, gates.valid))
 

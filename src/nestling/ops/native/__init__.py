@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nestling.ops.native.arguments import elsewhere
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.delta_rows import native_delta_rows_
@@ -50,7 +51,12 @@ def fits(x: Tensor, weight: Tensor | None = None) -> bool:
 
     Its products are in float32, so those of float32 tensors are left to PyTorch where it was asked for bfloat16
     (`torch.set_float32_matmul_precision("medium")`).
+
+    Raises:
+        ValueError: x is on the CPU, and the weight is elsewhere (it was offloaded, or the layer was not moved whole).
     """
+    if weight is not None and _plain(x) and weight.device.type != "cpu":
+        raise ValueError(elsewhere("a memory's weight", weight))
     return (
         _plain(x)
         and not torch.compiler.is_compiling()

@@ -10,23 +10,7 @@
 namespace {
 
 template <class T>
-void run(const int64_t* sizes, void* const* t, bool backward) {
-    Args<T> s{};
-    int64_t* to_sizes[] = {&s.problems, &s.memories, &s.C, &s.K, &s.V, &s.Q, &s.normalise, &s.before, &s.threads};
-    for (int64_t* p : to_sizes) *p = *sizes++;
-    const T** inputs[] = {&s.x, &s.g, &s.lr, &s.erase, &s.log_a, &s.log_b};
-    for (const T** p : inputs) *p = static_cast<const T*>(*t++);
-    s.valid = static_cast<const uint8_t*>(*t++);
-    const T** carried[] = {&s.W, &s.S, &s.recalled, &s.q};
-    for (const T** p : carried) *p = static_cast<const T*>(*t++);
-    T** results[] = {&s.y, &s.W2, &s.S2, &s.E};
-    for (T** p : results) *p = static_cast<T*>(*t++);
-    if (backward) {
-        const T** upstream[] = {&s.dy, &s.dW2, &s.dS2};
-        for (const T** p : upstream) *p = static_cast<const T*>(*t++);
-        T** found[] = {&s.dx, &s.dg, &s.dlr, &s.derase, &s.dlog_a, &s.dlog_b, &s.dW, &s.dS, &s.drecalled, &s.dq};
-        for (T** p : found) *p = static_cast<T*>(*t++);
-    }
+void run(const ChunkArguments<T>& s, bool back) {
     const size_t room = chunk_room(s.C, s.K, s.V);
 #pragma omp parallel num_threads(s.threads) if (s.problems * s.memories > 1)
     {
@@ -34,7 +18,7 @@ void run(const int64_t* sizes, void* const* t, bool backward) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.problems * s.memories; i++) {
             mem.reset(room);
-            if (backward) {
+            if (back) {
                 Backward<T>(s, i, mem).run();
             } else {
                 chunk_forward(s, i, mem);
@@ -45,8 +29,8 @@ void run(const int64_t* sizes, void* const* t, bool backward) {
 
 }  // namespace
 
-extern "C" {
-void nestling_chunk(const int64_t* sizes, void* const* tensors, int is_double, int backward) {
-    is_double ? run<double>(sizes, tensors, backward) : run<float>(sizes, tensors, backward);
+extern "C" void nestling_chunk(const void* given, int is_double, int back) {
+    is_double ? run(*static_cast<const ChunkArguments<double>*>(given), back)
+              : run(*static_cast<const ChunkArguments<float>*>(given), back);
 }
-}
+NESTLING_BYTES(ChunkArguments)

@@ -5,13 +5,14 @@
 #include <cmath>
 #include <cstdint>
 
+#include "arguments.h"
 #include "matmul.h"
 #include "scratch.h"
 #include "vectors.h"
 
 // The arguments, shared by both directions; pointers are null where the rule has no such part.
 template <class T>
-struct Args {
+struct ChunkArguments {
     int64_t problems, memories, C, K, V, Q;  // Q: outputs of the first memory that are read
     int64_t normalise, before, threads;
     const T *x, *g, *lr, *erase, *log_a, *log_b;
@@ -32,14 +33,14 @@ inline size_t chunk_room(int64_t C, int64_t K, int64_t V) {
 // What both directions compute first: rates, decay products, steps P = l g, the Gram matrix and its shifted products.
 template <class T>
 struct Chunk {
-    const Args<T>& s;
+    const ChunkArguments<T>& s;
     int64_t C, K, V, Q, b, m, bm;
     bool momentum, erases, reads;
     const T *x, *g, *W, *S, *q;
     T *a, *bt, *A0, *B0, *d0, *lr, *e, *power;
     T *A, *B, *D, *P, *G, *Xt, *Mq;
 
-    Chunk(const Args<T>& args, int64_t index, Scratch<T>& mem) : s(args) {
+    Chunk(const ChunkArguments<T>& args, int64_t index, Scratch<T>& mem) : s(args) {
         C = s.C, K = s.K, V = s.V, Q = s.Q;
         bm = index, b = index / s.memories, m = index % s.memories;
         momentum = s.log_b, erases = s.erase, reads = s.q && m == 0;

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.build import call, expect
 from nestling.ops.native.second_order import through_torch
+
+# Fields of ChunkArguments, in the order in which `native_chunk` has the tensors.
+INPUTS = ("x", "g", "lr", "erase", "log_a", "log_b", "valid", "W", "S", "recalled", "q")
+RESULTS = ("y", "W2", "S2", "E")
+GRADIENTS = tuple(f"d{name}" for name in INPUTS if name != "valid")
 
 Result = tuple[Tensor | None, Tensor, Tensor | None]
 
@@ -39,12 +44,24 @@ class _Chunk(torch.autograd.Function):
         stack = x.shape[len(batch) : -2]
         memories = stack.numel()
         _check(inputs, batch, stack, options[0])
-        numbers = [batch.numel(), memories, *x.shape[-2:], g.shape[-1], *map(int, options), torch.get_num_threads()]
+        answers, normalise, before = options
+        numbers = {
+            "problems": batch.numel(),
+            "memories": memories,
+            "C": x.shape[-2],
+            "K": x.shape[-1],
+            "V": g.shape[-1],
+            "Q": answers,
+            "normalise": normalise,
+            "before": before,
+            "threads": torch.get_num_threads(),
+        }
 
         read: Any = None if q is None else x.new_empty(*batch, x.shape[-2], options[0])
         results: list[Any] = [read, torch.empty_like(weight), None if surprise is None else torch.empty_like(surprise)]
         kept = torch.empty_like(g)
-        _call(numbers, [*inputs, *results, kept], weight.dtype, backward=False)
+        made = dict(zip(RESULTS, (*results, kept), strict=True))
+        call("chunk", weight.dtype, False, numbers | dict(zip(INPUTS, inputs, strict=True)) | made)
         ctx.save_for_backward(*tensors, kept)
         ctx.numbers, ctx.plain, ctx.options = numbers, plain, options
         ctx.set_materialize_grads(False)
@@ -59,7 +76,7 @@ class _Chunk(torch.autograd.Function):
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
         x, g, lr, erase, log_a, log_b, _, weight, surprise, recalled, q = inputs
-        memories = ctx.numbers[1]
+        memories = ctx.numbers["memories"]
         per_memory = (*lr.shape[:-1], memories, lr.shape[-1]) if memories != 1 else lr.shape
         found = [
             torch.empty_like(x),
@@ -70,7 +87,10 @@ class _Chunk(torch.autograd.Function):
             None if q is None else (torch.empty_like(q) if upstream[0] is not None else torch.zeros_like(q)),
         ]
         coming = [None if t is None else t.contiguous() for t in upstream]
-        _call(ctx.numbers, [*inputs, None, None, None, kept, *coming, *found], weight.dtype, backward=True)
+        # Nothing reads the results again.
+        arguments = ctx.numbers | dict(zip(INPUTS, inputs, strict=True)) | dict.fromkeys(RESULTS) | {"E": kept}
+        arguments |= dict(zip(("dy", "dW2", "dS2"), coming, strict=True)) | dict(zip(GRADIENTS, found, strict=True))
+        call("chunk", weight.dtype, True, arguments)
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found
         if memories != 1:
             rates = [None if r is None else r.sum(-2) for r in rates]
@@ -98,7 +118,3 @@ def _whole(t: Tensor, batch: torch.Size) -> Tensor:
     if t.shape[: len(batch)] != batch:
         t = t.expand(*batch, *t.shape[len(batch) :])
     return t.contiguous()
-
-
-def _call(numbers: list[int], tensors: list[Tensor | None], dtype: torch.dtype, backward: bool) -> None:
-    kernel().nestling_chunk(sizes(*numbers), pointers(tensors), int(dtype == torch.float64), int(backward))

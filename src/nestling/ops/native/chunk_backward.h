@@ -7,12 +7,12 @@
 template <class T>
 struct Backward {
     Chunk<T> c;
-    const Args<T>& s;
+    const ChunkArguments<T>& s;
     const int64_t C, K, V, Q;
     const T* E;
     T *dx, *dP, *dE, *dW, *dS, *dA, *dB, *dD, *dA0, *dB0, *dd0, *de, *work, *work2, *rows, *rows2, *back, *wide;
 
-    Backward(const Args<T>& args, int64_t index, Scratch<T>& mem)
+    Backward(const ChunkArguments<T>& args, int64_t index, Scratch<T>& mem)
         : c(args, index, mem), s(args), C(args.C), K(args.K), V(args.V), Q(args.Q) {
         E = s.E + c.bm * C * V;
         dx = s.dx + c.bm * C * K, dW = s.dW + c.bm * V * K, dS = c.momentum ? s.dS + c.bm * V * K : nullptr;

@@ -4,7 +4,7 @@
 #include "chunk.h"
 
 template <class T>
-void chunk_forward(const Args<T>& s, int64_t index, Scratch<T>& mem) {
+void chunk_forward(const ChunkArguments<T>& s, int64_t index, Scratch<T>& mem) {
     Chunk<T> c(s, index, mem);
     const int64_t C = c.C, K = c.K, V = c.V, Q = c.Q, lag = s.before ? 1 : 0;
     T* E = s.E + c.bm * C * V;

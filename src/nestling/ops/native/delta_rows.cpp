@@ -3,26 +3,32 @@
 #include <algorithm>
 #include <limits>
 
+#include "arguments.h"
 #include "vectors.h"
 
 namespace {
 
-enum { nlms, bounded, literal };
+template <class T>
+struct DeltaRowsArguments {
+    int64_t rows, width, threads;
+    double kept, delta;
+    DeltaScale scale;
+    T* m;
+    const T *keys, *values;
+};
 
 template <class T>
-void run(const int64_t* sizes, const double* constants, void* const* tensors) {
-    const int64_t count = sizes[0], n = sizes[1], scale = sizes[2], threads = sizes[3];
-    const T kept = static_cast<T>(constants[0]), delta = static_cast<T>(constants[1]);
-    T* all = static_cast<T*>(tensors[0]);
-    const T *keys = static_cast<T*>(tensors[1]), *values = static_cast<T*>(tensors[2]);
-#pragma omp parallel for num_threads(threads) schedule(static) if (count * n > 1 << 15)
-    for (int64_t r = 0; r < count; r++) {
-        T* m = all + r * n;
-        const T *k = keys + r * n, *v = values + r * n;
+void run(const DeltaRowsArguments<T>& s) {
+    const int64_t n = s.width;
+    const T kept = static_cast<T>(s.kept), delta = static_cast<T>(s.delta);
+#pragma omp parallel for num_threads(s.threads) schedule(static) if (s.rows * n > 1 << 15)
+    for (int64_t r = 0; r < s.rows; r++) {
+        T* m = s.m + r * n;
+        const T *k = s.keys + r * n, *v = s.values + r * n;
         const T square = dot(k, k, n);
         T e = delta;
-        if (scale == nlms) e = square < std::numeric_limits<T>::min() ? T(0) : delta / square;
-        if (scale == bounded) e = delta / std::max(square, T(1));
+        if (s.scale == DeltaScale::nlms) e = square < std::numeric_limits<T>::min() ? T(0) : delta / square;
+        if (s.scale == DeltaScale::bounded) e = delta / std::max(square, T(1));
         const T erased = e * dot(m, k, n);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) m[i] = kept * m[i] + v[i] - erased * k[i];
@@ -31,9 +37,8 @@ void run(const int64_t* sizes, const double* constants, void* const* tensors) {
 
 }  // namespace
 
-extern "C" {
-// Sizes: rows, width, scale, threads; constants: kept, delta; tensors: m, keys, values.
-void nestling_delta_rows(const int64_t* sizes, const double* constants, void* const* tensors, int is_double) {
-    is_double ? run<double>(sizes, constants, tensors) : run<float>(sizes, constants, tensors);
+extern "C" void nestling_delta_rows(const void* given, int is_double, int) {
+    is_double ? run(*static_cast<const DeltaRowsArguments<double>*>(given))
+              : run(*static_cast<const DeltaRowsArguments<float>*>(given));
 }
-}
+NESTLING_BYTES(DeltaRowsArguments)

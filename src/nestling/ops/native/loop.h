@@ -12,24 +12,25 @@
 #include "memories.h"
 #include "rates.h"
 
-enum Role { key_role, value_role, query_role, eta_role, alpha_role, all_roles };
-
 template <class T>
-struct Loop {
+struct LoopArguments {
     int64_t problems, heads, tokens, chunk, first;  // first: tokens of the first chunk
-    int64_t K, hidden, layers, memories, gates, activation, self_targets, dot;
+    int64_t K, hidden, layers, memories, gates, self_targets, dot;
     int64_t fold;   // l joins the erase (online gradients of a matrix)
     int64_t split;  // the first chunk's running weights are not its first ones
-    int64_t momentum, before, keep, kind, online_only, threads;
+    int64_t momentum, before, online_only, threads;
+    int64_t keep;  // a backward pass will come
+    double clip, max_erase, floor;
+    Activation activation;
+    RateKind kind;
     int64_t made[all_roles];  // index among the generated memories, or among the gates; -1 for what is given
-    T clip, max_erase, floor;
     const T *u, *given[all_roles], *log_b;  // [problems, tokens(, K)], null where there is none
     const T *eta_bias, *alpha_bias, *share, *hidden_erase;
     const T *start[most_layers], *running[most_layers], *surprise[most_layers];
     T *y, *last[most_layers], *last_surprise[most_layers], *last_start[most_layers];
     T* kept;
     const T *dy, *d_last[most_layers], *d_last_surprise[most_layers], *d_last_start[most_layers];
-    T *du, *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden;
+    T *d_u, *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase;
     T *d_start[most_layers], *d_running[most_layers], *d_surprise[most_layers];
 
     int64_t chunks() const { return 1 + (tokens - first + chunk - 1) / chunk; }
@@ -39,7 +40,7 @@ struct Loop {
     int64_t at(int64_t i, int64_t n) const { return i * tokens + begin(n); }
 
     bool retains() const { return given[alpha_role] || made[alpha_role] >= 0; }
-    bool rates_erase() const { return kind == rates::erase || (kind == rates::online && !online_only); }
+    bool rates_erase() const { return kind == RateKind::erase || (kind == RateKind::online && !online_only); }
     bool erases() const { return fold || rates_erase(); }
     bool fresh(int64_t n) const { return n || !split; }
 
@@ -56,8 +57,8 @@ struct Loop {
     int64_t numbers(int64_t l) const { return stack(l) * wide(l) * inputs(l); }  // of all weights of layer l
     int64_t given_numbers(int64_t l) const { return l ? numbers(l) : (memories * hidden + gates) * K; }
 
-    Bank<T> bank(int64_t n, const T* const* W) const {
-        Bank<T> b{};
+    BankArguments<T> bank(int64_t n, const T* const* W) const {
+        BankArguments<T> b{};
         b.problems = b.threads = b.first = 1, b.memories = memories, b.C = length(n), b.K = K, b.hidden = hidden;
         b.layers = layers, b.gates = gates, b.padding = rows() - memories * hidden - gates;
         b.self_targets = self_targets, b.dot = dot, b.clip = clip;
@@ -89,7 +90,7 @@ struct Kept {
     T* answer[most_layers];                  // of the reads of layers before the last
     T *unit, *H[most_layers], *query[most_layers];  // shared: raw normalised, act(recalled), act(answer)
 
-    Kept(const Loop<T>& s, Pieces<T>& own, Pieces<T>& shared) {
+    Kept(const LoopArguments<T>& s, Pieces<T>& own, Pieces<T>& shared) {
         const int64_t C = s.longest(), L = s.layers;
         for (int64_t l = 0; l < L; l++) {
             W[l] = own.take(s.numbers(l));
@@ -108,19 +109,19 @@ struct Kept {
         }
     }
 
-    static size_t room(const Loop<T>& s) { return rooms(s).first; }
-    static size_t shared_room(const Loop<T>& s) { return rooms(s).second; }
+    static size_t room(const LoopArguments<T>& s) { return rooms(s).first; }
+    static size_t shared_room(const LoopArguments<T>& s) { return rooms(s).second; }
 
-    static std::pair<size_t, size_t> rooms(const Loop<T>& s) {
+    static std::pair<size_t, size_t> rooms(const LoopArguments<T>& s) {
         Pieces<T> own, shared;
         Kept(s, own, shared);
         return {own.used, shared.used};
     }
 
     // Chunks that a problem has memory for: without a backward pass to come two are enough.
-    static int64_t slots(const Loop<T>& s) { return s.keep ? s.chunks() : std::min<int64_t>(s.chunks(), 2); }
+    static int64_t slots(const LoopArguments<T>& s) { return s.keep ? s.chunks() : std::min<int64_t>(s.chunks(), 2); }
 
-    static Kept of(const Loop<T>& s, int64_t i, int64_t n, T* shared) {
+    static Kept of(const LoopArguments<T>& s, int64_t i, int64_t n, T* shared) {
         Pieces<T> own{s.kept + (i * slots(s) + n % slots(s)) * room(s)}, beside{shared};
         return Kept(s, own, beside);
     }
@@ -129,11 +130,11 @@ struct Kept {
 // A chunk of a loop as the pieces it is made of take it, for either direction.
 template <class T>
 struct LoopChunk {
-    const Loop<T>& s;
+    const LoopArguments<T>& s;
     const int64_t i, n, C, at, head;
     const Kept<T>& k;
 
-    LoopChunk(const Loop<T>& loop, int64_t problem, int64_t index, const Kept<T>& kept)
+    LoopChunk(const LoopArguments<T>& loop, int64_t problem, int64_t index, const Kept<T>& kept)
         : s(loop), i(problem), n(index), C(loop.length(index)), at(loop.at(problem, index)), head(problem % loop.heads),
           k(kept) {}
 
@@ -142,8 +143,8 @@ struct LoopChunk {
         return s.made[role] < 0 ? s.given[role] + at * s.K : k.unit + s.made[role] * C * s.K;
     }
 
-    rates::Args<T> rate_args(T* share, T* hidden, T** lr, T** e) const {
-        rates::Args<T> a{};
+    RatesArguments<T> rate_args(T* share, T* hidden) const {
+        RatesArguments<T> a{};
         a.rows = a.heads = 1, a.tokens = C, a.layers = s.layers, a.kind = s.kind, a.online_only = s.online_only;
         a.max_erase = s.max_erase, a.floor = s.floor;
         a.eta = s.made[eta_role] < 0 ? s.given[eta_role] + at : k.eta;
@@ -151,22 +152,23 @@ struct LoopChunk {
         a.log_b = s.log_b ? s.log_b + at : nullptr;
         a.eta_bias = s.eta_bias + head, a.alpha_bias = s.alpha_bias ? s.alpha_bias + head : nullptr;
         for (int64_t l = 0; l < s.layers; l++) {
-            share[l] = s.share[l * s.heads + head], lr[l] = k.lr[l], e[l] = k.e[l];
+            share[l] = s.share[l * s.heads + head];
+            a.lr[l] = k.lr[l], a.e[l] = k.e[l];
             if (l < s.layers - 1 && s.hidden_erase) hidden[l] = s.hidden_erase[l * s.heads + head];
         }
-        a.share = share, a.hidden = hidden, a.log_a = k.log_a, a.lr = lr, a.e = s.rates_erase() ? e : nullptr;
+        a.share = share, a.hidden = hidden, a.log_a = k.log_a;
         return a;
     }
 
     // Layer l's write, and its read where there is one.
-    Args<T> write_args(int64_t l) const {
-        Args<T> a{};
+    ChunkArguments<T> write_args(int64_t l) const {
+        ChunkArguments<T> a{};
         a.problems = a.threads = 1, a.memories = s.stack(l), a.C = C, a.K = s.inputs(l), a.V = s.wide(l);
         a.Q = s.outputs(l), a.normalise = l > 0, a.before = s.before;
-        a.x = l ? k.H[l] : vectors(key_role), a.g = k.g[l], a.lr = k.lr[l], a.erase = k.e[l], a.log_a = k.log_a;
+        a.x = l ? k.H[l] : vectors(k_role), a.g = k.g[l], a.lr = k.lr[l], a.erase = k.e[l], a.log_a = k.log_a;
         a.log_b = s.momentum ? s.log_b + at : nullptr;
         a.W = k.W[l], a.S = k.S[l], a.recalled = s.fresh(n) && s.erases() ? k.recalled[l] : nullptr;
-        a.q = l ? k.query[l] : vectors(query_role), a.y = l < s.layers - 1 ? k.answer[l] : s.y + at * s.K;
+        a.q = l ? k.query[l] : vectors(q_role), a.y = l < s.layers - 1 ? k.answer[l] : s.y + at * s.K;
         a.E = k.E[l];
         return a;
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.build import call, call_packed, expect, kernel, structures
 from nestling.ops.native.mappings import block
-from nestling.ops.native.memories import ACTIVATIONS, BankShape
-from nestling.ops.native.rates import KINDS, RateRule
+from nestling.ops.native.memories import BankShape
+from nestling.ops.native.rates import RateRule
 from nestling.ops.native.second_order import through_torch
 
 VECTORS, GATES = ("k", "v", "q"), ("eta", "alpha")
 TOKENS = ("u", *VECTORS, *GATES, "log_b")
+SCALES = ("eta_bias", "alpha_bias", "share", "hidden_erase")
+AFTER = ("last", "last_surprise", "last_start")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,42 @@ class LoopShape:
     read_before: bool
 
     @property
-    def made(self) -> list[int]:
-        """Where each of k, v, q, eta and alpha comes from; -1 is given."""
-        where = [self.deep.index(n) if n in self.deep else -1 for n in VECTORS]
-        return where + [self.gates.index(n) if n in self.gates else -1 for n in GATES]
+    def made(self) -> dict[str, int]:
+        """Where each of k, v, q, eta and alpha comes from, by its role; -1 is given."""
+        where = {n: self.deep.index(n) if n in self.deep else -1 for n in VECTORS}
+        return _roles(where | {n: self.gates.index(n) if n in self.gates else -1 for n in GATES})
+
+    def numbers(self, given: LoopTensors, keep: bool) -> dict[str, Any]:
+        """Every field of LoopArguments that is no tensor; `keep`: a backward pass will come."""
+        rows, heads, tokens, width = given.like.shape
+        bank, rates = self.bank, self.rates
+        return {
+            "problems": rows * heads,
+            "heads": heads,
+            "tokens": tokens,
+            "chunk": self.chunk,
+            "first": self.first,
+            "K": width,
+            "hidden": bank.hidden,
+            "layers": len(given.start),
+            "memories": bank.memories,
+            "gates": bank.gates,
+            "activation": bank.activation,
+            "self_targets": bank.self_targets,
+            "dot": bank.dot,
+            "clip": bank.clip,
+            "kind": rates.kind,
+            "online_only": rates.online_only,
+            "max_erase": rates.max_erase,
+            "floor": rates.floor,
+            "fold": self.fold,
+            "split": given.running[0] is not None,
+            "momentum": self.momentum,
+            "before": self.read_before,
+            "made": self.made,
+            "keep": keep,
+            "threads": torch.get_num_threads(),
+        }
 
 
 @dataclass(frozen=True)
@@ -71,8 +104,21 @@ class LoopTensors:
     running: Sequence[Tensor | None]
     surprise: Sequence[Tensor | None]
 
+    @property
+    def like(self) -> Tensor:
+        """The first of the tokens' tensors, `[N, H, T, K]`."""
+        return next(t for t in self.tokens if t is not None)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All as the fields of LoopArguments."""
+        by_name = dict(zip(TOKENS, self.tokens, strict=True))
+        scales = dict(zip(SCALES, self.scales, strict=True))
+        given = {"u": by_name.pop("u"), "log_b": by_name.pop("log_b"), "given": _roles(by_name), **scales}
+        return given | {"start": self.start, "running": self.running, "surprise": self.surprise}
+
     def flat(self) -> list[Any]:
-        """All in the kernel's order."""
+        """All in a row, as autograd wants them."""
         return [*self.tokens, *self.scales, *self.start, *self.running, *self.surprise]
 
     @staticmethod
@@ -107,60 +153,62 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plain: Plain, shape: LoopShape, keep: bool, *flat: Any) -> tuple[Tensor | None, ...]:
         given = _checked(shape, LoopTensors.of(flat))
-        q = next(t for t in given.tokens if t is not None)
-        rows, heads, time, width = q.shape
-        layers = len(given.start)
-        split, momentum = given.running[0] is not None, shape.momentum
-        bank, kind = shape.bank, KINDS.index(shape.rates.kind)
-        ctx.numbers = [rows * heads, heads, time, shape.chunk, shape.first, width, bank.hidden, layers, bank.memories,
-                       bank.gates, ACTIVATIONS.index(bank.activation), bank.self_targets, bank.dot, shape.fold, split,
-                       momentum, shape.read_before, keep, kind, shape.rates.online_only, torch.get_num_threads(),
-                       *shape.made]  # fmt: skip
-        ctx.constants = (ctypes.c_double * 3)(bank.clip, shape.rates.max_erase, shape.rates.floor)
-        double = int(q.dtype == torch.float64)
-        kept = block(kernel().nestling_loop_room(sizes(*ctx.numbers), double), q)
+        like = given.like
+        time, momentum = like.shape[2], shape.momentum
         partial = time > shape.first and (time - shape.first) % shape.chunk != 0
-        results = [
-            *(torch.empty_like(w) for w in given.start),
-            *(torch.empty_like(w) if momentum else None for w in given.start),
-            *(torch.empty_like(w) if partial else None for w in given.start),
-        ]
-        y = q.new_empty(rows, heads, time, width)
-        _call(ctx, [*given.flat(), y, *results, kept], q.dtype, back=False)
+        results: dict[str, list[Tensor | None]] = {
+            "last": [torch.empty_like(w) for w in given.start],
+            "last_surprise": [torch.empty_like(w) if momentum else None for w in given.start],
+            "last_start": [torch.empty_like(w) if partial else None for w in given.start],
+        }
+        y = torch.empty_like(like)
+        ctx.numbers = shape.numbers(given, keep)
+        arguments = {**ctx.numbers, **given.named, **results, "y": y, "kept": None}
+        (structure,) = structures("loop")
+        packed = structure.pack(arguments, like.dtype, back=False)
+        kept = block(int(kernel().nestling_loop_room(packed, int(like.dtype == torch.float64))), like)
+        call_packed("loop", like.dtype, False, structure.replace(packed, "kept", kept))
         ctx.plain, ctx.shape = plain, shape
         if keep:
             ctx.save_for_backward(*flat, kept)
         ctx.set_materialize_grads(False)
-        return y, *results
+        return y, *(t for group in results.values() for t in group)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         *flat, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = through_torch(lambda *t: ctx.plain(LoopTensors.of(t)), flat, upstream)
-            return None, None, None, *found
+            again = through_torch(lambda *t: ctx.plain(LoopTensors.of(t)), flat, upstream)
+            return None, None, None, *again
         given = _checked(ctx.shape, LoopTensors.of(flat))
         layers = len(given.start)
         rows, heads = given.start[0].shape[:2]
-        tokens = [None if t is None else torch.empty_like(t) for t in given.tokens]
-        eta_bias, alpha_bias, share, hidden = given.scales
-        sums = [
-            None if t is None else t.new_zeros(rows, heads, *of)
-            for t, of in ((eta_bias, ()), (alpha_bias, ()), (share, (layers,)), (hidden, (layers - 1,)))
-        ]
-        weights = [None if t is None else torch.empty_like(t) for t in (*given.start, *given.running, *given.surprise)]
-        coming = [None if t is None else t.contiguous() for t in upstream]
-        unread = [None] * (1 + 3 * layers)  # y and the last weights
-        tensors = [*given.flat(), *unread, kept, *coming, *tokens, *sums, *weights]
-        _call(ctx, tensors, kept.dtype, back=True)
+        sizes = ((), (), (layers,), (layers - 1,))
+        sums = [None if t is None else t.new_zeros(rows, heads, *of) for t, of in zip(given.scales, sizes, strict=True)]
+        tokens, start, running, surprise = (
+            [None if t is None else torch.empty_like(t) for t in group]
+            for group in (given.tokens, given.start, given.running, given.surprise)
+        )
+        found = LoopTensors(tokens, sums, start, running, surprise)  # type: ignore[arg-type]
+        dy, *last = [None if t is None else t.contiguous() for t in upstream]
+        arriving = {f"d_{n}": last[i * layers : (i + 1) * layers] for i, n in enumerate(AFTER)}
+        unread = {"y": None, **dict.fromkeys(AFTER, ())}
+        arguments = {**ctx.numbers, **given.named, **unread, "kept": kept, "dy": dy, **arriving}
+        arguments |= {f"d_{name}": tensors for name, tensors in found.named.items()}
+        call("loop", kept.dtype, True, arguments)
         scales = [None if t is None else (t.sum(0).T if t.dim() == 3 else t.sum(0)) for t in sums]
-        return None, None, None, *tokens, *scales, *weights
+        return None, None, None, *tokens, *scales, *start, *running, *surprise
+
+
+def _roles(values: dict[str, Any]) -> dict[str, Any]:
+    """The values under the names of `Role` in C++."""
+    return {f"{name}_role": value for name, value in values.items()}
 
 
 def _checked(shape: LoopShape, given: LoopTensors) -> LoopTensors:
     """Contiguous tensors, refused when compiled code would read beyond them."""
     made = LoopTensors.of([None if t is None else t.contiguous() for t in given.flat()])
-    like = next(t for t in made.tokens if t is not None)
+    like = made.like
     rows, heads, time, width = like.shape
     layers = len(made.start)
     for name, tensor in zip(TOKENS, made.tokens, strict=True):
@@ -176,8 +224,3 @@ def _checked(shape: LoopShape, given: LoopTensors) -> LoopTensors:
         for weight, out in zip(group[1:], bank.widths(width, layers)[1:], strict=True):
             expect("a weight", weight, like, rows, heads, bank.memories, out, bank.hidden)
     return made
-
-
-def _call(ctx: Any, tensors: Sequence[Tensor | None], dtype: torch.dtype, back: bool) -> None:
-    double = int(dtype == torch.float64)
-    kernel().nestling_loop(sizes(*ctx.numbers), ctx.constants, pointers(tensors), double, int(back))

@@ -17,7 +17,7 @@ struct Upstream {
     T *lr[most_layers], *e[most_layers], *log_a, *log_b, *each[4];  // each: of every memory, before the sum
     T *vectors[3], *raw, *gates, *eta, *alpha, *log_b_of_rates, *answers, *query;
 
-    Upstream(const Loop<T>& s, Pieces<T>& p) {
+    Upstream(const LoopArguments<T>& s, Pieces<T>& p) {
         const int64_t C = s.longest(), made = s.generated() * C * s.K;
         for (int64_t l = 0; l < s.layers; l++) {
             const int64_t all = s.numbers(l), of_layer = s.stack(l) * C * s.wide(l);
@@ -34,7 +34,7 @@ struct Upstream {
     }
 };
 
-template <class T, int KIND>
+template <class T, Activation KIND>
 struct BackwardChunk : LoopChunk<T> {
     using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at, LoopChunk<T>::n, LoopChunk<T>::i;
     const Upstream<T>& d;
@@ -42,13 +42,13 @@ struct BackwardChunk : LoopChunk<T> {
     Scratch<T>& mem;
 
     BackwardChunk(
-        const Loop<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const Upstream<T>& up, const T* const* first,
+        const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const Upstream<T>& up, const T* const* first,
         Scratch<T>& m
     )
         : LoopChunk<T>(loop, i, n, kept), d(up), start(first), mem(m) {}
 
-    Bank<T> bank() const {
-        Bank<T> b = s.bank(n, start);
+    BankArguments<T> bank() const {
+        BankArguments<T> b = s.bank(n, start);
         std::copy_n(s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
         return b;
     }
@@ -82,14 +82,14 @@ struct BackwardChunk : LoopChunk<T> {
 
     void write() {
         const int64_t L = s.layers;
-        T* d_query = d.vectors[query_role];
+        T* d_query = d.vectors[q_role];
         const T* up = s.dy ? s.dy + at * s.K : nullptr;
         zero(d_query, C * s.K);
         if (up && L > 1) std::copy_n(up, C * s.K, d_query);
         zero(d.log_a, C);
         zero(d.log_b, C);
         for (int64_t l = L - 1; l >= 0; l--) {
-            Args<T> a = this->write_args(l);
+            ChunkArguments<T> a = this->write_args(l);
             a.dy = up, a.dW2 = d.W[l], a.dS2 = d.S[l], a.dW = d.W0[l], a.dS = d.S0[l];
             a.dx = l ? d.H[l] : d.x0, a.dg = d.g[l], a.drecalled = a.recalled ? d.recalled[l] : nullptr, a.dq = d.query;
             a.dlr = d.each[0], a.derase = d.each[1], a.dlog_a = d.each[2], a.dlog_b = d.each[3];
@@ -123,30 +123,30 @@ struct BackwardChunk : LoopChunk<T> {
     }
 
     void lesson() {
-        Inner<T> p{};
-        p.key = this->vectors(key_role), p.value = this->vectors(value_role);
-        p.dkey = d.vectors[key_role], p.dvalue = d.vectors[value_role];
+        LessonArguments<T> p{};
+        p.key = this->vectors(k_role), p.value = this->vectors(v_role);
+        p.dkey = d.vectors[k_role], p.dvalue = d.vectors[v_role];
         std::copy_n(k.recalled, s.layers, p.recalled), std::copy_n(k.g, s.layers, p.g);
         std::copy_n(k.zv, s.layers, p.zv), std::copy_n(d.H, s.layers, p.dH), std::copy_n(d.g, s.layers, p.dg);
         if (s.fresh(n) && s.erases()) std::copy_n(d.recalled, s.layers, p.drecalled);
-        const Bank<T> b = bank();
+        const BankArguments<T> b = bank();
         mem.reset(b.room());
-        InnerOne<T, KIND>(b, p, 0, mem).run(true);
+        Lesson<T, KIND>(b, p, 0, mem).run(true);
         add_scaled(p.dkey, T(1), d.x0, C * s.K);
     }
 
     void rates() {
         if (s.fold) add_scaled(d.lr[0], T(1), d.e[0], C);
-        T share[most_layers], hidden[most_layers], *lr[most_layers], *e[most_layers];
-        const T *d_lr[most_layers], *d_e[most_layers];
-        rates::Args<T> a = this->rate_args(share, hidden, lr, e);
-        std::copy_n(d.lr, s.layers, d_lr), std::copy_n(d.e, s.layers, d_e);
-        a.d_log_a = d.log_a, a.d_lr = d_lr, a.d_e = d_e;
+        T share[most_layers], hidden[most_layers];
+        RatesArguments<T> a = this->rate_args(share, hidden);
+        std::copy_n(d.lr, s.layers, a.d_lr), std::copy_n(d.e, s.layers, a.d_e);
+        a.d_log_a = d.log_a;
         a.d_eta = s.made[eta_role] < 0 ? s.d_given[eta_role] + at : d.eta;
         if (s.retains()) a.d_alpha = s.made[alpha_role] < 0 ? s.d_given[alpha_role] + at : d.alpha;
         a.d_log_b = d.log_b_of_rates, a.d_eta_bias = s.d_eta_bias + i;
         a.d_alpha_bias = s.d_alpha_bias ? s.d_alpha_bias + i : nullptr;
-        a.d_share = s.d_share + i * s.layers, a.d_hidden = s.d_hidden ? s.d_hidden + i * (s.layers - 1) : nullptr;
+        a.d_share = s.d_share + i * s.layers;
+        a.d_hidden = s.d_hidden_erase ? s.d_hidden_erase + i * (s.layers - 1) : nullptr;
         rates::backward(a, 0, 0);
         if (!s.momentum) return;
         std::copy_n(d.log_b, C, s.d_log_b + at);
@@ -154,7 +154,7 @@ struct BackwardChunk : LoopChunk<T> {
     }
 
     void generate() {
-        for (Role role : {key_role, value_role, query_role}) {
+        for (Role role : {k_role, v_role, q_role}) {
             const int64_t m = s.made[role];
             if (m < 0) {
                 std::copy_n(d.vectors[role], C * s.K, s.d_given[role] + at * s.K);
@@ -169,17 +169,17 @@ struct BackwardChunk : LoopChunk<T> {
         if (!s.generated() && !s.gates) return;
         for (auto [role, from] : {std::pair{eta_role, d.eta}, std::pair{alpha_role, d.alpha}})
             for (int64_t t = 0; s.made[role] >= 0 && t < C; t++) d.gates[t * s.gates + s.made[role]] = from[t];
-        Read<T> r{};
-        r.x = s.u + at * s.K, r.dvalues = d.raw, r.dgates = d.gates, r.dx = s.du + at * s.K;
+        ReadArguments<T> r{};
+        r.x = s.u + at * s.K, r.dvalues = d.raw, r.dgates = d.gates, r.dx = s.d_u + at * s.K;
         std::copy_n(k.z, s.layers, r.z);
-        const Bank<T> b = bank();
+        const BankArguments<T> b = bank();
         mem.reset(b.room());
         read_one<T, KIND>(b, r, 0, mem, true);
     }
 };
 
-template <class T, int KIND>
-void loop_backward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
+template <class T, Activation KIND>
+void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
     const int64_t L = s.layers, N = s.chunks();
     Pieces<T> count;
     Upstream<T>(s, count);

@@ -7,7 +7,7 @@
 #include "memory_read.h"
 #include "normalize.h"
 
-template <class T, int KIND>
+template <class T, Activation KIND>
 struct ForwardChunk : LoopChunk<T> {
     using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at;
     const T* const* start;
@@ -15,14 +15,14 @@ struct ForwardChunk : LoopChunk<T> {
     T* spare;  // [memories, C, K] and [C, gates]: what nobody reads again
 
     ForwardChunk(
-        const Loop<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m, T* room
+        const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m, T* room
     )
         : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room) {}
 
     void generate() {
         if (!s.generated() && !s.gates) return;
-        const Bank<T> bank = s.bank(this->n, start);
-        Read<T> r{};
+        const BankArguments<T> bank = s.bank(this->n, start);
+        ReadArguments<T> r{};
         T* gates = spare + s.memories * C * s.K;
         r.x = s.u + at * s.K, r.values = k.raw, r.gate_values = gates;
         std::copy_n(k.z, s.layers, r.z);
@@ -36,16 +36,16 @@ struct ForwardChunk : LoopChunk<T> {
     }
 
     void rates() {
-        T share[most_layers], hidden[most_layers], *lr[most_layers], *e[most_layers];
-        rates::forward(this->rate_args(share, hidden, lr, e), 0, 0);
+        T share[most_layers], hidden[most_layers];
+        rates::forward(this->rate_args(share, hidden), 0, 0);
         if (!s.fold) return;
         for (int64_t t = 0; t < C; t++) k.e[0][t] = k.lr[0][t] + (s.rates_erase() ? k.e[0][t] : T(0));
     }
 
     void lesson() {
-        const Bank<T> bank = s.bank(this->n, start);
-        Inner<T> p{};
-        p.key = this->vectors(key_role), p.value = this->vectors(value_role);
+        const BankArguments<T> bank = s.bank(this->n, start);
+        LessonArguments<T> p{};
+        p.key = this->vectors(k_role), p.value = this->vectors(v_role);
         std::copy_n(k.H, s.layers, p.H), std::copy_n(k.recalled, s.layers, p.recalled);
         std::copy_n(k.g, s.layers, p.g), std::copy_n(k.zv, s.layers, p.zv);
         p.zv[s.layers - 1] = spare;
@@ -54,7 +54,7 @@ struct ForwardChunk : LoopChunk<T> {
         const int64_t used = s.memories * s.hidden + s.gates, row = s.rows();
         for (T* stacked : {k.recalled[0], k.g[0]})
             for (int64_t t = 0; t < C; t++) zero(stacked + t * row + used, row - used);
-        InnerOne<T, KIND>(bank, p, 0, mem).run(false);
+        Lesson<T, KIND>(bank, p, 0, mem).run(false);
     }
 
     void write(T* const* W2, T* const* S2) {
@@ -65,19 +65,19 @@ struct ForwardChunk : LoopChunk<T> {
 #pragma omp simd
                 for (int64_t j = 0; j < C * s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
             }
-            Args<T> a = this->write_args(l);
+            ChunkArguments<T> a = this->write_args(l);
             a.W2 = W2[l], a.S2 = S2[l];
             for (int64_t m = 0; m < a.memories; m++) {
                 mem.reset(chunk_room(C, a.K, a.V));
                 chunk_forward(a, m, mem);
             }
         }
-        if (s.layers > 1) add_scaled(s.y + at * s.K, T(1), this->vectors(query_role), C * s.K);
+        if (s.layers > 1) add_scaled(s.y + at * s.K, T(1), this->vectors(q_role), C * s.K);
     }
 };
 
-template <class T, int KIND>
-void loop_forward(const Loop<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
+template <class T, Activation KIND>
+void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
     const int64_t L = s.layers, N = s.chunks(), C = s.longest();
     size_t room = s.memories * C * s.K + C * s.gates + 16 + Kept<T>::shared_room(s);
     for (int64_t l = 0; l < L; l++) room += 3 * (s.numbers(l) + 16);

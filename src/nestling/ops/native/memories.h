@@ -9,18 +9,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "exponential.h"
 #include "matmul.h"
 #include "scratch.h"
 #include "vectors.h"
 
-constexpr int most_layers = 8;  // MAX_LAYERS of memories.py
-
 template <class T>
-struct Bank {
-    int64_t problems, first, memories, C, K, hidden, layers, gates, activation, self_targets, dot, threads;
+struct BankArguments {
+    int64_t problems, memories, C, K, hidden, layers, gates, self_targets, dot, threads;
+    int64_t first;    // memory from which a read starts
     int64_t padding;  // rows of layer 0 after the gates, all zero
-    T clip;
+    double clip;
+    Activation activation;
     const T* W[most_layers];
     T* dW[most_layers];
 
@@ -41,12 +42,12 @@ struct Point {
     T value, slope, curve;
 };
 
-template <class T, int KIND>
+template <class T, Activation KIND>
 inline Point<T> act(T z) {
-    if constexpr (KIND == 0) {
+    if constexpr (KIND == Activation::silu) {
         T s = 1 / (1 + exponential(-z));
         return {z * s, s + z * s * (1 - s), s * (1 - s) * (2 + z * (1 - 2 * s))};
-    } else if constexpr (KIND == 1) {
+    } else if constexpr (KIND == Activation::gelu) {
         T cdf = T(0.5) * (1 + std::erf(z * T(0.70710678118654752440)));
         T pdf = exponential(T(-0.5) * z * z) * T(0.39894228040143267794);
         return {z * cdf, cdf + z * pdf, pdf * (2 - z * z)};
@@ -63,13 +64,13 @@ struct Rows {
     T* operator[](int64_t t) const { return data + t * row; }
 };
 
-template <class T, int KIND>
+template <class T, Activation KIND>
 struct Work {
-    const Bank<T>& s;
+    const BankArguments<T>& s;
     const int64_t C, K, L;
     T *Wt, *h, *y, *dh;
 
-    Work(const Bank<T>& bank, Scratch<T>& mem) : s(bank), C(bank.C), K(bank.K), L(bank.layers) {
+    Work(const BankArguments<T>& bank, Scratch<T>& mem) : s(bank), C(bank.C), K(bank.K), L(bank.layers) {
         const int64_t wide = s.wide();
         Wt = mem.take(wide * wide), h = mem.take(C * wide), y = mem.take(C * wide), dh = mem.take(C * wide);
     }

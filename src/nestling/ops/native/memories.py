@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.arguments import constant
+from nestling.ops.native.build import call, expect
 from nestling.ops.native.second_order import through_torch
 
-MAX_LAYERS = 8  # most_layers of memories.cpp
-ACTIVATIONS = ("silu", "gelu", "relu")
+MAX_LAYERS = constant("most_layers")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class BankShape:
         memories: M.
         gates: G.
         hidden: width of hidden layers.
-        activation: one of `ACTIVATIONS`.
+        activation: one of Activation in C++.
         self_targets: targets are M_m(v), else v.
         dot: objective is the dot product, else L2.
         clip: bound on every coordinate of a gradient.
@@ -40,12 +40,11 @@ class BankShape:
     clip: float = 1.0
     first: int = 0
 
-    def numbers(self, x: Tensor, layers: int) -> list[int]:
-        """Sizes in the kernel's order."""
+    def numbers(self, x: Tensor, layers: int) -> dict[str, Any]:
+        """The fields of BankArguments but the weights."""
         problems, chunk, width = x.flatten(0, -3).shape
-        kind = ACTIVATIONS.index(self.activation)
-        return [problems, self.first, self.memories, chunk, width, self.hidden, layers, self.gates, kind,
-                self.self_targets, self.dot, torch.get_num_threads()]  # fmt: skip
+        sizes = {"problems": problems, "C": chunk, "K": width, "layers": layers, "padding": 0}
+        return asdict(self) | sizes | {"threads": torch.get_num_threads()}
 
     def check(self, weights: Sequence[Tensor], *inputs: Tensor) -> None:
         """Refuse weights and inputs that do not belong to this bank.
@@ -107,7 +106,8 @@ class _Read(torch.autograd.Function):
         values = x.new_empty(*batch, count, chunk, width)
         gates = x.new_empty(*batch, chunk, shape.gates) if shape.gates else None
         ctx.numbers = shape.numbers(x, layers)
-        _call(ctx.numbers, shape.clip, [*weights, x, values, gates, *z], x.dtype, inner=False, backward=False)
+        read = {"x": x, "values": values, "gate_values": gates, "z": z}
+        call("read", x.dtype, False, ctx.numbers | {"W": weights}, read)
         ctx.save_for_backward(*given, *z)
         ctx.plain = plain
         ctx.set_materialize_grads(False)
@@ -123,9 +123,10 @@ class _Read(torch.autograd.Function):
         x, *weights = (t.contiguous() for t in (x, *weights))
         d_weights = [torch.zeros_like(w) for w in weights]
         dx = torch.empty_like(x)
-        coming = [None if t is None else t.contiguous() for t in (d_values, d_gates)]
-        tensors = [*weights, *d_weights, x, None, None, *z, *coming, dx]
-        _call(ctx.numbers, 1.0, tensors, x.dtype, inner=False, backward=True)
+        d_values, d_gates = (None if t is None else t.contiguous() for t in (d_values, d_gates))
+        read = {"x": x, "values": None, "gate_values": None, "z": z}
+        bank = ctx.numbers | {"W": weights, "dW": d_weights}
+        call("read", x.dtype, True, bank, read | {"dvalues": d_values, "dgates": d_gates, "dx": dx})
         return None, None, dx, *d_weights
 
 
@@ -144,13 +145,13 @@ class _Inner(torch.autograd.Function):
         stacked = key.new_empty(*batch, chunk, weights[0].shape[-2])
         hidden = [torch.empty_like(each[0]) for _ in range(layers - 1)]
         recalled, gradients = ([torch.empty_like(t) for t in (stacked, *each[1:])] for _ in range(2))
-        ctx.numbers, ctx.clip, ctx.layers = shape.numbers(key, layers), shape.clip, layers
-        outputs = [*hidden, *recalled, *gradients]
-        _call(ctx.numbers, shape.clip, [*weights, key, value, *outputs, *each], key.dtype, inner=True, backward=False)
+        ctx.numbers, ctx.layers = shape.numbers(key, layers), layers
+        outputs = {"H": [None, *hidden], "recalled": recalled, "g": gradients, "zv": each}
+        call("lesson", key.dtype, False, ctx.numbers | {"W": weights}, {"key": key, "value": value, **outputs})
         ctx.plain = plain
         ctx.save_for_backward(*given, *recalled, *gradients, *each[:-1])
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *hidden, *recalled, *gradients
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -163,13 +164,9 @@ class _Inner(torch.autograd.Function):
         d_inputs = [torch.empty_like(t) for t in inputs]
         coming = [None if t is None else t.contiguous() for t in upstream]
         # What is not read again: the hidden activations, and the values' outputs.
-        tensors = [*weights, *d_weights, *inputs, *[None] * (layers - 1), *kept, None, *coming, *d_inputs]
-        _call(ctx.numbers, ctx.clip, tensors, weights[0].dtype, inner=True, backward=True)
+        lesson = {"key": inputs[0], "value": inputs[1], "dkey": d_inputs[0], "dvalue": d_inputs[1], "H": ()}
+        lesson |= {"recalled": kept[:layers], "g": kept[layers : 2 * layers], "zv": kept[2 * layers :]}
+        lesson |= {"dH": [None, *coming[: layers - 1]], "drecalled": coming[layers - 1 : 2 * layers - 1]}
+        lesson |= {"dg": coming[2 * layers - 1 :]}
+        call("lesson", weights[0].dtype, True, ctx.numbers | {"W": weights, "dW": d_weights}, lesson)
         return None, None, *d_inputs, *d_weights
-
-
-def _call(
-    numbers: list[int], clip: float, tensors: Sequence[Tensor | None], dtype: torch.dtype, inner: bool, backward: bool
-) -> None:
-    double = int(dtype == torch.float64)
-    kernel().nestling_memories(sizes(*numbers), clip, pointers(tensors), double, int(inner), int(backward))

@@ -6,24 +6,26 @@
 // Pointers of `inner`. key, value [B, C, K]; recalled, g: layer 0 [B, C, rows], others [B, M, C, out]; H[l], the input of
 // layer l > 0, [B, M, C, hidden]; zv, z_l of the values, [B, M, C, out].
 template <class T>
-struct Inner {
+struct LessonArguments {
     const T *key, *value;
     T *H[most_layers], *recalled[most_layers], *g[most_layers], *zv[most_layers];
     const T *dH[most_layers], *drecalled[most_layers], *dg[most_layers];
     T *dkey, *dvalue;
 };
 
-template <class T, int KIND>
-struct InnerOne {
-    const Bank<T>& s;
-    const Inner<T>& p;
+template <class T, Activation KIND>
+struct Lesson {
+    const BankArguments<T>& s;
+    const LessonArguments<T>& p;
     const int64_t b, C, K, L;
+    const T clip;
     Work<T, KIND> work;
     const T *key, *value;
     T *dkey, *dvalue, *dz[most_layers], *dg[most_layers];
 
-    InnerOne(const Bank<T>& bank, const Inner<T>& pointers, int64_t index, Scratch<T>& mem)
-        : s(bank), p(pointers), b(index), C(bank.C), K(bank.K), L(bank.layers), work(bank, mem) {
+    Lesson(const BankArguments<T>& bank, const LessonArguments<T>& pointers, int64_t index, Scratch<T>& mem)
+        : s(bank), p(pointers), b(index), C(bank.C), K(bank.K), L(bank.layers),
+          clip(static_cast<T>(bank.clip)), work(bank, mem) {
         key = p.key + b * C * K, value = p.value + b * C * K;
         dkey = p.dkey + b * C * K, dvalue = p.dvalue + b * C * K;
         for (int64_t l = 0; l < L; l++) dz[l] = mem.take(C * s.outputs(l)), dg[l] = mem.take(C * s.outputs(l));
@@ -41,8 +43,8 @@ struct InnerOne {
         return {tensors[l] + (b * s.memories + m) * C * s.outputs(l), s.outputs(l)};
     }
 
-    T clipped(T g) const { return std::min(std::max(g, -s.clip), s.clip); }
-    bool inside(T g) const { return g > -s.clip && g < s.clip; }
+    T clipped(T g) const { return std::min(std::max(g, -clip), clip); }
+    bool inside(T g) const { return g > -clip && g < clip; }
     T error(T output, T target) const { return clipped(s.dot ? -target : output - target); }
 
     void forward(int64_t m) {

@@ -5,15 +5,15 @@
 
 // Pointers of `read`: values [B, count, C, K] and gates [B, C, G] of the memories from `first` on; z kept for backward.
 template <class T>
-struct Read {
+struct ReadArguments {
     const T* x;
     T *values, *gate_values, *z[most_layers];
     const T *dvalues, *dgates;
     T* dx;
 };
 
-template <class T, int KIND>
-void read_one(const Bank<T>& s, const Read<T>& r, int64_t b, Scratch<T>& mem, bool backward) {
+template <class T, Activation KIND>
+void read_one(const BankArguments<T>& s, const ReadArguments<T>& r, int64_t b, Scratch<T>& mem, bool backward) {
     Work<T, KIND> work(s, mem);
     const int64_t C = s.C, K = s.K, L = s.layers, count = s.memories - s.first;
     const T* x = r.x + b * C * K;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import kernel, pointers, sizes
+from nestling.ops.native.build import call
 from nestling.ops.native.second_order import through_torch
 
 
@@ -26,7 +26,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, plain: Any, x: Tensor, eps: float, bound: float) -> Tensor:
         given, x = x, x.contiguous()
         y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        _call((x, y, scale), eps, bound, back=False)
+        _call(x, y, scale, eps, bound)
         ctx.save_for_backward(given, y, scale)
         ctx.plain, ctx.eps, ctx.bound = plain, eps, bound
         return y
@@ -39,11 +39,13 @@ class _Normalize(torch.autograd.Function):
             return None, *found
         x = x.contiguous()
         dx = torch.empty_like(x)
-        _call((x, y, scale, dy.contiguous(), dx), 0.0, ctx.bound, back=True)
+        _call(x, y, scale, 0.0, ctx.bound, {"dy": dy.contiguous(), "dx": dx})
         return None, dx, None, None
 
 
-def _call(tensors: tuple[Tensor, ...], eps: float, bound: float, back: bool) -> None:
-    x, _, scale, *_ = tensors
-    numbers = sizes(scale.numel(), x.shape[-1], torch.get_num_threads())
-    kernel().nestling_normalize(numbers, eps, bound, pointers(tensors), int(x.dtype == torch.float64), int(back))
+def _call(
+    x: Tensor, y: Tensor, scale: Tensor, eps: float, bound: float, gradients: dict[str, Tensor] | None = None
+) -> None:
+    numbers = {"rows": scale.numel(), "width": x.shape[-1], "threads": torch.get_num_threads()}
+    arguments = {**numbers, "eps": eps, "bound": bound, "x": x, "y": y, "scale": scale, **(gradients or {})}
+    call("normalize", x.dtype, gradients is not None, arguments)

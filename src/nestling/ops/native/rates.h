@@ -5,21 +5,26 @@
 #include <cmath>
 #include <cstdint>
 
-namespace rates {
-
-enum Kind { online, erase, free_of_erase, dot };
+#include "arguments.h"
 
 template <class T>
-struct Args {
-    int64_t rows, heads, tokens, layers, kind, online_only;
-    T max_erase, floor;
+struct RatesArguments {
+    int64_t rows, heads, tokens, layers, online_only;
+    double max_erase, floor;
+    RateKind kind;
     const T *eta, *alpha, *log_b;
     const uint8_t* valid;  // [rows, tokens]
     const T *eta_bias, *alpha_bias, *share, *hidden;
-    T *log_a, **lr, **e;  // e is null without erase
-    const T *d_log_a, **d_lr, **d_e;
-    T *d_eta, *d_alpha, *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden;
+    T *log_a, *lr[most_layers], *e[most_layers];  // e is not read without erase
+    const T *d_log_a, *d_lr[most_layers], *d_e[most_layers];
+    T *d_eta, *d_alpha, *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden;  // sums over rows and tokens: zeroed
+
+    T largest() const { return static_cast<T>(max_erase); }
+    T least() const { return static_cast<T>(floor); }
+    bool erases() const { return kind == RateKind::erase || (kind == RateKind::online && !online_only); }
 };
+
+namespace rates {
 
 template <class T>
 T sigmoid(T x) {
@@ -33,7 +38,7 @@ struct Token {
     // base: e_t of the last layer; step, rate: l_t before the share, without and with momentum's part
     T eta, present, log_a, keep, full, left, pass, base, step, rate;
 
-    Token(const Args<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) {
+    Token(const RatesArguments<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) {
         eta = sigmoid(s.eta[at] + s.eta_bias[head]);
         present = !s.valid || s.valid[row * s.tokens + t] ? T(1) : T(0);
         log_a = 0;
@@ -42,15 +47,15 @@ struct Token {
             log_a = (std::min(z, T(0)) - std::log1p(std::exp(-std::abs(z)))) / 16;
         }
         keep = s.alpha ? std::exp(log_a) : T(1);
-        full = s.max_erase * eta * present;
+        full = s.largest() * eta * present;
         left = -std::expm1(log_a);
         pass = s.log_b ? -std::expm1(s.log_b[at]) : T(1);
         base = 0;
         const T last = s.share[(s.layers - 1) * s.heads + head];
         switch (s.kind) {
-            case online: base = full * keep / (s.online_only ? T(1) : 1 + last), step = base; break;
-            case erase: base = keep * full, step = keep * std::min(full, 2 - full); break;
-            case free_of_erase: step = eta * present * (s.alpha ? std::max(left, s.floor) : s.floor); break;
+            case RateKind::online: base = full * keep / (s.online_only ? T(1) : 1 + last), step = base; break;
+            case RateKind::erase: base = keep * full, step = keep * std::min(full, 2 - full); break;
+            case RateKind::free: step = eta * present * (s.alpha ? std::max(left, s.least()) : s.least()); break;
             default: step = eta * present;
         }
         rate = step * pass;
@@ -58,21 +63,21 @@ struct Token {
 };
 
 template <class T>
-void forward(const Args<T>& s, int64_t row, int64_t head) {
+void forward(const RatesArguments<T>& s, int64_t row, int64_t head) {
     for (int64_t t = 0; t < s.tokens; t++) {
         const int64_t at = (row * s.heads + head) * s.tokens + t;
         const Token<T> k(s, row, head, t, at);
         s.log_a[at] = k.log_a;
         for (int64_t l = 0; l < s.layers; l++) {
             const bool last = l == s.layers - 1;
-            s.lr[l][at] = k.rate * (last && s.kind == online && s.online_only ? T(1) : s.share[l * s.heads + head]);
-            if (s.e) s.e[l][at] = last ? k.base : k.base * s.hidden[l * s.heads + head];
+            s.lr[l][at] = k.rate * (last && s.kind == RateKind::online && s.online_only ? T(1) : s.share[l * s.heads + head]);
+            if (s.erases()) s.e[l][at] = last ? k.base : k.base * s.hidden[l * s.heads + head];
         }
     }
 }
 
 template <class T>
-void backward(const Args<T>& s, int64_t row, int64_t head) {
+void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
     for (int64_t t = 0; t < s.tokens; t++) {
         const int64_t at = (row * s.heads + head) * s.tokens + t;
         const Token<T> k(s, row, head, t, at);
@@ -80,38 +85,38 @@ void backward(const Args<T>& s, int64_t row, int64_t head) {
         T d_log_a = s.d_log_a ? s.d_log_a[at] : T(0);
         for (int64_t l = 0; l < s.layers; l++) {
             const int64_t of = l * s.heads + head;
-            const bool last = l == s.layers - 1, whole = last && s.kind == online && s.online_only;
+            const bool last = l == s.layers - 1, whole = last && s.kind == RateKind::online && s.online_only;
             if (s.d_lr[l]) {
                 d_rate += s.d_lr[l][at] * (whole ? T(1) : s.share[of]);
                 if (!whole) s.d_share[of] += s.d_lr[l][at] * k.rate;
             }
-            if (!s.e || !s.d_e[l]) continue;
+            if (!s.erases() || !s.d_e[l]) continue;
             d_base += s.d_e[l][at] * (last ? T(1) : s.hidden[of]);
             if (!last) s.d_hidden[of] += s.d_e[l][at] * k.base;
         }
         if (s.log_b) s.d_log_b[at] = d_rate * k.step * (k.pass - 1);
         d_rate *= k.pass;
         switch (s.kind) {
-            case online: {
+            case RateKind::online: {
                 const int64_t of = (s.layers - 1) * s.heads + head;
                 const T split = s.online_only ? T(1) : 1 + s.share[of], d = (d_base + d_rate) / split;
                 if (!s.online_only) s.d_share[of] -= d * k.base;
                 d_full = d * k.keep, d_keep = d * k.full;
                 break;
             }
-            case erase: {
+            case RateKind::erase: {
                 const T least = std::min(k.full, 2 - k.full), slope = k.full < 1 ? T(1) : k.full > 1 ? T(-1) : T(0);
                 d_full = (d_base + d_rate * slope) * k.keep;
                 d_keep = d_base * k.full + d_rate * least;
                 break;
             }
-            case free_of_erase:
-                d_eta = d_rate * k.present * (s.alpha ? std::max(k.left, s.floor) : s.floor);
-                if (s.alpha && k.left >= s.floor) d_log_a -= d_rate * k.eta * k.present * k.keep;
+            case RateKind::free:
+                d_eta = d_rate * k.present * (s.alpha ? std::max(k.left, s.least()) : s.least());
+                if (s.alpha && k.left >= s.least()) d_log_a -= d_rate * k.eta * k.present * k.keep;
                 break;
             default: d_eta = d_rate * k.present;
         }
-        d_eta += d_full * s.max_erase * k.present;
+        d_eta += d_full * s.largest() * k.present;
         d_log_a += d_keep * k.keep;
         const T z = d_eta * k.eta * (1 - k.eta);
         s.d_eta[at] = z;

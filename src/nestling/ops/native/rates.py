@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.build import call, expect
 from nestling.ops.native.second_order import through_torch
 
-MAX_LAYERS = 32  # most_layers of rates.cpp
-KINDS = ("online", "erase", "free", "dot")
+# Fields of RatesArguments, in the order in which `native_rates` has the tensors.
+INPUTS = ("eta", "alpha", "log_b", "valid", "eta_bias", "alpha_bias", "share", "hidden")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RateRule:
     """Which formula of `layers.rates.chunk_rates` holds, and its constants.
 
     Attributes:
-        kind: of the formula.
+        kind: of the formula, one of RateKind in C++.
         max_erase: largest (e_t + folded l_t) / a_t.
         floor: least share of a gradient step in "free", one over the chunk.
         online_only: "online" without an erase of its own.
@@ -60,7 +60,7 @@ class _Rates(torch.autograd.Function):
         eta, share = inputs[0], inputs[6]
         layers = share.shape[0]
         outputs = [torch.empty_like(eta) for _ in range(1 + layers * (2 if rule.erases else 1))]
-        _call(rule, inputs, outputs, back=False)
+        _call(rule, inputs, _outputs("", outputs, layers))
         ctx.save_for_backward(*tensors)
         ctx.plain, ctx.rule, ctx.count = plain, rule, len(outputs)
         ctx.set_materialize_grads(False)
@@ -74,7 +74,10 @@ class _Rates(torch.autograd.Function):
         sums = [None if t is None else torch.zeros_like(t) for t in inputs[4:]]
         per_token = [None if t is None else torch.empty_like(t) for t in inputs[:3]]
         coming = [None if t is None else t.contiguous() for t in upstream]
-        _call(ctx.rule, inputs, [*[None] * ctx.count, *coming, *per_token, *sums], back=True)
+        layers = len(inputs[6])
+        gradients = dict(zip((f"d_{n}" for n in INPUTS if n != "valid"), (*per_token, *sums), strict=True))
+        others = _outputs("", [None] * ctx.count, layers) | _outputs("d_", coming, layers) | gradients
+        _call(ctx.rule, inputs, others, back=True)
         return None, None, *per_token, None, *sums
 
 
@@ -92,14 +95,17 @@ def _checked(tensors: Sequence[Tensor | None]) -> list[Any]:
     if valid is not None and (valid.shape != (rows, 1, tokens) or valid.dtype != torch.bool):
         found = f"{tuple(valid.shape)} of {valid.dtype}"
         raise ValueError(f"valid is {found}, but must be {(rows, 1, tokens)} of torch.bool")
-    if len(share) > MAX_LAYERS:
-        raise ValueError(f"{len(share)} layers of a memory; compiled rates have room for {MAX_LAYERS}")
     return made
 
 
-def _call(rule: RateRule, inputs: list[Any], others: Sequence[Tensor | None], back: bool) -> None:
+def _outputs(of: str, tensors: Sequence[Tensor | None], layers: int) -> dict[str, Any]:
+    """log a, l and e, or with `of` their gradients, by name."""
+    return {f"{of}log_a": tensors[0], f"{of}lr": tensors[1 : 1 + layers], f"{of}e": tensors[1 + layers :]}
+
+
+def _call(rule: RateRule, inputs: list[Any], others: dict[str, Any], back: bool = False) -> None:
     eta, share = inputs[0], inputs[6]
-    numbers = sizes(*eta.shape, len(share), KINDS.index(rule.kind), rule.online_only)
-    tensors = pointers([*inputs, *others])
-    double = int(eta.dtype == torch.float64)
-    kernel().nestling_rates(numbers, rule.max_erase, rule.floor, tensors, double, int(back))
+    rows, heads, tokens = eta.shape
+    numbers = {"rows": rows, "heads": heads, "tokens": tokens, "layers": len(share)}
+    formula = {f: getattr(rule, f) for f in ("kind", "max_erase", "floor", "online_only")}
+    call("rates", eta.dtype, back, numbers | formula | dict(zip(INPUTS, inputs, strict=True)) | others)

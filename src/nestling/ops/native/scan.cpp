@@ -8,7 +8,7 @@ namespace {
 
 // The arguments of a whole sequence. `starts` holds the weights before every chunk.
 template <class T>
-struct Sequence {
+struct ScanArguments {
     int64_t problems, tokens, size, K, V, before, threads;
     const T *x, *g, *lr, *erase, *log_a, *q;
     T *starts, *last, *y, *E;
@@ -18,8 +18,8 @@ struct Sequence {
     int64_t chunks() const { return (tokens + size - 1) / size; }
 
     // Chunk n of problem i as a problem of its own.
-    Args<T> chunk(int64_t i, int64_t n) const {
-        Args<T> a{};
+    ChunkArguments<T> chunk(int64_t i, int64_t n) const {
+        ChunkArguments<T> a{};
         const int64_t at = i * tokens + n * size, left = tokens - n * size;
         a.problems = a.memories = a.threads = 1;
         a.C = left < size ? left : size, a.K = K, a.V = a.Q = V, a.before = before;
@@ -33,7 +33,7 @@ struct Sequence {
 };
 
 template <class T>
-void forward(const Sequence<T>& s, int64_t i, Scratch<T>& mem) {
+void forward(const ScanArguments<T>& s, int64_t i, Scratch<T>& mem) {
     for (int64_t n = 0; n < s.chunks(); n++) {
         mem.reset(chunk_room(s.size, s.K, s.V));
         chunk_forward(s.chunk(i, n), 0, mem);
@@ -41,14 +41,14 @@ void forward(const Sequence<T>& s, int64_t i, Scratch<T>& mem) {
 }
 
 template <class T>
-void backward(const Sequence<T>& s, int64_t i, Scratch<T>& mem) {
+void backward(const ScanArguments<T>& s, int64_t i, Scratch<T>& mem) {
     const int64_t n_weights = s.V * s.K;
     // The gradient of a chunk's first weights is the upstream gradient of the chunk before it.
     std::vector<T> carried(2 * n_weights);
     if (s.d_last) std::copy_n(s.d_last + i * n_weights, n_weights, carried.data());
     for (int64_t n = s.chunks() - 1; n >= 0; n--) {
         const int64_t at = i * s.tokens + n * s.size;
-        Args<T> a = s.chunk(i, n);
+        ChunkArguments<T> a = s.chunk(i, n);
         T* incoming = carried.data() + ((s.chunks() - 1 - n) % 2) * n_weights;
         T* outgoing = carried.data() + ((s.chunks() - n) % 2) * n_weights;
         a.dy = s.dy ? s.dy + at * s.V : nullptr;
@@ -62,19 +62,7 @@ void backward(const Sequence<T>& s, int64_t i, Scratch<T>& mem) {
 }
 
 template <class T>
-void run(const int64_t* sizes, void* const* t, bool back) {
-    Sequence<T> s{};
-    int64_t* to[] = {&s.problems, &s.tokens, &s.size, &s.K, &s.V, &s.before, &s.threads};
-    for (int64_t* p : to) *p = *sizes++;
-    const T** inputs[] = {&s.x, &s.g, &s.lr, &s.erase, &s.log_a, &s.q};
-    for (const T** p : inputs) *p = static_cast<const T*>(*t++);
-    T** results[] = {&s.starts, &s.last, &s.y, &s.E};
-    for (T** p : results) *p = static_cast<T*>(*t++);
-    if (back) {
-        s.dy = static_cast<const T*>(*t++), s.d_last = static_cast<const T*>(*t++);
-        T** found[] = {&s.dx, &s.dg, &s.dlr, &s.derase, &s.dlog_a, &s.dq, &s.d_weight};
-        for (T** p : found) *p = static_cast<T*>(*t++);
-    }
+void run(const ScanArguments<T>& s, bool back) {
 #pragma omp parallel num_threads(s.threads) if (s.problems > 1)
     {
         static thread_local Scratch<T> mem;
@@ -85,10 +73,8 @@ void run(const int64_t* sizes, void* const* t, bool back) {
 
 }  // namespace
 
-extern "C" {
-// Tensors: x, g, l, e, log a, q; weights before every chunk (the first given), last weights, y, and E, which is kept; for
-// the backward pass dy and the gradient of the last weights, then the gradients of x, g, l, e, log a, q, W.
-void nestling_scan(const int64_t* sizes, void* const* tensors, int is_double, int back) {
-    is_double ? run<double>(sizes, tensors, back) : run<float>(sizes, tensors, back);
+extern "C" void nestling_scan(const void* given, int is_double, int back) {
+    is_double ? run(*static_cast<const ScanArguments<double>*>(given), back)
+              : run(*static_cast<const ScanArguments<float>*>(given), back);
 }
-}
+NESTLING_BYTES(ScanArguments)

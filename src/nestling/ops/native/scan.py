@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import expect, kernel, pointers, sizes
+from nestling.ops.native.build import call, expect
 from nestling.ops.native.second_order import through_torch
+
+TOKENWISE = ("x", "g", "lr", "erase", "log_a", "q")  # fields of ScanArguments, in the order of `native_scan`
 
 
 def native_scan(
@@ -39,12 +41,22 @@ class _Scan(torch.autograd.Function):
         *batch, tokens, width = x.shape
         out, problems = g.shape[-1], x.shape[:-2].numel()
         chunk_size = min(chunk_size, tokens)
-        ctx.numbers = [problems, tokens, chunk_size, width, out, int(read_before), torch.get_num_threads()]
+        ctx.numbers = {
+            "problems": problems,
+            "tokens": tokens,
+            "size": chunk_size,
+            "K": width,
+            "V": out,
+            "before": read_before,
+            "threads": torch.get_num_threads(),
+        }
         starts = weight.new_empty(*batch, -(-tokens // chunk_size), out, width)
         starts[..., 0, :, :] = weight
         last, y = torch.empty_like(weight), torch.empty_like(g)
         kept = torch.empty_like(g)
-        _call(ctx.numbers, [x, g, lr, erase, log_a, q, starts, last, y, kept], x.dtype, back=False)
+        tokenwise = dict(zip(TOKENWISE, (x, g, lr, erase, log_a, q), strict=True))
+        results = {"starts": starts, "last": last, "y": y, "E": kept}
+        call("scan", x.dtype, False, ctx.numbers | tokenwise | results)
         ctx.plain = plain
         ctx.save_for_backward(*tensors, starts, kept)
         ctx.set_materialize_grads(False)
@@ -63,8 +75,11 @@ class _Scan(torch.autograd.Function):
         ]
         coming = [None if t is None else t.contiguous() for t in (dy, d_last)]
         # Neither the last weights nor y are read again; the chunks' pointers into them stay unused.
-        tensors = [*inputs[:6], starts, starts, kept, kept, *coming, *found]
-        _call(ctx.numbers, tensors, inputs[0].dtype, back=True)
+        results = {"starts": starts, "last": starts, "y": kept, "E": kept}
+        gradients = dict(zip((*(f"d{name}" for name in TOKENWISE), "d_weight"), found, strict=True))
+        arriving = dict(zip(("dy", "d_last"), coming, strict=True))
+        tokenwise = dict(zip(TOKENWISE, inputs[:6], strict=True))
+        call("scan", inputs[0].dtype, True, ctx.numbers | tokenwise | results | arriving | gradients)
         return None, None, None, *found
 
 
@@ -79,7 +94,3 @@ def _checked(tensors: Sequence[Tensor | None]) -> list[Any]:
     for rate in (lr, erase, log_a):
         expect("a rate", rate, x, *batch, tokens)
     return made
-
-
-def _call(numbers: list[int], tensors: list[Tensor | None], dtype: torch.dtype, back: bool) -> None:
-    kernel().nestling_scan(sizes(*numbers), pointers(tensors), int(dtype == torch.float64), int(back))

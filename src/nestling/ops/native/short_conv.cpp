@@ -5,14 +5,19 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arguments.h"
+
 namespace {
 
 constexpr int64_t block = 32;
 
 template <class T>
-struct Conv {
+struct ConvolutionArguments {
     int64_t rows, time, channels, taps, threads;  // rows of `seen` have time + taps - 1 tokens
-    T *seen, *weight, *y, *dy, *dseen, *dweight;
+    const T *seen, *weight;
+    T* y;
+    const T* dy;
+    T *dseen, *dweight;
 
     template <class F>
     void each_block(F f) const {
@@ -59,26 +64,14 @@ struct Conv {
 };
 
 template <class T>
-void run(const int64_t* sizes, void* const* t, bool back) {
-    Conv<T> s{};
-    int64_t* to_sizes[] = {&s.rows, &s.time, &s.channels, &s.taps, &s.threads};
-    for (int64_t* p : to_sizes) *p = *sizes++;
-    T** first[] = {&s.seen, &s.weight};
-    for (T** p : first) *p = static_cast<T*>(*t++);
-    if (!back) {
-        s.y = static_cast<T*>(*t);
-        return s.forward();
-    }
-    T** rest[] = {&s.dy, &s.dseen, &s.dweight};
-    for (T** p : rest) *p = static_cast<T*>(*t++);
-    s.backward();
+void run(const ConvolutionArguments<T>& s, bool back) {
+    back ? s.backward() : s.forward();
 }
 
 }  // namespace
 
-extern "C" {
-// Tensors: seen, weight, then y, or for the backward pass dy, dseen, dweight.
-void nestling_short_conv(const int64_t* sizes, void* const* tensors, int is_double, int back) {
-    is_double ? run<double>(sizes, tensors, back) : run<float>(sizes, tensors, back);
+extern "C" void nestling_short_conv(const void* given, int is_double, int back) {
+    is_double ? run(*static_cast<const ConvolutionArguments<double>*>(given), back)
+              : run(*static_cast<const ConvolutionArguments<float>*>(given), back);
 }
-}
+NESTLING_BYTES(ConvolutionArguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.ops.native.build import kernel, pointers, sizes
+from nestling.ops.native.build import call
 from nestling.ops.native.second_order import through_torch
 
 
@@ -29,7 +29,7 @@ class _ShortConv(torch.autograd.Function):
         seen, weight = seen.contiguous(), weight.contiguous()
         rows, time, channels = seen.shape
         y = seen.new_empty(rows, time - weight.shape[1] + 1, channels)
-        _call(seen, weight, (y,), back=False)
+        _call(seen, weight, {"y": y}, back=False)
         return y
 
     @staticmethod
@@ -39,14 +39,19 @@ class _ShortConv(torch.autograd.Function):
             return None, *through_torch(lambda *t: (ctx.plain(*t),), (seen, weight), (dy,))
         seen, weight = seen.contiguous(), weight.contiguous()
         found = torch.empty_like(seen), torch.empty_like(weight)
-        _call(seen, weight, (dy.contiguous(), *found), back=True)
+        others = {"y": None, "dy": dy.contiguous(), "dseen": found[0], "dweight": found[1]}
+        _call(seen, weight, others, back=True)
         return None, *found
 
 
-def _call(seen: Tensor, weight: Tensor, others: tuple[Tensor, ...], back: bool) -> None:
+def _call(seen: Tensor, weight: Tensor, others: dict[str, Tensor | None], back: bool) -> None:
     rows, time, channels = seen.shape
     taps = weight.shape[1]
-    numbers = sizes(rows, time - taps + 1, channels, taps, torch.get_num_threads())
-    kernel().nestling_short_conv(
-        numbers, pointers((seen, weight, *others)), int(seen.dtype == torch.float64), int(back)
-    )
+    numbers = {
+        "rows": rows,
+        "time": time - taps + 1,
+        "channels": channels,
+        "taps": taps,
+        "threads": torch.get_num_threads(),
+    }
+    call("short_conv", seen.dtype, back, {**numbers, "seen": seen, "weight": weight, **others})
