@@ -16,6 +16,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -25,8 +26,14 @@ import api_pages
 import code_links
 
 ROOT = Path(__file__).resolve().parents[2]
+NATIVE = "src/nestling/ops/native/README.md"
 PICTURES = {".svg", ".png"}
-RENAMED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+RENAMED = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "README.md": "index.md",
+    NATIVE: "native.md",
+}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 MATH = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
@@ -110,7 +117,7 @@ def relink(markdown: str, source: str) -> str:
 
 def _outside() -> list[str]:
     """Files of the repository that are shown although they do not lie in docs/."""
-    found = ["CONTRIBUTING.md", "CHANGELOG.md"]
+    found = ["CONTRIBUTING.md", "CHANGELOG.md", NATIVE]
     for folder in sorted((ROOT / "reproductions").iterdir()):
         found += [f"reproductions/{folder.name}/{p.name}" for p in sorted(folder.glob("*")) if _shown(p)]
     found += [str(p.relative_to(ROOT)) for p in sorted((ROOT / "examples").rglob("*.py"))]
@@ -137,4 +144,7 @@ def _mathml(match: re.Match[str]) -> str:
     """One equation: pymdownx.arithmatex puts LaTeX between brackets or parentheses with a backslash."""
     latex = html.unescape(match.group(2)).strip()
     display = "block" if latex.startswith("\\[") else "inline"
-    return convert(latex[2:-2].strip(), display=display)
+    shown = convert(latex[2:-2].strip(), display=display)
+    if "\\" in shown:  # a command that the converter does not know is left in the text
+        raise PluginError(f"this LaTeX cannot be shown: {latex}")
+    return shown
