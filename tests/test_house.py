@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,26 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("src", "tests", "benchmarks", "examples", "reproductions", "docs")
 MAX_LINES = 400
 
-# Imports point one way: a package may import from its own rank and from lower ones.
-RANKS = {
-    "errors": 0,
-    "printing": 0,
-    "settings": 0,
-    "ops": 1,
-    "memory": 2,
-    "layers": 3,
-    "models": 4,
-    "optim": 5,
-    "levels": 5,
-    "continual": 6,
-    "tasks": 6,
-    "plotting": 1,
-    "evaluation": 7,
-    "training": 7,
-    "serving": 8,
-    "cli": 9,
-    "__main__": 9,
-    "demo": 9,
-}
+# Imports point one way: a package imports from those before it alone, and no two stand at one place.
+ORDER = (
+    "errors",
+    "settings",
+    "printing",
+    "plotting",
+    "ops",
+    "optim",
+    "memory",
+    "layers",
+    "models",
+    "levels",
+    "continual",
+    "tasks",
+    "evaluation",
+    "training",
+    "cli",
+    "demo",
+    "__main__",
+)
 
 
 def python_files() -> list[Path]:
@@ -85,13 +85,24 @@ def test_public_things_are_documented(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
-    """From ops over memory, layers, models, optim and tasks up to evaluation, training, serving and the commands."""
-    parts = path.relative_to(ROOT / "src" / "nestling").with_suffix("").parts
-    if parts == ("__init__",):
+    """From ops and optim over memory, layers and models up to continual, training and the commands."""
+    own = path.relative_to(ROOT / "src" / "nestling").with_suffix("").parts[0]
+    if own == "__init__":
         return
-    assert parts[0] in RANKS, f"give {parts[0]} a rank in tests/test_house.py"
-    for imported in _imported_packages(parse(path)):
-        assert RANKS[imported] <= RANKS[parts[0]], f"{name_of(path)} imports nestling.{imported}, which stands above it"
+    assert own in ORDER, f"give {own} a place in tests/test_house.py"
+    for imported in {module.split(".")[1] for module in _imported_modules(parse(path)) if "." in module} - {own}:
+        lower = ORDER.index(imported) < ORDER.index(own)
+        assert lower, f"{name_of(path)} imports nestling.{imported}, which stands above it"
+
+
+def test_modules_do_not_import_each_other() -> None:
+    """Not even inside a package or a function: what two modules need is a third one's. Imports for types are free."""
+    files = {_module_of(path): path for path in python_files() if path.is_relative_to(ROOT / "src")}
+    graph = {name: (_imported_modules(parse(path)) & files.keys()) - {name} for name, path in files.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("path", [*python_files(), *prose_files()], ids=name_of)
@@ -146,14 +157,28 @@ def _is_overload(function: ast.FunctionDef) -> bool:
     return any("overload" in ast.unparse(d) for d in function.decorator_list)
 
 
-def _imported_packages(tree: ast.Module) -> set[str]:
-    """Second parts of all `nestling.*` imports but those for type checkers alone."""
+def _module_of(path: Path) -> str:
+    """Its name to an import."""
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_modules(tree: ast.Module) -> set[str]:
+    """The modules of nestling that a file imports, those for type checkers alone apart.
+
+    `from nestling.x import y` means nestling.x.y where that is a module, else nestling.x.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
-    modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    modules += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
-    return {m.split(".")[1] for m in modules if m.startswith("nestling.")}
+    found = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                file = ROOT / "src" / Path(*name.split("."))
+                found.add(name if file.is_dir() or file.with_suffix(".py").exists() else node.module)
+    return {name for name in found if name.split(".")[0] == "nestling"}
 
 
 def _canonical(name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nestling.levels.components import Component, Frequency, Level, Transfer
 from nestling.levels.inspection import inspect
 from nestling.levels.problems import Problem, Runner, descent
-from nestling.levels.system import Component, Frequency, Level, NestedSystem, Transfer
+from nestling.levels.system import NestedSystem
 
 __all__ = [
     "Component",

@@ -9,10 +9,11 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nestling.levels.components import Component, Frequency, Transfer, TransferKind
 from nestling.levels.model_parts import MemoryPart, find_memories
 from nestling.levels.naming import group_parameters
 from nestling.levels.optimizer_parts import OptimizerPart, find_optimizer_parts
-from nestling.levels.system import Component, Frequency, NestedSystem, Transfer, TransferKind
+from nestling.levels.system import NestedSystem
 
 
 def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: str | None = None) -> NestedSystem:

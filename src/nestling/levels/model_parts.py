@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from nestling.levels.components import Component, Frequency
 from nestling.levels.naming import pattern_of
-from nestling.levels.system import Component, Frequency
 from nestling.memory.description import DescribesMemories, MemoryDescription
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))

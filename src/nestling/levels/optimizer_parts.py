@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestling.levels.components import Component, Frequency
 from nestling.levels.probe import MANY, ProbeError, StateMemory, probe_optimizer, state_tensors
-from nestling.levels.system import Component, Frequency
 from nestling.optim import MultiFrequency
 from nestling.optim.multi_frequency import ACCUMULATED
 

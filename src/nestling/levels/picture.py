@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,8 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from nestling.levels.system import Component, Level, NestedSystem, TransferKind, count_text, state_text
+from nestling.levels.components import Component, Level, TransferKind, count_text, state_text
 from nestling.plotting.curves import COLORS, STYLE
+
+if TYPE_CHECKING:
+    from nestling.levels.system import NestedSystem
 
 KINDS = {"attention": COLORS[2], "fast weights": COLORS[0], "optimizer state": COLORS[4], "parameters": "#6b7280"}
 MOVES: dict[TransferKind, str] = {
