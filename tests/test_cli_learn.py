@@ -359,8 +359,8 @@ def test_what_a_user_can_put_right(
     assert "fits no parameter" in fails(capsys, *common, "--levels", "fast=64")
     assert "no multiple of the fastest" in fails(capsys, *common, "--levels", "*.0.mlp.*=64,*.1.mlp.*=100")
     assert "optimizer" in fails(capsys, *common, "--optimizer", "nothing")
-    assert "learning rate" in fails(capsys, *common, "--lr", "-1")
-    assert "learning rate" in fails(capsys, *common, "--lr", "nan")
+    assert "--lr" in fails(capsys, *common, "--lr", "-1")
+    assert "--lr" in fails(capsys, *common, "--lr", "nan")
     assert "rank" in fails(capsys, *common, "--rank", "1000")
     other = tmp_path / "other"
     random_llama(seed=1).save_pretrained(other)

@@ -99,7 +99,7 @@ def settings_of(owner: type) -> dict[str, Setting]:
     found = {}
     for declared in fields(owner):
         if KEY in declared.metadata:
-            kinds = tuple(_kinds(hints[declared.name]))
+            kinds = tuple(kinds_of(hints[declared.name]))
             literals = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
             known: Setting = declared.metadata[KEY]
             found[declared.name] = replace(
@@ -110,7 +110,7 @@ def settings_of(owner: type) -> dict[str, Setting]:
 
 def component_of(owner: type, name: str) -> type | None:
     """The dataclass with settings that a field holds, itself or None; None for fields of other types."""
-    for kind in _kinds(get_type_hints(owner)[name]):
+    for kind in kinds_of(get_type_hints(owner)[name]):
         if isinstance(kind, type) and is_dataclass(kind) and settings_of(kind):
             return kind
     return None
@@ -141,10 +141,11 @@ def shown(value: object) -> str:
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
 
-def _kinds(hint: Any) -> Iterator[Any]:
+def kinds_of(hint: Any) -> Iterator[Any]:
+    """The types a type hint allows, one by one: `int | None` is int and NoneType."""
     if get_origin(hint) in (Union, UnionType):
         for part in get_args(hint):
-            yield from _kinds(part)
+            yield from kinds_of(part)
     else:
         yield hint
 
@@ -166,7 +167,15 @@ def _refusal(value: object, known: Setting) -> str | None:
     if isinstance(value, str) and (str in kinds or known.choices):
         return None if not known.choices or value in known.choices else _listed(known.choices)
     wide = [kind for kind in kinds if kind not in (NoneType, bool, int, float, str) and get_origin(kind) is not Literal]
-    return None if wide and not isinstance(value, int | float | str) else _described(known)
+    return None if any(_is_of(value, kind) for kind in wide) else _described(known)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value that is no number, text, truth value or None is of a type; a list may stand for a tuple."""
+    if kind is Any:
+        return True
+    plain = get_origin(kind) or kind
+    return isinstance(value, (plain, list) if plain is tuple else plain)
 
 
 def _inside(value: float, known: Setting) -> bool:

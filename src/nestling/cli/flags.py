@@ -42,6 +42,10 @@ class Flags(Generic[T]):
     values: dict[str, Any]
     given: frozenset[str]
 
+    def option(self, name: str) -> str:
+        """The flag of one of the values, as it is typed."""
+        return next(flag.option for flag in _flags(self.owner) if flag.path == name)
+
     def make(self, **others: Any) -> T:
         """The dataclass these flags describe; `others` are fields that no flag sets, or that are set otherwise.
 
@@ -78,6 +82,17 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def flag_values(made: Any) -> dict[str, Any]:
+    """What the flags of a dataclass would be for these settings, by `Flags.values`' names, unparsed."""
+    found = {}
+    for flag in _flags(type(made)):
+        value = made
+        for name in flag.path.split("."):
+            value = flag.setting.off if value is None else getattr(value, name)
+        found[flag.path] = value
+    return found
+
+
 @dataclass(frozen=True)
 class _Flag:
     """One flag: where its value goes, and what it is when it is not given."""
@@ -103,6 +118,19 @@ class _Flag:
     @property
     def _is_tuple(self) -> bool:
         return any(get_origin(kind) is tuple for kind in self.setting.kinds)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether typer reads a number, whose bounds it can say."""
+        return any(kind in (int, float) for kind in get_args(self.type) or (self.type,))
+
+    @property
+    def least(self) -> float | None:
+        """The smallest number, which may be the one that leaves a component out."""
+        known = self.setting
+        if not self.is_number or known.at_least is None:
+            return None
+        return known.at_least if known.off is None else min(known.at_least, known.off)
 
     @property
     def type(self) -> Any:
@@ -146,6 +174,8 @@ def _parameter(flag: _Flag) -> inspect.Parameter:
         help=known.help.replace("{choices}", ", ".join(known.choices)),
         metavar=known.metavar,
         rich_help_panel=known.panel,
+        min=flag.least,
+        max=known.at_most if flag.is_number else None,
         show_default=default is not inspect.Parameter.empty,
     )
     return inspect.Parameter(

@@ -9,16 +9,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress as Bar
 from transformers import PreTrainedModel
 
 from nestling.cli.console import cell, quiet_libraries, say, stdout_console
+from nestling.cli.flags import Flags, flag_values
 from nestling.cli.learning_report import Outcome, ProgressLines, mean, print_outcomes, print_place
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.learn_documents import (
@@ -32,7 +32,9 @@ from nestling.continual.learn_documents import (
 )
 from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.learner.learner import Learner
-from nestling.continual.learner.options import Level, Options, Rehearsal, Replay, settings_from
+from nestling.continual.learner.levels import resolve
+from nestling.continual.learner.options import Level, Settings, settings_from
+from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
@@ -41,33 +43,6 @@ from nestling.levels.assignment import parse_levels, stream_levels
 from nestling.tasks.text import Document, read_documents
 
 MLPS = ("*.mlp.*", "*.channel.*")  # of transformers' models, and of this library's
-
-
-@dataclass(frozen=True)
-class LearnSettings:
-    """The options of `nestling learn` that a new memory is begun with.
-
-    Attributes:
-        levels: NAME=PERIOD,...
-        given: names of the options on the command line, which must not contradict a memory that exists.
-        lr, rate_exponent, optimizer, context, rank, retention, replay, bf16, seed: see `Learner` and its `Options`.
-        teacher: tokens of the running mean that teaches what is replayed.
-        rehearse: pieces of the model's own text, of its `Rehearsal`.
-    """
-
-    levels: str | None
-    lr: float
-    rate_exponent: float
-    optimizer: str
-    context: int
-    rank: int | None
-    retention: float
-    replay: int
-    teacher: int | None
-    rehearse: int
-    bf16: bool
-    seed: int
-    given: frozenset[str] = frozenset()
 
 
 class Stopped(Exception):
@@ -98,7 +73,7 @@ class Session:
 
     def prepare(self) -> None:
         """Have the model write what it will rehearse, if there is anything to write."""
-        written = self.learner.written
+        written = self.learner.component(RehearsedText)
         if written is None or written.ids is not None:
             return
         say(self.console, "the model first writes {} pieces of {} tokens to rehearse".format(*written.shape))
@@ -164,7 +139,7 @@ def run(
     source: str,
     paths: Sequence[str],
     place: Path,
-    settings: LearnSettings,
+    settings: Flags[Settings],
     *,
     save_tokens: int | None,
     save_seconds: float,
@@ -204,7 +179,7 @@ def run(
     return stopped
 
 
-def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSettings) -> Learner:
+def make_learner(model: PreTrainedModel, saved: Memory | None, settings: Flags[Settings]) -> Learner:
     """A new learner, or that of a memory.
 
     Raises:
@@ -214,31 +189,23 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: LearnSe
         if saved is not None and "learner" in saved.settings:
             _check_given(settings, saved)
             return Learner.restore(model, saved)
-        if settings.teacher is not None and not settings.replay:
-            raise UserError("--teacher teaches what --replay keeps: give both")
-        teacher: Literal["average"] | None = None if settings.teacher is None else "average"
-        learner = Learner(
-            model,
-            choose_levels(model, settings.levels),
-            settings.optimizer,
-            lr=settings.lr,
-            rate_exponent=settings.rate_exponent,
-            context=settings.context,
-            options=Options(
-                rank=settings.rank,
-                retention=settings.retention,
-                replay=Replay(settings.replay, teacher=teacher) if settings.replay else None,
-                average=settings.teacher,
-                rehearsal=Rehearsal(settings.rehearse) if settings.rehearse else None,
-                bfloat16=settings.bf16,
-                seed=settings.seed,
-            ),
-        )
+        learner = Learner.of(model, _settings(model, settings))
         if saved is not None:
             learner.load(saved)
     except ValueError as error:
         raise UserError(str(error)) from error
     return learner
+
+
+def _settings(model: PreTrainedModel, flags: Flags[Settings]) -> Settings:
+    """Of a new learner. A running mean is asked for to teach what is replayed."""
+    made = flags.make(levels=resolve(model, choose_levels(model, flags.values["levels"])))
+    options = made.options
+    if options.average is None:
+        return made
+    if options.replay is None:
+        raise UserError("--teacher teaches what --replay keeps: give both")
+    return replace(made, options=replace(options, replay=replace(options.replay, teacher="average")))
 
 
 def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
@@ -319,33 +286,21 @@ def _save(session: Session, note: str, stopped: bool) -> Snapshot | None:
     return store.save(session.learner.memory(), note or f"learned {names}")
 
 
-def _check_given(settings: LearnSettings, saved: Memory) -> None:
+def _check_given(settings: Flags[Settings], saved: Memory) -> None:
     """Options on the command line that a memory's own settings contradict.
 
     Raises:
         UserError: naming the first.
     """
     own = settings_from(saved.settings["learner"])
-    replay = own.options.replay.capacity if own.options.replay else 0
-    values: dict[str, Any] = {
-        "levels": {name: level.period for name, level in own.levels.items()},
-        "lr": own.lr,
-        "rate_exponent": own.rate_exponent,
-        "optimizer": own.optimizer,
-        "context": own.context,
-        "rank": own.options.rank,
-        "retention": own.options.retention,
-        "replay": replay,
-        "teacher": own.options.average,
-        "rehearse": own.options.rehearsal.pieces if own.options.rehearsal else 0,
-        "bf16": own.options.bfloat16,
-        "seed": own.options.seed,
-    }
+    values = flag_values(own) | {"levels": {name: level.period for name, level in own.levels.items()}}
     for name in sorted(settings.given):
-        wanted = parse_levels(settings.levels or "", unit="tokens") if name == "levels" else getattr(settings, name)
+        wanted = settings.values[name]
+        if name == "levels":
+            wanted = parse_levels(wanted, unit="tokens")
         if wanted != values[name]:
             raise UserError(
-                f"--{name.replace('_', '-')} {wanted}: this memory was begun with {values[name]}, and goes on with "
+                f"{settings.option(name)} {wanted}: this memory was begun with {values[name]}, and goes on with "
                 "that; leave the option out, or begin another memory"
             )
 

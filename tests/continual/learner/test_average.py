@@ -121,7 +121,7 @@ def test_consolidation_begins_the_mean_anew() -> None:
 
 def test_seeds_and_lengths_are_checked_at_once() -> None:
     for options in ({"rehearsal": Rehearsal()}, {"replay": Replay()}):
-        with pytest.raises(ValueError, match="seed is a whole number, 0 or more"):
+        with pytest.raises(ValueError, match="must be 0 or more"):
             Options(seed=-1, **options)
     with pytest.raises(ValueError, match="average is 8 tokens or more"):
         learner_of(Options(average=7))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Level, Options, Replay
+from nestling.continual.replay.buffer import ReplayBuffer
 from nestling.continual.stream.chunks import Piece, decode
 from tests.continual.stream.stream_models import copy_of, text, tiny_llama
 
@@ -55,8 +56,9 @@ def test_decay_scales_the_fast_levels_difference_and_nothing_else() -> None:
 def test_one_step_is_adamw_on_the_divergence() -> None:
     """By hand: two models, teacher and student, one piece."""
     learner = taught()
-    learner.buffer.items = learner.buffer.items[:1]
-    item = learner.buffer.items[0]
+    buffer = learner.component(ReplayBuffer).pieces
+    buffer.items = buffer.items[:1]
+    item = buffer.items[0]
     piece = decode(item.tokens, item.metadata["start"])
     teacher, student = tiny_llama(dtype=torch.float32), tiny_llama(dtype=torch.float32)
     teacher.load_state_dict(learner.model.state_dict())

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nestling.continual.learner.guards import LearningDivergedError, LearningWarning, SpikeGuard, SurpriseGate
+from nestling.continual.component import Bounds, strictest
+from nestling.continual.learner.gate import SurpriseGate
+from nestling.continual.learner.guards import LearningDivergedError, LearningWarning, SpikeGuard
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Gate, Level, Options, Replay
 from tests.continual.stream.stream_models import copy_of, text, tiny_llama
@@ -147,11 +149,17 @@ def test_spikes_against_a_running_mean() -> None:
 
 
 def test_gates_bounds() -> None:
-    gate = SurpriseGate(Gate(quantile=0.5, threshold=1.0, window=4))
-    assert gate.bound() == 1.0
-    gate.remember(torch.tensor([9.0, 5.0, 2.0, 3.0, 4.0]))
-    assert gate.bound() == 3.0, "of the last four"
-    chunks = SurpriseGate(Gate(by="chunk", quantile=1.0))
-    assert chunks.bound() == -math.inf
-    chunks.remember(torch.tensor([1.0, 3.0]))
-    assert chunks.bound() == 2.0
+    def gate_of(settings: Gate) -> SurpriseGate:
+        gate = two_levels(Options(gate=settings)).component(SurpriseGate)
+        assert gate is not None
+        return gate
+
+    gate = gate_of(Gate(quantile=0.5, threshold=1.0, window=4))
+    assert gate.bounds() == Bounds(token=1.0)
+    gate.learned([], torch.tensor([9.0, 5.0, 2.0, 3.0, 4.0]))
+    assert gate.bounds() == Bounds(token=3.0), "of the last four"
+    chunks = gate_of(Gate(by="chunk", quantile=1.0))
+    assert chunks.bounds() == Bounds()
+    chunks.learned([], torch.tensor([1.0, 3.0]))
+    assert chunks.bounds() == Bounds(chunk=2.0)
+    assert strictest([gate.bounds(), chunks.bounds(), Bounds(token=1.0)]) == Bounds(3.0, 2.0)

@@ -59,9 +59,9 @@ def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"levels": {"a": Level(8, (TOP,))}, "context": 8, "options": Options(piece=8)}, "do not fit a context"),
         ({"levels": {"a": Level(8, (TOP,))}, "options": Options(retention={"b": 0.5})}, "retention names b"),
         ({"levels": {"a": Level(8, (TOP,))}, "options": Options(limit={"b": UpdateLimit(1.0)})}, "limit names b"),
-        ({"levels": {"a": Level(8, (TOP,))}, "rate_exponent": 500.0}, "rate_exponent is a number"),
-        ({"levels": {"a": Level(8, (TOP,))}, "lr": float("inf")}, "lr is smaller than inf"),
-        ({"levels": {"a": Level(8, (TOP,))}, "lr": "x"}, "lr is a number"),
+        ({"levels": {"a": Level(8, (TOP,))}, "rate_exponent": 500.0}, "rate_exponent is 500"),
+        ({"levels": {"a": Level(8, (TOP,))}, "lr": float("inf")}, "lr is inf, but must be at least 0 and finite"),
+        ({"levels": {"a": Level(8, (TOP,))}, "lr": "x"}, "lr is x, but must be a number"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_the_model_free(arguments, message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nestling.continual import Learner, Level, Memory, Options, Replay
+from nestling.continual.replay.buffer import ReplayBuffer
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.low_rank import limit_rank
 from nestling.continual.store.merge import merge
@@ -52,7 +53,9 @@ def test_a_memory_without_progress_brings_none_of_the_last_users(rank: int | Non
     ann = learner.memory()
     ben = Memory(ann.fingerprint, ann.periods, ann.parameters, {})
     learner.load(ben)
-    assert learner.stream.filled == 0 and learner.counters.tokens == 0 and not len(learner.buffer or ())
+    buffer = learner.component(ReplayBuffer)
+    assert buffer is not None and not len(buffer.pieces)
+    assert learner.stream.filled == 0 and learner.counters.tokens == 0
     assert not learner.log.records and not learner.optimizer.state_dict()["state"]
     fresh = learner_of(tiny_llama(), replay=Replay(8), rank=rank)
     for each in (learner, fresh):

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from nestling.continual import Learner, Level, Options, Rehearsal
-from nestling.continual.replay.auxiliary_losses import ROWS, write
+from nestling.continual.replay.rehearsal import ROWS, RehearsedText, write
 from tests.continual.learner.reference_learner import ReferenceLevel, learn, momentum
 from tests.continual.learner.test_learner import DOCUMENTS, TOP, agree, names, read
 from tests.continual.stream.stream_models import copy_of, equal, text, tiny_llama
@@ -25,20 +26,27 @@ def test_rehearsal_as_the_reference() -> None:
     drawn: list[list[int]] = []
 
     def rehearse(number: int) -> list[int]:
-        drawn.append(learner.written.piece(learner, number - 1).ids.tolist())
+        drawn.append(learner.component(RehearsedText).piece(number - 1).ids.tolist())
         return drawn[-1]
 
     expected = learn(model, DOCUMENTS, levels, 12, 6, rehearse=rehearse, rehearsal_weight=0.7)
     assert all(row in written.tolist() for row in drawn)
     assert len({tuple(row) for row in drawn}) > 1
     before = torch.get_rng_state()
-    learner.written.ids = None
+    learner.component(RehearsedText).ids = None
     agree(learner, read(learner, DOCUMENTS), expected)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(learner.written.ids, written)
+    assert torch.equal(learner.component(RehearsedText).ids, written)
     plain = tiny_llama()
     without = learn(plain, DOCUMENTS, levels, 12, 6)
     assert any(not torch.allclose(expected.weights[n], without.weights[n]) for n in levels["fast"].names)
+
+
+def written_by(learner: Learner) -> Tensor | None:
+    """The text that a learner's model wrote."""
+    rehearsed = learner.component(RehearsedText)
+    assert rehearsed is not None
+    return rehearsed.ids
 
 
 def test_rehearsed_text_is_the_base_models_whatever_was_loaded() -> None:
@@ -48,7 +56,7 @@ def test_rehearsed_text_is_the_base_models_whatever_was_loaded() -> None:
     knowing = Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12, options=options)
     knowing.load(replace(fresh.memory(), tensors={}))
     knowing.observe(text(6))
-    assert torch.equal(knowing.written.ids, fresh.written.ids)
+    assert torch.equal(written_by(knowing), written_by(fresh))
 
 
 def test_writing_at_once_is_told_and_can_be_given_up() -> None:
@@ -67,14 +75,14 @@ def test_writing_at_once_is_told_and_can_be_given_up() -> None:
     settings = early.model.generation_config
     with pytest.raises(KeyboardInterrupt):
         early.write_rehearsal(give_up)
-    assert early.written.ids is None and early.model.generation_config is settings
+    assert written_by(early) is None and early.model.generation_config is settings
     assert equal(copy_of(early.model), weights) and torch.equal(torch.get_rng_state(), numbers)
     told: list[int] = []
     early.write_rehearsal(told.append)
     assert told == [n * ROWS for n in range(2, 10)] + [9 * ROWS + 3 * n for n in range(2, 10)]
     early.write_rehearsal(give_up)  # nothing to write any more
     early.observe(text(12))
-    assert torch.equal(early.written.ids, late.written.ids)
+    assert torch.equal(written_by(early), written_by(late))
     assert equal(copy_of(early.model), copy_of(late.model))
     Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12).write_rehearsal(give_up)
 

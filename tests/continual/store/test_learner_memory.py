@@ -228,7 +228,7 @@ def _with_settings(memory: Memory, key: str, value: object) -> Memory:
         (lambda m: replace(m, tensors={**m.tensors, "optimizer.999.step": torch.ones(())}), "more parameters"),
         (lambda m: replace(m, differences={**m.differences, m.parameters["fast"][0]: torch.ones(2, 2)}), "shape"),
         (lambda m: replace(m, differences={**m.differences, m.parameters["mid"][0]: torch.ones(2, 2)}), "rank"),
-        (lambda m: _with_settings(m, "learner", {"levels": 3}), "cannot be read"),
+        (lambda m: _with_settings(m, "learner", {"levels": 3}), "lack optimizer"),
         (lambda m: replace(m, settings={}), "no learner's settings"),
     ],
 )

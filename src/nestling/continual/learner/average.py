@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from nestling.continual.learner.weights import Weights, exchange
+from nestling.continual.component import Component
+from nestling.continual.learner.weights import exchange
+from nestling.continual.stream.chunks import Piece
 
-SAVED = "average."
-"""What the mean's names begin with in a memory, whose differences are the fast weights'."""
+if TYPE_CHECKING:
+    from nestling.continual.learner.learner import Learner
 
 
-class Average:
+class RunningMean(Component):
     """W_s <- W_s + r (W - W_s) after the n-th chunk, with r = max(chunk / horizon, 1 / (n + 1)).
 
     One step of gradient descent at rate r on 1/2 |W_s - W|^2: a level below the fast ones whose context flow is their
@@ -25,56 +29,59 @@ class Average:
     Costs one more copy of what is learned, and one pass over it for each chunk.
 
     Args:
-        weights: of all levels.
-        rate: chunk / horizon, in (0, 1].
+        settings: the horizon in tokens, a chunk or more.
+        learner: whose weights.
     """
 
-    def __init__(self, weights: Mapping[str, Weights], rate: float) -> None:
-        self.weights, self.rate = weights, rate
+    def __init__(self, settings: int, learner: Learner) -> None:
+        super().__init__(settings, learner)
+        chunk = learner.stream.chunk
+        if settings < chunk:
+            raise ValueError(f"average is {chunk} tokens or more, the fastest level's period, not {settings}")
+        self.rate = chunk / settings
         self.read = False
-        self.values = [value.clone() for value in self._live]
+        self.mean = [value.clone() for value in self._live]
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Begin from the present weights."""
-        torch._foreach_copy_(self.values, self._live)
+    def replaced(self) -> None:
+        """Begin anew from the present weights."""
+        torch._foreach_copy_(self.mean, self._live)
 
     @torch.no_grad()
-    def follow(self, chunks: int) -> None:
-        """The weights have changed, for the `chunks`-th time."""
-        torch._foreach_lerp_(self.values, self._live, max(self.rate, 1 / (chunks + 1)))
+    def learned(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
+        """Follow the weights."""
+        torch._foreach_lerp_(self.mean, self._live, max(self.rate, 1 / (self.learner.counters.chunks + 1)))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean where the learned weights are, on the model or apart, and these back afterwards, to the last bit."""
-        exchange(self._live, self.values)
+        exchange(self._live, self.mean)
         self.read = True
         try:
             yield
         finally:
-            exchange(self._live, self.values)
+            exchange(self._live, self.mean)
             self.read = False
 
-    def state(self) -> dict[str, Tensor]:
-        """The mean by index, on the CPU, for a memory."""
-        return {f"{SAVED}{i}": value.detach().cpu().clone() for i, value in enumerate(self.values)}
+    def tensors(self) -> dict[str, Tensor]:
+        """The mean by index, on the CPU."""
+        return {str(i): value.detach().cpu().clone() for i, value in enumerate(self.mean)}
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError where `load` could not take them."""
-        wanted = {f"{SAVED}{i}": tuple(value.shape) for i, value in enumerate(self.values)}
-        found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(SAVED)}
-        kinds = {tensors[name].is_floating_point() for name in found}
-        if found and (found != wanted or kinds != {True}):
+    def prepare(self, tensors: Mapping[str, Tensor], values: Any) -> Callable[[], None]:
+        """A mean of the learner's parameters; it begins anew where a memory has none."""
+        wanted = {str(i): tuple(value.shape) for i, value in enumerate(self.mean)}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if found and (found != wanted or not all(t.is_floating_point() for t in tensors.values())):
             raise ValueError("the memory's running mean is not of the learner's parameters")
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The weights are those of a memory: take its mean, or begin from them where it has none."""
-        self.restart()
-        for i, value in enumerate(self.values):
-            if (mean := tensors.get(f"{SAVED}{i}")) is not None:
-                value.copy_(mean)
+        @torch.no_grad()
+        def take() -> None:
+            self.replaced()
+            for i, value in enumerate(self.mean if found else ()):
+                value.copy_(tensors[str(i)])
+
+        return take
 
     @property
     def _live(self) -> list[Tensor]:
-        return [value for weights in self.weights.values() for value in weights.values]
+        return [value for weights in self.learner.weights.values() for value in weights.values]

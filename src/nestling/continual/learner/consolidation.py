@@ -20,7 +20,8 @@ from torch.optim import AdamW
 from nestling.continual.learner.levels import rate
 from nestling.continual.learner.steps import retain
 from nestling.continual.learner.weights import exchange
-from nestling.continual.replay.auxiliary_losses import written_pieces
+from nestling.continual.replay.buffer import ReplayBuffer
+from nestling.continual.replay.rehearsal import written_pieces
 from nestling.continual.stream.chunks import Piece, batches, decode
 from nestling.continual.stream.scoring import divergences, learning, target_ids
 
@@ -120,8 +121,8 @@ def consolidate(
     applied = all(math.isfinite(x) for x in (*forgotten, *after))
     if not applied:
         teacher.put_back()
-    elif learner.average is not None:
-        learner.average.restart()
+    else:
+        learner.weights_replaced()
     return Consolidation(
         tuple(names),
         tuple(slow),
@@ -231,6 +232,7 @@ def _check(retention: float, steps: int, lr: float | None, rows: int, held_out: 
 
 def _text(learner: Learner, seed: int) -> list[Piece]:
     """The buffer's pieces, or generated ones of half a context."""
-    if learner.buffer is not None and len(learner.buffer):
-        return [decode(item.tokens, item.metadata["start"]) for item in learner.buffer.items]
+    buffer = learner.component(ReplayBuffer)
+    if buffer is not None and len(buffer.pieces):
+        return [decode(item.tokens, item.metadata["start"]) for item in buffer.pieces.items]
     return written_pieces(learner, GENERATED, max(2, learner.settings.context // 2), seed)

@@ -1,15 +1,12 @@
-"""What a learner does not learn from: too little surprise, or losses that cannot be right."""
+"""What a learner does not learn from: losses that cannot be right."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-
-from nestling.continual.learner.options import Gate
 
 
 class LearningWarning(UserWarning):
@@ -18,31 +15,6 @@ class LearningWarning(UserWarning):
 
 class LearningDivergedError(ArithmeticError):
     """The learned weights are no longer finite: nothing can go on but from a saved memory."""
-
-
-class SurpriseGate:
-    """Which losses are learned from.
-
-    Args:
-        gate: settings.
-    """
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-        self.recent: deque[float] = deque(maxlen=gate.window)
-
-    def bound(self) -> float:
-        """Losses above it are learned from: a quantile of the chunks before, or the threshold, whichever is larger."""
-        found = -math.inf if self.gate.threshold is None else self.gate.threshold
-        if self.gate.quantile is not None and self.recent:
-            values = torch.tensor(list(self.recent), dtype=torch.float64)
-            # The nearest rank below: a value that occurred, found alike in every precision.
-            found = max(found, float(torch.quantile(values, self.gate.quantile, interpolation="lower")))
-        return found
-
-    def remember(self, losses: Float[Tensor, " n"]) -> None:
-        """Count a chunk's losses among the recent ones."""
-        self.recent.extend(losses.tolist() if self.gate.by == "token" else [float(losses.mean())])
 
 
 class SpikeGuard:
@@ -80,3 +52,19 @@ class SpikeGuard:
         """Count the mean loss of a chunk that was learned from."""
         self.mean = loss if self.mean is None else self.KEPT * self.mean + (1 - self.KEPT) * loss
         self.spikes = 0
+
+
+def check_not_diverged(weights: Iterable[Tensor], refused: int, patience: int, reason: str) -> None:
+    """Raises LearningDivergedError where a chunk was refused and nothing good can come of going on.
+
+    Args:
+        weights: what is learned.
+        refused: chunks on end, this one included.
+        patience: more of them than this, not finite, are too many.
+        reason: why the last was.
+    """
+    advice = "restore the learner from its last saved memory and lower lr"
+    if not all(bool(torch.isfinite(w).all()) for w in weights):
+        raise LearningDivergedError(f"learned weights are not finite; {advice}")
+    if refused > patience and "not finite" in reason:
+        raise LearningDivergedError(f"{refused} chunks on end were refused, the last since {reason}; {advice}")

@@ -7,23 +7,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nestling.continual.component import Component, components_of, strictest, undone_on_error
 from nestling.continual.learner import consolidation
-from nestling.continual.learner.average import Average
+from nestling.continual.learner.average import RunningMean
 from nestling.continual.learner.gradients import take_gradients
-from nestling.continual.learner.guards import LearningDivergedError, LearningWarning, SpikeGuard, SurpriseGate
+from nestling.continual.learner.guards import LearningWarning, SpikeGuard, check_not_diverged
 from nestling.continual.learner.levels import make_optimizer, make_weights, resolve
 from nestling.continual.learner.observation import Counters, Observation
 from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.learner.steps import limit_step, retain
-from nestling.continual.replay.auxiliary_losses import Written, companions
-from nestling.continual.replay.reservoir import Reservoir, undone_on_error
+from nestling.continual.learner.steps import retain
+from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store import resume
 from nestling.continual.store.applying import LEARNER, check_free
 from nestling.continual.store.fingerprint import base_fingerprint
@@ -31,6 +31,8 @@ from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
 from nestling.continual.stream.documents import Document, DocumentLog
 from nestling.continual.stream.scoring import Reader, learned_positions, learning
+
+C = TypeVar("C", bound=Component)
 
 
 class Learner:
@@ -83,7 +85,6 @@ class Learner:
         self.model = model
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
         chunk = next(iter(self.settings.levels.values())).period
-        options.check_levels(list(self.settings.levels), chunk, context)
         self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
         if self.stream.size >= context:
             raise ValueError(
@@ -94,7 +95,7 @@ class Learner:
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
-        self.average: Average | None = None
+        self.components: dict[str, Component] = {}
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
         try:
@@ -110,17 +111,14 @@ class Learner:
         """Forget all but the weights: optimizers, pending tokens, replay, gate, guard, documents and counters."""
         self._check_live()
         options = self.settings.options
+        self.components = {name: kind(value, self) for name, (kind, value) in components_of(options).items()}
+        apart = any(component.reads_apart for component in self.components.values())
         with learning(self.model, self._everything):
-            self.optimizer = make_optimizer(self.settings, self.weights)
+            self.optimizer = make_optimizer(self.settings, self.weights, apart)
         self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
         self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
-        self.gate = None if options.gate is None else SurpriseGate(options.gate)
-        self.buffer = None if options.replay is None else Reservoir(options.replay.capacity, options.seed)
         self.log = DocumentLog()
         self.counters = Counters()
-        rehearsal, context = options.rehearsal, self.settings.context
-        self.written = None if rehearsal is None else Written(rehearsal, context, options.seed)
-        self.average = None if options.average is None else Average(self.weights, self.stream.chunk / options.average)
         self._refused = 0
         self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
 
@@ -155,7 +153,8 @@ class Learner:
         if not len(ids):
             return Observation(torch.empty(0), notes=("no tokens: nothing was learned",))
         if not self.log.is_present(document):
-            self._leave(finished=False)
+            self.log.end(finished=False)
+            self.stream.end_document()
             self.log.begin(document)
         losses = torch.full((len(ids),), math.nan, dtype=torch.float32)
         updated: list[str] = []
@@ -164,7 +163,7 @@ class Learner:
         while done < len(ids):
             part = slice(done, done + min(self.stream.room, len(ids) - done))
             new = part.stop - part.start
-            with self.stream.undone_on_error(), undone_on_error(self.buffer):
+            with self.stream.undone_on_error(), undone_on_error(self.components.values()):
                 self.stream.add(ids[part], targets[part])
                 full = not self.stream.room
                 losses[part] = self._learn(new, updated, notes) if full else self._score(new)
@@ -182,8 +181,9 @@ class Learner:
                 raises ends the writing, and nothing has changed then.
         """
         self._check_at_work()
-        if self.written is not None and self.written.ids is None:
-            self.written.write(self, on_token)
+        rehearsed = self.component(RehearsedText)
+        if rehearsed is not None and rehearsed.ids is None:
+            rehearsed.write(on_token)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -194,12 +194,14 @@ class Learner:
             RuntimeError: the learner is detached, or the mean is on the model already.
         """
         self._check_at_work()
-        with nullcontext() if self.average is None else self.average.in_place():
+        average = self.component(RunningMean)
+        with nullcontext() if average is None else average.in_place():
             yield
 
     def end_document(self) -> None:
         """The present document is finished: what comes next has nothing before it. Pending tokens stay pending."""
-        self._leave(finished=True)
+        self.log.end(finished=True)
+        self.stream.end_document()
 
     def apply(self) -> None:
         """Attach: give the model what was learned.
@@ -274,6 +276,16 @@ class Learner:
         self._unproven = set(self.weights) if memory.tensors else set()
 
     @classmethod
+    def of(cls, model: PreTrainedModel, made: Settings) -> Self:
+        """The learner with these settings.
+
+        Raises:
+            ValueError: as of `Learner` itself.
+        """
+        rates = {"lr": made.lr, "rate_exponent": made.rate_exponent}
+        return cls(model, made.levels, made.optimizer, context=made.context, options=made.options, **rates)
+
+    @classmethod
     def restore(cls, model: PreTrainedModel, memory: Memory) -> Learner:
         """The learner that `memory` was taken of.
 
@@ -288,16 +300,7 @@ class Learner:
             raise ValueError("this memory has no learner's settings: make a Learner and call its load")
         check_free(model, None)
         resume.check_model(memory, base_fingerprint(model))
-        made = settings_from(memory.settings["learner"])
-        learner = cls(
-            model,
-            made.levels,
-            made.optimizer,
-            lr=made.lr,
-            rate_exponent=made.rate_exponent,
-            context=made.context,
-            options=made.options,
-        )
+        learner = cls.of(model, settings_from(memory.settings["learner"]))
         try:
             learner.load(memory)
         except BaseException:
@@ -311,16 +314,27 @@ class Learner:
         self._check_live()
 
     def _check_live(self) -> None:
-        if self.average is not None and self.average.read:
+        if self.shows_average:
             raise RuntimeError("the running mean is on the model; leave the block of averaged() first")
+
+    @property
+    def shows_average(self) -> bool:
+        """Whether the model has the running mean, inside a block of `averaged`."""
+        average = self.component(RunningMean)
+        return average is not None and average.read
+
+    def component(self, kind: type[C]) -> C | None:
+        """The component of this kind, where the options ask for it."""
+        return next((each for each in self.components.values() if isinstance(each, kind)), None)
+
+    def weights_replaced(self) -> None:
+        """The learned weights are others than before, not by learning from a chunk."""
+        for component in self.components.values():
+            component.replaced()
 
     @property
     def _everything(self) -> list[Tensor]:
         return [p for parameters in self._learned.values() for p in parameters]
-
-    def _leave(self, finished: bool) -> None:
-        self.log.end(finished)
-        self.stream.end_document()
 
     def _score(self, new: int) -> Float[Tensor, " new"]:
         """Losses of the chunk's last tokens."""
@@ -335,10 +349,11 @@ class Learner:
 
     def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
         """Learn from the full chunk; losses of its last tokens."""
-        pieces, options = self.stream.pieces, self.settings.options
-        joined, beside = companions(self)
+        pieces, budget = self.stream.pieces, self.settings.options.batch_tokens
+        read_with = [companion for component in self.components.values() for companion in component.companions()]
+        bounds = strictest([component.bounds() for component in self.components.values()])
         with learning(self.model, self._everything):
-            seen = take_gradients(self.reader, pieces, joined, beside, options, self.guard, self.gate, self._learned)
+            seen = take_gradients(self.reader, pieces, read_with, budget, self.guard, bounds, self._learned)
             if seen.refusal is None:
                 updated.extend(self._step())
         if seen.refusal is None:
@@ -352,43 +367,29 @@ class Learner:
         """Update the levels whose period has passed."""
         options = self.settings.options
         due = [level.name for level in self.optimizer.levels if level.elapsed + 1 == level.period]
-        before = {name: [p.detach().clone() for p in self._learned[name]] for name in due if options.limit_of(name)}
+        for component in self.components.values():
+            component.before_step(due)
         for name in due:
             if (kept := options.retention_of(name)) != 1:
                 retain(self.weights[name].anchored, kept)
         with resume.fitting(bool(self._unproven)):
             self.optimizer.step()
         self._unproven -= set(due)
-        for name, old in before.items():
-            if (limit := options.limit_of(name)) is not None:
-                limit_step([p.detach() for p in self._learned[name]], old, limit)
+        for component in self.components.values():
+            component.after_step(due)
         return due
 
     def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
         self.counters.chunks += 1
         self._refused = 0
-        if self.average is not None:
-            self.average.follow(self.counters.chunks)
         if len(losses):
             self.guard.accept(float(losses.mean()))
-            if self.gate is not None:
-                self.gate.remember(losses)
-        if self.buffer is not None:
-            for piece in pieces:
-                if bool(piece.targets.any()):
-                    self.buffer.add(piece.encode(), {"start": piece.start})
+        for component in self.components.values():
+            component.learned(pieces, losses)
 
     def _refuse(self, reason: str, notes: list[str]) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self._everything):
-            raise LearningDivergedError(
-                "learned weights are not finite; restore the learner from its last saved memory and lower lr"
-            )
         self._refused += 1
-        if self._refused > self.settings.options.patience and "not finite" in reason:
-            raise LearningDivergedError(
-                f"{self._refused} chunks on end were refused, the last since {reason}; restore the learner from its "
-                "last saved memory and lower lr"
-            )
+        check_not_diverged(self._everything, self._refused, self.settings.options.patience, reason)
         self.counters.skipped += self.stream.chunk
         note = f"{self.stream.chunk} tokens were not learned from: {reason}"
         notes.append(note)

@@ -88,12 +88,17 @@ def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
     return made
 
 
-def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiFrequency:
+def make_optimizer(settings: Settings, weights: Mapping[str, Weights], reads_apart: bool) -> MultiFrequency:
     """One inner optimizer a level, periods in chunks, gradients averaged over the period.
 
     The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
     memories that follow a gradient's size would otherwise grow with the period on top of `rate_exponent`. So a level's
     rate means the same for every period and every optimizer.
+
+    Args:
+        settings: of the learner.
+        weights: of its levels.
+        reads_apart: something is read beside a chunk in passes of its own.
 
     Raises:
         ValueError: passes beside the chunk's, with an optimizer that learns from layer inputs.
@@ -108,12 +113,8 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights]) -> MultiF
         },
         reduce="mean",
     )
-    options = settings.options
-    apart = options.rehearsal is not None or (
-        options.replay is not None and (options.replay.projection or options.replay.teacher is not None)
-    )
     watching = {level.name: level.optimizer for level in made.levels if isinstance(level.optimizer, InputOptimizer)}
-    if watching and apart:
+    if watching and reads_apart:
         for optimizer in watching.values():
             optimizer.close()
         raise ValueError(

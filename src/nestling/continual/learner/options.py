@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch.optim import Optimizer
 
+from nestling.continual.component import LEARNING, component_field, components_of
+from nestling.continual.learner.average import RunningMean
+from nestling.continual.learner.gate import Gate, SurpriseGate
+from nestling.continual.learner.limit import StepLimit, UpdateLimit
+from nestling.continual.replay.buffer import Replay, ReplayBuffer
+from nestling.continual.replay.rehearsal import Rehearsal, RehearsedText
 from nestling.optim import NAMES
+from nestling.settings import NO_FLAG, check, kinds_of, setting, shown
+
+__all__ = ["Factory", "Gate", "Level", "Options", "Rehearsal", "Replay", "Settings", "UpdateLimit", "settings_from"]
 
 Factory = Callable[[list[Any]], Optimizer]
 
 MOST_EXPONENT = 8.0
 """Of a rate that follows the period: far beyond any use, and no float's limit."""
-LARGEST = 2**63 - 1
-"""Of a whole number: what a tensor, a `deque` and a generator's seed can take."""
 
 
 @dataclass(frozen=True)
@@ -33,134 +40,27 @@ class Level:
             learns the weights themselves.
     """
 
-    period: int
-    parameters: tuple[str, ...]
-    lr: float | None = None
+    period: int = setting(help="Tokens between two updates.", at_least=1)
+    parameters: tuple[str, ...] = setting(help="Names of parameters, or patterns of them.")
+    lr: float | None = setting(None, help="Learning rate.", at_least=0, below=math.inf)
     optimizer: str | Factory | None = None
-    rank: int | None = None
+    rank: int | None = setting(None, help="Rank of the differences learned.", at_least=1)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a period, rank or rate that cannot be, or no parameters."""
-        _whole("period", self.period, "a number of tokens")
         given: Any = self.parameters
         if isinstance(given, str) or not given or not all(isinstance(name, str) for name in given):
             raise ValueError(f"parameters of a level are a tuple of names or patterns, not {self.parameters!r}")
-        if self.rank is not None:
-            _whole("rank", self.rank, "a whole number")
-        if self.lr is not None:
-            _rate("lr", self.lr)
+        check(self)
         if self.optimizer is not None:
             _optimizer(self.optimizer)
 
 
 @dataclass(frozen=True)
-class UpdateLimit:
-    """The longest step of a level, in the Frobenius norm over all its parameters.
-
-    Attributes:
-        relative: fraction of the norm of what the level learns before the step.
-        absolute: norm. With both the smaller counts.
-    """
-
-    relative: float | None = None
-    absolute: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a limit that is not positive, or none."""
-        if self.relative is None and self.absolute is None:
-            raise ValueError("an UpdateLimit has a relative or an absolute limit, or both")
-        for name in ("relative", "absolute"):
-            if (value := getattr(self, name)) is not None:
-                _within(name, value, 0.0, open_start=True)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Learn from what is surprising enough only; everything is scored.
-
-    Attributes:
-        by: "token" leaves single tokens out of the loss, "chunk" leaves whole chunks unlearned.
-        quantile: learn from losses above this quantile of the last `window` ones (of tokens, or of chunk means).
-        threshold: learn from losses above it, nats. With both, above the larger.
-        window: losses remembered.
-    """
-
-    by: Literal["token", "chunk"] = "token"
-    quantile: float | None = None
-    threshold: float | None = None
-    window: int = 4096
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range."""
-        if self.by not in ("token", "chunk"):
-            raise ValueError(f'by is "token" or "chunk", not {self.by!r}')
-        if self.quantile is None and self.threshold is None:
-            raise ValueError("a Gate has a quantile or a threshold, or both")
-        if self.quantile is not None:
-            _within("quantile", self.quantile, 0.0, 1.0)
-        if self.threshold is not None:
-            _within("threshold", self.threshold, -math.inf)
-        _whole("window", self.window, "a number of losses")
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Earlier pieces learned again with every chunk.
-
-    Attributes:
-        capacity: pieces kept, a uniform sample of all learned from (`Reservoir`).
-        pieces: replayed with every chunk.
-        weight: of their mean loss beside the chunk's.
-        projection: where a level's gradient of the chunk would raise the replayed loss, take that component out
-            (A-GEM, arXiv:1812.00420, level by level); with `weight` 0 the replayed gradient does nothing else.
-            Their gradients are taken apart, two backward passes for one.
-        teacher: what the loss of a replayed piece is. None: cross-entropy of its own tokens, which are learned by heart
-            as they come again. "average": KL(p || q) to what the running mean of the weights says (`Options.average`),
-            so that the slow weights teach the fast ones what they knew of the text and no token of it.
-    """
-
-    capacity: int = 256
-    pieces: int = 1
-    weight: float = 1.0
-    projection: bool = False
-    teacher: Literal["average"] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range."""
-        _whole("capacity", self.capacity, "a number of pieces")
-        _whole("pieces", self.pieces, "a number of pieces")
-        _within("weight", self.weight, 0.0)
-        _flag("projection", self.projection)
-        if self.teacher not in (None, "average"):
-            raise ValueError(f'teacher is None or "average", not {_shown(self.teacher)}')
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What the model knew before, kept by text of its own (pseudo-rehearsal, Robins 1995): before it learns, it writes
-    some, and with every chunk KL(base || model) on one piece is added to the loss. No text of anybody's is stored.
-
-    Attributes:
-        pieces: written, by plain sampling, since they stand for all that the model knows.
-        length: tokens of each, at most the learner's context; None is half of that.
-        weight: of the piece's mean divergence beside the chunk's mean loss.
-    """
-
-    pieces: int = 64
-    length: int | None = None
-    weight: float = 0.3
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range."""
-        _whole("pieces", self.pieces, "a number of pieces")
-        if self.length is not None:
-            _whole("length", self.length, "a number of tokens", least=2)
-        _within("weight", self.weight, 0.0)
-
-
-@dataclass(frozen=True)
 class Options:
     """What a `Learner` does beside Eq. 71.
+
+    An option that does something around a chunk is a `Component`, named beside its field; see there how to add one.
 
     Attributes:
         piece: tokens that are read together at most; None is half of `context`. Every token sees at least `context -
@@ -176,8 +76,8 @@ class Options:
         replay: replay buffer.
         rehearsal: of what the model knew before.
         average: keep a running mean of the weights (of low-rank levels, of their factors) beside them, over so many
-            tokens, a chunk or more; see `Average`. It can teach (`Replay.teacher`), and `Learner.averaged` puts it on
-            the model. Everything else is done with the weights themselves, which are quicker to adapt.
+            tokens, a chunk or more; see `RunningMean`. It can teach (`Replay.teacher`), and `Learner.averaged` puts it
+            on the model. Everything else is done with the weights themselves, which are quicker to adapt.
         bfloat16: run the forward pass under autocast; weights, gradients and optimizer states stay float32.
         betas: of the named optimizers, see `nestling.optim.build`.
         spike: a chunk whose mean loss exceeds this many times the running mean of the chunks', and that of a guess
@@ -186,66 +86,65 @@ class Options:
         seed: of the low-rank factors' first values, the replay buffer and the rehearsed text; 0 or more with these two.
     """
 
-    piece: int | None = None
-    batch_tokens: int = 2048
-    rank: int | None = None
-    retention: float | Mapping[str, float] = 1.0
-    limit: UpdateLimit | Mapping[str, UpdateLimit] | None = None
-    gate: Gate | None = None
-    replay: Replay | None = None
-    rehearsal: Rehearsal | None = None
-    average: int | None = None
-    bfloat16: bool = False
+    piece: int | None = setting(None, help="Tokens that are read together.", flag=NO_FLAG, at_least=1)
+    batch_tokens: int = setting(2048, help="Tokens of one forward pass.", flag=NO_FLAG, at_least=1)
+    rank: int | None = setting(
+        None, help="Learn differences of this rank, for a small memory.", flag="rank", panel=LEARNING, at_least=1
+    )
+    retention: float | Mapping[str, float] = setting(
+        1.0,
+        help="Kept part of the difference to the base at each update; 1 keeps all.",
+        flag="retention",
+        panel=LEARNING,
+        at_least=0,
+        at_most=1,
+    )
+    limit: UpdateLimit | Mapping[str, UpdateLimit] | None = component_field(
+        StepLimit, setting(None, help="Longest step.", flag=NO_FLAG)
+    )
+    gate: Gate | None = component_field(SurpriseGate, setting(None, help="Surprise gate.", flag=NO_FLAG))
+    replay: Replay | None = component_field(ReplayBuffer, setting(None, help="Replay buffer."))
+    rehearsal: Rehearsal | None = component_field(RehearsedText, setting(None, help="Rehearsal."))
+    average: int | None = component_field(
+        RunningMean,
+        setting(
+            None,
+            help="What is replayed is taught by the running mean of the weights over so many tokens.",
+            flag="teacher",
+            metavar="TOKENS",
+            panel=LEARNING,
+            at_least=1,
+        ),
+    )
+    bfloat16: bool = setting(False, help="Forward pass in bfloat16; weights stay float32.", flag="bf16", panel=LEARNING)
     betas: tuple[float, float] = (0.9, 0.95)
-    spike: float | None = 10.0
-    patience: int = 3
-    seed: int = 0
+    spike: float | None = setting(10.0, help="Losses so many times the mean are spikes.", flag=NO_FLAG, at_least=1)
+    patience: int = setting(3, help="Spikes after which the stream has changed.", flag=NO_FLAG, at_least=1)
+    seed: int = setting(0, help="Of ranks, replay and rehearsal.", flag="seed", panel=LEARNING)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range."""
-        if self.piece is not None:
-            _whole("piece", self.piece, "a number of tokens")
-        _whole("batch_tokens", self.batch_tokens, "a number of tokens")
-        if self.rank is not None:
-            _whole("rank", self.rank, "a whole number")
-        values = self.retention.values() if isinstance(self.retention, Mapping) else (self.retention,)
-        for value in values:
-            _within("retention", value, 0.0, 1.0)
-        if self.average is not None:
-            _whole("average", self.average, "a number of tokens")
+        check(self)
+        for value in self.retention.values() if isinstance(self.retention, Mapping) else ():
+            _fraction("retention", value)
+        for limit in self.limit.values() if isinstance(self.limit, Mapping) else ():
+            if not isinstance(limit, UpdateLimit):
+                raise ValueError(f"limit is an UpdateLimit, or one by level, not {shown(limit)}")
         if self.replay is not None and self.replay.teacher is not None and self.average is None:
             raise ValueError('a replay with teacher="average" needs the running mean: give average as well')
-        if self.spike is not None:
-            _within("spike", self.spike, 1.0)
-        _whole("patience", self.patience, "a number of chunks")
-        drawn = self.replay is not None or self.rehearsal is not None
-        _whole("seed", self.seed, "a whole number", least=0 if drawn else -LARGEST)
-        _flag("bfloat16", self.bfloat16)
+        if self.seed < 0 and any(kind.draws for kind, _ in components_of(self).values()):
+            raise ValueError(f"seed is {self.seed}, but must be 0 or more with replay or rehearsal")
         given: Any = self.betas
         if not isinstance(given, tuple | list) or len(given) != 2:
             raise ValueError(f"betas are two numbers, not {self.betas!r}")
         for value in self.betas:
-            _within("a beta", value, 0.0, 1.0, open_end=True)
-
-    def check_levels(self, names: list[str], chunk: int, context: int) -> None:
-        """Raises ValueError for a retention or limit of a level that does not exist, an average below a chunk, or a
-        rehearsal beyond the context."""
-        if self.rehearsal is not None and (self.rehearsal.length or 0) > context:
-            raise ValueError(f"rehearsed pieces of {self.rehearsal.length} tokens do not fit a context of {context}")
-        if self.average is not None and self.average < chunk:
-            raise ValueError(f"average is {chunk} tokens or more, the fastest level's period, not {self.average}")
-        for option in ("retention", "limit"):
-            value = getattr(self, option)
-            if isinstance(value, Mapping) and (unknown := sorted(set(value) - set(names))):
-                raise ValueError(f"{option} names {', '.join(unknown)}; the levels are {', '.join(names)}")
+            _fraction("a beta", value)
+            if value == 1:
+                raise ValueError("a beta is smaller than 1")
 
     def retention_of(self, level: str) -> float:
         """The kept fraction of one level."""
         return self.retention.get(level, 1.0) if isinstance(self.retention, Mapping) else self.retention
-
-    def limit_of(self, level: str) -> UpdateLimit | None:
-        """The limit of one level."""
-        return self.limit.get(level) if isinstance(self.limit, Mapping) else self.limit
 
 
 @dataclass(frozen=True)
@@ -254,22 +153,42 @@ class Settings:
 
     Attributes:
         levels: by name, with every parameter by its name.
-        lr, rate_exponent, optimizer, context, options: as the learner's.
+        optimizer, lr, rate_exponent, context, options: as the learner's.
     """
 
-    levels: dict[str, Level]
-    optimizer: str | Factory
-    lr: float
-    rate_exponent: float
-    context: int
+    levels: dict[str, Level] = setting(
+        None,
+        help="Tokens between two updates: of the model's own levels, or of patterns of parameter names as in "
+        "`*.mlp.*=256`. Default: the model's levels; all MLPs every 256 tokens where it has none.",
+        flag="levels",
+        takes=str,
+        metavar="NAME=PERIOD,...",
+        panel=LEARNING,
+    )
+    optimizer: str | Factory = setting(
+        "adamw", help="As in nestling train.", flag="optimizer", metavar="NAME", panel=LEARNING
+    )
+    lr: float = setting(
+        1e-4, help="Learning rate of the fastest level.", flag="lr", panel=LEARNING, at_least=0, below=math.inf
+    )
+    rate_exponent: float = setting(
+        -0.5,
+        help="A slower level's rate is multiplied by (its period / fastest)^this.",
+        flag="rate-exponent",
+        panel=LEARNING,
+        at_least=-MOST_EXPONENT,
+        at_most=MOST_EXPONENT,
+    )
+    context: int = setting(512, help="Tokens read together at most.", flag="context", panel=LEARNING, at_least=1)
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range."""
-        _rate("lr", self.lr)
-        _within("rate_exponent", self.rate_exponent, -MOST_EXPONENT, MOST_EXPONENT)
-        _whole("context", self.context, "a number of tokens")
+        check(self)
         _optimizer(self.optimizer)
+        names = self.options.retention if isinstance(self.options.retention, Mapping) else {}
+        if unknown := sorted(set(names) - set(self.levels)):
+            raise ValueError(f"retention names {', '.join(unknown)}; the levels are {', '.join(self.levels)}")
 
     def values(self) -> dict[str, Any]:
         """JSON values; an optimizer that was given as a function is left out."""
@@ -282,13 +201,13 @@ class Settings:
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
-    """The settings whose `values` these are.
+    """The settings whose `values` these are. A setting that is missing has its default: earlier versions had fewer.
 
     Raises:
         ValueError: an optimizer was given as a function, or a value is missing, unknown or out of range.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"a learner's settings are values by name, in this memory {_shown(values)}")
+        raise ValueError(f"a learner's settings are values by name, in this memory {shown(values)}")
     values = dict(values)
     if values.pop("functions", False):
         raise ValueError(
@@ -296,66 +215,36 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
             "Learner as it was made then and call its load"
         )
     try:
-        levels = {n: Level(**{**v, "parameters": tuple(v["parameters"])}) for n, v in values.pop("levels").items()}
-        options = dict(values.pop("options"))
-        options["betas"] = tuple(options["betas"])
-        options["gate"] = None if options["gate"] is None else Gate(**options["gate"])
-        options["replay"] = None if options["replay"] is None else Replay(**options["replay"])
-        rehearsal = options.get("rehearsal")  # memories of earlier versions have none
-        options["rehearsal"] = None if rehearsal is None else Rehearsal(**rehearsal)
-        options["limit"] = _limits(options["limit"])
-        return Settings(levels=levels, options=Options(**options), **values)
+        if missing := [name for name in ("levels", "optimizer", "lr", "context", "options") if name not in values]:
+            raise ValueError(f"the learner's settings in this memory lack {', '.join(missing)}")
+        made: Settings = _decoded(Settings, values)
+        return made
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the learner's settings in this memory cannot be read: {error}") from error
 
 
-def _limits(value: Any) -> UpdateLimit | dict[str, UpdateLimit] | None:
-    if value is None:
-        return None
-    if set(value) == {"relative", "absolute"} and not isinstance(value["relative"], Mapping):
-        return UpdateLimit(**value)
-    return {name: UpdateLimit(**limit) for name, limit in value.items()}
+def _decoded(hint: Any, value: Any) -> Any:
+    """A value of this type from JSON values: dataclasses and mappings from dictionaries, tuples from lists."""
+    kinds = list(kinds_of(hint))
+    if isinstance(value, Mapping):
+        owner = next((k for k in kinds if isinstance(k, type) and is_dataclass(k)), None)
+        mapping = next((k for k in kinds if get_origin(k) in (dict, Mapping)), None)
+        by_name = any(isinstance(each, Mapping) for each in value.values())
+        if owner is not None and (mapping is None or not by_name):
+            hints = get_type_hints(owner)
+            return owner(**{name: _decoded(hints[name], each) for name, each in value.items()})
+        if mapping is not None:
+            return {name: _decoded(get_args(mapping)[1], each) for name, each in value.items()}
+    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
+        return tuple(value)
+    return value
 
 
-def _whole(name: str, value: object, what: str, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-        raise ValueError(f"{name} is {what}, {least} or more, not {_shown(value)}")
-
-
-def _within(
-    name: str,
-    value: float,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_start: bool = False,
-    open_end: bool = False,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} is a number in [{low}, {high}], not {_shown(value)}")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{name} is a number of a sensible size, not {_shown(value)}")
-    if open_start and value == low:
-        raise ValueError(f"{name} is larger than {low}, not {value!r}")
-    if open_end and value == high:
-        raise ValueError(f"{name} is smaller than {high}, not {value!r}")
-
-
-def _rate(name: str, value: float) -> None:
-    _within(name, value, 0.0, math.inf, open_end=True)
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is True or False, not {_shown(value)}")
+def _fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is a number in [0, 1], not {shown(value)}")
 
 
 def _optimizer(value: object) -> None:
     if not callable(value) and value not in NAMES:
-        raise ValueError(f"unknown optimizer {_shown(value)}; choose one of: {', '.join(NAMES)}")
-
-
-def _shown(value: object) -> str:
-    """A value for an error message, however long it is."""
-    text = repr(value) if not isinstance(value, int) or abs(value) <= LARGEST else "a number of more than 64 bits"
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise ValueError(f"unknown optimizer {shown(value)}; choose one of: {', '.join(NAMES)}")

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestling.continual.learner.options import UpdateLimit
-
 
 @torch.no_grad()
 def retain(anchored: Sequence[tuple[Tensor, Tensor]], kept: float) -> None:
@@ -30,18 +28,14 @@ def retain(anchored: Sequence[tuple[Tensor, Tensor]], kept: float) -> None:
 
 
 @torch.no_grad()
-def limit_step(weights: Sequence[Tensor], before: Sequence[Tensor], limit: UpdateLimit) -> float:
-    """W <- W' + min(1, m / |W - W'|) (W - W'), with W' the weights before the step and m the limit.
+def limit_step(weights: Sequence[Tensor], before: Sequence[Tensor], longest: float) -> float:
+    """W <- W' + min(1, m / |W - W'|) (W - W'), with W' the weights before the step and m the longest step.
 
     Returns:
         The factor.
     """
     steps = torch._foreach_sub(list(weights), list(before))
     length = norm(steps)
-    longest = min(
-        float("inf") if limit.absolute is None else limit.absolute,
-        float("inf") if limit.relative is None else limit.relative * norm(before),
-    )
     if length <= longest:
         return 1.0
     factor = longest / length

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,18 +127,6 @@ class Reservoir:
 
     def _random(self, purpose: int, count: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, purpose, count))
-
-
-@contextmanager
-def undone_on_error(reservoir: Reservoir | None) -> Iterator[None]:
-    """Where the block fails, a reservoir's draws are counted as before it."""
-    before = 0 if reservoir is None else reservoir.draws
-    try:
-        yield
-    except BaseException:
-        if reservoir is not None:
-            reservoir.draws = before
-        raise
 
 
 def _whole(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nestling.continual.replay.reservoir import Reservoir
+from nestling.continual.component import named, own
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, decode
@@ -29,20 +29,14 @@ def to_memory(learner: Learner) -> Memory:
     for weights in learner.weights.values():
         differences |= weights.differences()
         tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
-    if learner.average is not None:
-        tensors |= learner.average.state()
     stream, log = learner.stream, learner.log
     tensors["history"] = stream.history.clone()
     tensors |= {f"pieces.{i}": piece.encode() for i, piece in enumerate(stream.pieces)}
-    replay: dict[str, Any] | None = None
-    if learner.buffer is not None:
-        held, replay = learner.buffer.state()
-        tensors |= {f"replay.{name}": value for name, value in held.items()}
-    if learner.written is not None:
-        tensors |= learner.written.state()
-    if learner.gate is not None:
-        tensors["gate"] = torch.tensor(list(learner.gate.recent), dtype=torch.float64)
-    if learner.average is not None and learner.average.read:
+    kept: dict[str, Any] = {}
+    for name, component in learner.components.items():
+        tensors |= named(name, component.tensors())
+        kept |= {} if (values := component.values()) is None else {name: values}
+    if learner.shows_average:
         tensors = {}
     return Memory(
         fingerprint=learner.fingerprint,
@@ -56,9 +50,9 @@ def to_memory(learner: Learner) -> Memory:
             "guard": {"mean": learner.guard.mean, "spikes": learner.guard.spikes},
             "document": {"present": log.present, "total": log.total, "targets": log.targets},
             "stream": {"open": stream.open, "starts": [piece.start for piece in stream.pieces]},
-            "replay": replay,
             "optimizer": optimizer,
-        },
+        }
+        | kept,
         tensors=tensors,
     )
 
@@ -71,16 +65,19 @@ def load(learner: Learner, memory: Memory) -> None:
     try:
         for weights in learner.weights.values():
             weights.check(memory.differences, exact)
-        if learner.average is not None:
-            learner.average.check(memory.tensors)
+        taking = [
+            component.prepare(own(name, memory.tensors), memory.settings.get(name) if memory.tensors else None)
+            for name, component in learner.components.items()
+        ]
         if memory.tensors:
             _load_progress(learner, memory)
         else:
             learner.start_afresh()
+            taking = [component.replaced for component in learner.components.values()]
         for weights in learner.weights.values():
             weights.load(memory.differences, exact)
-        if learner.average is not None:
-            learner.average.load(memory.tensors)
+        for take in taking:
+            take()
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
@@ -123,13 +120,13 @@ def check_model(memory: Memory, fingerprint: str) -> None:
 
 
 def _check_levels(learner: Learner, memory: Memory) -> None:
-    own = learner.settings.levels
-    if memory.periods != {name: level.period for name, level in own.items()}:
+    levels = learner.settings.levels
+    if memory.periods != {name: level.period for name, level in levels.items()}:
         raise ValueError(
             f"the memory's levels and periods are {memory.periods}, the learner's "
-            f"{ {name: level.period for name, level in own.items()} }"
+            f"{ {name: level.period for name, level in levels.items()} }"
         )
-    for name, level in own.items():
+    for name, level in levels.items():
         if list(memory.parameters[name]) != list(level.parameters):
             raise ValueError(f"level {name!r} of the memory has other parameters than the learner's")
 
@@ -154,18 +151,6 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
         or bool(((history < 0) | (history >= learner.vocabulary)).any())
     ):
         raise ValueError(f"the memory's last tokens are no tokens of the vocabulary of {learner.vocabulary}")
-    replay = learner.settings.options.replay
-    buffer = None if replay is None else Reservoir(replay.capacity, learner.settings.options.seed)
-    if buffer is not None and settings["replay"] is not None:
-        held = {name: tensors[f"replay.{name}"] for name in ("tokens", "lengths")}
-        buffer = Reservoir.load(held, settings["replay"])
-        if any(set(i.metadata) != {"start"} or not 0 <= i.metadata["start"] < len(i.tokens) for i in buffer.items):
-            raise ValueError("the memory's replayed pieces and their places do not fit together")
-        ids = torch.where(held["tokens"] < 0, ~held["tokens"], held["tokens"])
-        if bool((ids >= learner.vocabulary).any()):
-            raise ValueError(f"the memory's replayed tokens are not in the vocabulary of {learner.vocabulary}")
-    written = None if learner.written is None else learner.written.checked(tensors, learner.vocabulary)
-    recent = tensors.get("gate", torch.empty(0)).tolist()
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
@@ -173,12 +158,6 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = opened
-    learner.buffer = buffer
-    if learner.written is not None:
-        learner.written.ids = written
-    if learner.gate is not None:
-        learner.gate.recent.clear()
-        learner.gate.recent.extend(recent)
     learner.counters.tokens, learner.counters.skipped, learner.counters.chunks = tokens, skipped, chunks
     learner.guard.mean, learner.guard.spikes = mean, spikes
     learner.log.present, learner.log.total, learner.log.targets = present, total, targets
