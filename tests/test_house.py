@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "settings",
     "printing",
+    "processes",
     "plotting",
     "ops",
     "optim",

@@ -24,7 +24,7 @@ def make_shuffled(**changes: Any) -> Any:
 
 
 def make_contiguous(**changes: Any) -> ContiguousRows:
-    settings = {"tokens": TOKENS, "sequence_length": 10, "batch_size": 4, "total": 400, "seed": 3} | changes
+    settings = {"tokens": TOKENS, "sequence_length": 10, "streams": 4, "total": 400, "seed": 3} | changes
     return ContiguousRows(**settings)
 
 
@@ -65,14 +65,10 @@ def test_carried_rows_are_contiguous_until_the_streams_end() -> None:
     assert bool(rows[25 * 4]["fresh"])  # the next epoch
 
 
-def test_carried_rows_of_several_processes_are_streams_of_their_own() -> None:
-    rows = make_contiguous(batch_size=2, processes=2, carry_tokens=30)
-    for process in range(2):
-        for row in range(2):
-            stream = [rows[(micro * 2 + process) * 2 + row] for micro in range(25)]
-            ids = torch.cat([r["input_ids"] for r in stream])
-            assert torch.equal(ids.diff(), torch.ones(249, dtype=torch.long))
-            assert [bool(r["fresh"]) for r in stream] == [micro % 3 == 0 for micro in range(25)]
+def test_carried_rows_start_anew_after_their_tokens() -> None:
+    rows = make_contiguous(carry_tokens=30)
+    for row in range(4):
+        assert [bool(rows[turn * 4 + row]["fresh"]) for turn in range(25)] == [turn % 3 == 0 for turn in range(25)]
 
 
 def test_short_corpora_are_refused() -> None:

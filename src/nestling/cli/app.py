@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,8 +22,11 @@ from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
 from nestling.printing import forgiving_output, printable
+from nestling.processes import is_main_process, process_count, process_index
 
 LIST_OPTIONS = ("--data", "--valid", "--set")
+FOR_SEVERAL_PROCESSES = ("train",)
+SECONDS_FOR_THE_FIRST = 5.0  # that other processes leave it to say what all of them found
 
 app = typer.Typer(
     name="nestling",
@@ -52,11 +56,18 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def frame(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """What holds for every command."""
+    command = context.invoked_subcommand
+    if process_count() > 1 and command not in FOR_SEVERAL_PROCESSES:
+        raise UserError(
+            f"nestling {command} is one process, and {process_count()} were started (WORLD_SIZE); start it without "
+            f"torchrun, only nestling {' and '.join(FOR_SEVERAL_PROCESSES)} is made for several"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,5 +112,11 @@ def spread_lists(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    """Say what is wrong. What all of several processes find the first one says: when it ends, the launcher ends the
+    others, and what only one of them finds it says a moment later."""
+    where = ""
+    if not is_main_process():
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        where = f" in process {process_index()}"
+    print(f"error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

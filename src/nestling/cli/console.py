@@ -11,8 +11,8 @@ from nestling.printing import one_line, short
 
 
 def stdout_console() -> Console:
-    """Standard output; silent in all but the first of several data-parallel processes."""
-    return Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    """Standard output."""
+    return Console(soft_wrap=True, highlight=False)
 
 
 def say(console: Console, line: str) -> None:

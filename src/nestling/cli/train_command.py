@@ -6,9 +6,11 @@ import sys
 from dataclasses import replace
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 
 from nestling.cli.flags import Flags, with_flags
+from nestling.processes import is_main_process
 from nestling.training.config import RECORDS, TrainConfig, read_run
 
 
@@ -34,8 +36,11 @@ def train(
     try:
         run_training(config, resume=resume, console=stdout_console())
     except KeyboardInterrupt:
-        print(f"\ninterrupted; continue with: nestling train --out {config.out} --resume", file=sys.stderr)
+        if is_main_process():
+            print(f"\ninterrupted; continue with: nestling train --out {config.out} --resume", file=sys.stderr)
         raise typer.Exit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _resumed(settings: Flags[TrainConfig]) -> TrainConfig:

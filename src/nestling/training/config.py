@@ -271,11 +271,39 @@ def read_run(out: str | Path) -> tuple[TrainConfig, dict[str, Any]]:
     Raises:
         UserError: there is no run in `out`, or its record is damaged.
     """
+    record = _read_record(out)
+    try:
+        return TrainConfig.from_dict(record["config"]), dict(record["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(out, error) from error
+
+
+def begun_with(out: str | Path, checkpoint: Path | None) -> int:
+    """The number of processes the run in `out` began with.
+
+    Version 0.1 did not record it, and could not change it: its newest checkpoint holds a file for each process.
+
+    Raises:
+        UserError: as `read_run`.
+    """
+    known = _read_record(out).get("processes")
+    if known is None:
+        written = 0 if checkpoint is None else len(list(checkpoint.glob("rng_state_*.pth")))
+        return max(1, written)
+    if not isinstance(known, int) or known < 1:
+        raise _damaged(out, f"it names {known!r} processes")
+    return known
+
+
+def _read_record(out: str | Path) -> dict[str, Any]:
     file = Path(out) / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"no run to resume in {out} (it has no {CONFIG_FILE}); start one without --resume")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return TrainConfig.from_dict(record["config"]), dict(record["data"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); start a new run in another directory") from error
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _damaged(out, error) from error
+
+
+def _damaged(out: str | Path, why: object) -> UserError:
+    return UserError(f"{Path(out) / CONFIG_FILE} is damaged ({why}); start a new run in another directory")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nestling.errors import UserError
 from nestling.tasks.text import Document, embedded_corpus, hold_out, open_stream, read_documents
 from nestling.training.config import TrainConfig
+from nestling.training.layout import Layout, share_rows
 from nestling.training.rows import ContiguousRows, Row, ShuffledRows, StreamedRows
 from nestling.training.tokenization import count_bytes, encode_corpus, encode_document, load_tokenizer, make_tokenizer
 
@@ -44,26 +45,27 @@ class TrainingData:
     digest: str
 
 
-def prepare_data(config: TrainConfig, processes: int = 1, tokenizer_dir: str | None = None) -> TrainingData:
+def prepare_data(config: TrainConfig, layout: Layout | None = None, tokenizer_dir: str | None = None) -> TrainingData:
     """Read, split, tokenize and lay out the text of a run.
 
     Args:
         config: a resolved configuration.
-        processes: data-parallel processes.
+        layout: of the run; None is that of one process.
         tokenizer_dir: where a run that is resumed, or has an `init`, finds its tokenizer; None makes it from the
             settings.
 
     Raises:
         UserError: missing, empty, undecodable or too short data, or an unknown tokenizer.
     """
+    layout = layout or share_rows(config)
     if config.streaming:
-        return _prepare_stream(config, processes, tokenizer_dir)
+        return _prepare_stream(config, layout, tokenizer_dir)
     train, valid, description = _read_split(config)
     tokenizer = _tokenizer(config, tokenizer_dir, (document.text for document in train))
     tokens = encode_corpus(tokenizer, train)
     held_out = encode_corpus(tokenizer, valid)
     note = f"{description}; {len(tokens):,} tokens to train on, {len(held_out):,} to validate on"
-    rows = _make_rows(config, tokens, processes)
+    rows = _make_rows(config, tokens, layout)
     return _assemble(config, tokenizer, rows, held_out, note, hashlib.sha256(tokens.tobytes()).hexdigest()[:16])
 
 
@@ -84,17 +86,15 @@ def _read_split(config: TrainConfig) -> tuple[list[Document], list[Document], st
     return train, valid, f"{names}; validation on the last {HELD_OUT:.0%} of each corpus, held out"
 
 
-def _make_rows(config: TrainConfig, tokens: np.ndarray, processes: int) -> Dataset[Row]:
+def _make_rows(config: TrainConfig, tokens: np.ndarray, layout: Layout) -> Dataset[Row]:
     assert config.steps is not None
-    total = config.steps * config.gradient_accumulation * config.batch_size * processes
+    total = config.steps * layout.rows
     if config.carry_state:
-        return ContiguousRows(
-            tokens, config.sequence_length, config.batch_size, total, config.seed, config.carry_tokens, processes
-        )
+        return ContiguousRows(tokens, config.sequence_length, layout.streams, total, config.seed, config.carry_tokens)
     return ShuffledRows(tokens, config.sequence_length, total, config.seed)
 
 
-def _prepare_stream(config: TrainConfig, processes: int, tokenizer_dir: str | None) -> TrainingData:
+def _prepare_stream(config: TrainConfig, layout: Layout, tokenizer_dir: str | None) -> TrainingData:
     """A streamed set: its first documents are validation (unless --valid), the rest is trained on in its own order."""
     stream = open_stream(config.data[0], config.subset, config.split, config.column)
     name = f"{config.data[0]} ({config.split}, streamed)"
@@ -116,9 +116,9 @@ def _prepare_stream(config: TrainConfig, processes: int, tokenizer_dir: str | No
         encode,
         skip,
         config.sequence_length,
-        config.batch_size * processes,
+        layout.streams,
         config.carry_tokens,
-        memory=4 * config.gradient_accumulation + 8,
+        memory=4 * layout.turns + 8,
     )
     held_out = encode_corpus(tokenizer, valid)
     return _assemble(config, tokenizer, rows, held_out, note, digest=f"{name}:{config.subset}:{skip}")

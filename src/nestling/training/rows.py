@@ -1,8 +1,8 @@
 """Which tokens a training step sees, as a function of the seed and the step alone.
 
-Rows are numbered in the order a run consumes them: row i belongs to micro-batch i // batch_size, and micro-batches go
-round the data-parallel processes in turn (the way accelerate deals them out). A resumed run asks for row i and gets
-what the uninterrupted run would have got; nothing has to be replayed.
+Rows are numbered in the order a run consumes them, whatever processes share them: accelerate deals batches out to the
+processes in turn. A resumed run asks for row i and gets what the uninterrupted run would have got; nothing has to be
+replayed.
 
 Every row is a dictionary of `input_ids` `[L]`, `targets` `[L]` (the same tokens one later, so no target is lost at a
 row's end) and `fresh`, whether a carried state starts anew here.
@@ -54,7 +54,7 @@ class ShuffledRows(Dataset[Row]):
 
 
 class ContiguousRows(Dataset[Row]):
-    """Batch row r reads one contiguous stream, a part of the corpus, L tokens a micro-batch; for carried state.
+    """Row i reads on in stream i % `streams`, a contiguous part of the corpus, L tokens at a time; for carried state.
 
     When the streams end, a new epoch deals the parts to the rows anew and every state starts fresh.
     """
@@ -63,16 +63,15 @@ class ContiguousRows(Dataset[Row]):
         self,
         tokens: np.ndarray,
         sequence_length: int,
-        batch_size: int,
+        streams: int,
         total: int,
         seed: int,
         carry_tokens: int | None = None,
-        processes: int = 1,
     ) -> None:
-        """Args: as `ShuffledRows`; rows per process; tokens after which states are reset, a multiple of L, or None."""
+        """Args: as `ShuffledRows`; rows side by side, over all processes; tokens after which states are reset, a
+        multiple of L, or None."""
         self.tokens, self.length, self.total, self.seed = tokens, sequence_length, total, seed
-        self.batch_size, self.processes = batch_size, processes
-        self.streams = batch_size * processes
+        self.streams = streams
         self.micro_steps = (len(tokens) - 1) // (self.streams * sequence_length)
         if self.micro_steps < 1:
             raise too_short(
@@ -86,13 +85,12 @@ class ContiguousRows(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.total:
             raise IndexError(f"row {index} of {self.total}")
-        batch, row = divmod(index, self.batch_size)
-        micro, process = divmod(batch, self.processes)
-        epoch, place = divmod(micro, self.micro_steps)
+        turn, stream = divmod(index, self.streams)
+        epoch, place = divmod(turn, self.micro_steps)
         generator = np.random.default_rng([self.seed, epoch])
         slack = (len(self.tokens) - 1) - self.streams * self.micro_steps * self.length
         offset = int(generator.integers(slack + 1))
-        part = int(generator.permutation(self.streams)[process * self.batch_size + row])
+        part = int(generator.permutation(self.streams)[stream])
         start = offset + (part * self.micro_steps + place) * self.length
         fresh = place == 0 or (self.carry_steps is not None and place % self.carry_steps == 0)
         return cut_row(self.tokens, start, self.length, fresh)

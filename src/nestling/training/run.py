@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -17,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from nestling import NestlingForCausalLM, __version__
 from nestling.errors import UserError
-from nestling.evaluation.language import LossReport, evaluate_loss
+from nestling.evaluation.language import LossReport
 from nestling.evaluation.sampling import continue_text, decode_continuation, end_tokens
 from nestling.levels.assignment import assign_levels, continuum_levels, describe_levels, parse_levels
 from nestling.levels.measures import LevelMeter
 from nestling.printing import printable
+from nestling.processes import is_main_process, process_count, process_index
 from nestling.training.build import build_model, check_preset, with_own_levels
 from nestling.training.checkpoint import (
     clear_leftovers,
@@ -30,12 +30,14 @@ from nestling.training.checkpoint import (
     staged_directory,
     write_json,
 )
-from nestling.training.config import CONFIG_FILE, TrainConfig, differences, read_run
+from nestling.training.config import CONFIG_FILE, TrainConfig, begun_with, differences, read_run
 from nestling.training.corpus import TrainingData, prepare_data
+from nestling.training.layout import Layout, share_rows
 from nestling.training.progress import TrainingDisplay, clock
 from nestling.training.records import METRICS_FILE, RunRecorder
 from nestling.training.tokenization import encode_text, special_ids, start_token
 from nestling.training.trainer import NestlingTrainer, training_arguments
+from nestling.training.validation import validation_loss
 
 RESULT_FILE = "result.json"
 SAMPLE_TEMPERATURE = 0.8
@@ -73,6 +75,10 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     and `result.json`. With `resume` a run goes on from its newest checkpoint, or from the start where it has none yet,
     and computes what it would have computed without the interruption.
 
+    Started several times by a launcher (`torchrun`), all processes call this and train one model: they share the rows,
+    each of `config.batch_size`, and the first one writes and reports. The run computes what one process with all the
+    rows would, to rounding, and can be resumed by another number of processes.
+
     Args:
         config: the settings. A resumed run must have the settings it began with, but for those that only concern
             records (`FREE_ON_RESUME`).
@@ -84,30 +90,30 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         DivergenceError: the loss, a gradient or a parameter stopped being finite.
     """
     began = time.perf_counter()
-    console = console or Console(quiet=True)
+    console = console if console is not None and is_main_process() else Console(quiet=True)
     out = Path(config.out)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    config = config.resolved(processes)
+    checkpoint = last_checkpoint(out) if resume else None
+    began_with = begun_with(out, checkpoint) if resume else process_count()
+    config = config.resolved(began_with)
     if not (resume and config.levels):  # a run that began needs what it began with no more
-        config = with_own_levels(config, processes)
+        config = with_own_levels(config, began_with)
     check_preset(config.preset, config.size, config.overrides)
-    record = _check_resume(config) if resume else _check_new(out, is_main)
+    record = _check_resume(config) if resume else _check_new(out)
     if resume and (out / RESULT_FILE).exists():
         _say(console, "done", f"the run in {out} is finished already")
         return _read_result(out)
-    checkpoint = last_checkpoint(out) if resume else None
+    layout = share_rows(config, began_with, process_count(), process_index())
     begin_at = config.init if checkpoint is None else str(checkpoint)
-    data = prepare_data(config, processes, begin_at)
+    data = prepare_data(config, layout, begin_at)
     if record and record.get("digest") != data.digest:
         raise UserError(f"the training data of {out} has changed since the run began; restore it, or start a new run")
     model = build_model(config, data.tokenizer, begin_at)
     if config.levels:
         assign_levels(model, parse_levels(config.levels))  # names that do not exist, before anything is written
-    if is_main:
-        _begin(out, config, data)
-        _introduce(console, config, data, model, checkpoint, processes)
-    trainer, recorder = _make_trainer(config, data, model, console, processes)
+    if is_main_process():
+        _begin(out, config, data, began_with)
+        _introduce(console, config, data, model, checkpoint, layout)
+    trainer, recorder = _make_trainer(config, data, model, console, layout)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
@@ -115,11 +121,11 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     finally:
         recorder.close()
         torch.set_float32_matmul_precision(before)
-    return _finish(config, data, trainer, recorder, console, began, processes)
+    return _finish(config, data, trainer, recorder, console, began)
 
 
-def _check_new(out: Path, is_main: bool) -> dict[str, Any]:
-    if not is_main:  # the first process may have begun to write already
+def _check_new(out: Path) -> dict[str, Any]:
+    if not is_main_process():  # the first process may have begun to write already
         return {}
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory with --out")
@@ -140,12 +146,13 @@ def _check_resume(config: TrainConfig) -> dict[str, Any]:
     return record
 
 
-def _begin(out: Path, config: TrainConfig, data: TrainingData) -> None:
+def _begin(out: Path, config: TrainConfig, data: TrainingData, processes: int) -> None:
     """Make the directory and write what identifies the run, or clear up after a killed process."""
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     record = {"description": data.description, "digest": data.digest}
-    write_json(out / CONFIG_FILE, {"nestling": __version__, "config": config.to_dict(), "data": record})
+    run = {"nestling": __version__, "processes": processes, "config": config.to_dict(), "data": record}
+    write_json(out / CONFIG_FILE, run)
 
 
 def _introduce(
@@ -154,15 +161,16 @@ def _introduce(
     data: TrainingData,
     model: NestlingForCausalLM,
     checkpoint: Path | None,
-    processes: int,
+    layout: Layout,
 ) -> None:
     _say(console, "data", data.description)
     what = f"{config.preset}, size {config.size}" if config.init is None else f"from {config.init}"
     vocabulary = f"vocabulary {len(data.tokenizer):,} ({config.tokenizer if config.init is None else 'its own'})"
     _say(console, "model", f"{what}: {model.num_parameters():,} parameters, {vocabulary}")
     carry = ", state carried between steps" if config.carry_state else ""
-    steps = f"{config.steps:,} steps of {config.tokens_per_step(processes):,} tokens"
-    rows = f"sequences of {config.sequence_length}{carry}"
+    steps = f"{config.steps:,} steps of {layout.rows * config.sequence_length:,} tokens"
+    shared = f", shared by {layout.processes} processes" if layout.processes > 1 else ""
+    rows = f"sequences of {config.sequence_length}{carry}{shared}"
     if config.levels:
         _say(console, "levels", describe_levels(model, parse_levels(config.levels)))
     _say(
@@ -179,15 +187,16 @@ def _say(console: Console, label: str, text: str) -> None:
 
 
 def _make_trainer(
-    config: TrainConfig, data: TrainingData, model: NestlingForCausalLM, console: Console, processes: int
+    config: TrainConfig, data: TrainingData, model: NestlingForCausalLM, console: Console, layout: Layout
 ) -> tuple[NestlingTrainer, RunRecorder]:
     def validate() -> LossReport:
-        return evaluate_loss(
+        return validation_loss(
             trainer.net,
             data.valid,
             config.sequence_length,
+            layout,
+            trainer.gather,
             carry=config.carry_state,
-            batch_size=config.batch_size,
             n_bytes=data.valid_bytes,
         )
 
@@ -195,16 +204,17 @@ def _make_trainer(
         Path(config.out),
         TrainingDisplay(console, config.steps or 0),
         validate,
-        tokens_per_step=config.tokens_per_step(processes),
+        tokens_per_step=layout.rows * config.sequence_length,
         log_every=config.log_every,
         eval_every=config.eval_every,
         tensorboard=config.tensorboard,
     )
     trainer = NestlingTrainer(
         model,
-        training_arguments(config),
+        training_arguments(config, layout),
         data.rows,
         data.tokenizer,
+        layout,
         carry_state=config.carry_state,
         keep_checkpoints=config.keep_checkpoints,
         optimizer_name=config.optimizer,
@@ -230,18 +240,18 @@ def _finish(
     recorder: RunRecorder,
     console: Console,
     began: float,
-    processes: int,
 ) -> TrainResult:
     """Save the model, write a sample, and say how it went."""
     model = trainer.accelerator.unwrap_model(trainer.net, keep_fp32_wrapper=False)
     model.config.loss_chunk_size = None  # a matter of training memory; who loads the model expects logits
     report = recorder.last_report or recorder.validate()  # a run killed after its last checkpoint has no report
     steps = config.steps or 0
-    sample = sample_text(model, data.tokenizer, config.sample_prompt, config.sample_tokens, config.seed)
+    length = config.sample_tokens if trainer.args.should_save else 0
+    sample = sample_text(model, data.tokenizer, config.sample_prompt, length, config.seed)
     result = TrainResult(
         out=Path(config.out),
         steps=steps,
-        tokens=steps * config.tokens_per_step(processes),
+        tokens=steps * recorder.tokens_per_step,
         parameters=model.num_parameters(),
         train_loss=recorder.last_loss,
         validation=report,

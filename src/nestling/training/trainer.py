@@ -4,6 +4,7 @@ with a name when something breaks."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,9 +28,12 @@ from nestling.levels.measures import LevelMeter
 from nestling.models.cache import ModelState
 from nestling.models.modeling import IGNORE, NestlingForCausalLM
 from nestling.optim import build
+from nestling.processes import local_process_count
+from nestling.training.carried import load_carried, save_carried
 from nestling.training.checkpoint import checkpoint_step, last_checkpoint, prune, staged_directory, staging_path
 from nestling.training.config import TrainConfig
 from nestling.training.divergence import DivergenceError, first_nonfinite, locate_nonfinite, locate_nonfinite_gradient
+from nestling.training.layout import Layout
 from nestling.training.rows import Row, StreamedRows, collate
 
 POSITION_FILE = "position.json"
@@ -37,14 +42,24 @@ _FIELDS = {field.name for field in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The Trainer's settings for a resolved run; logging, evaluation and rotation are this package's own."""
+def training_arguments(config: TrainConfig, layout: Layout) -> TrainingArguments:
+    """The Trainer's settings for a resolved run; logging, evaluation and rotation are this package's own.
+
+    Raises:
+        UserError: more processes on this machine than it has GPUs.
+    """
     assert config.steps is not None and config.learning_rate is not None and config.warmup_steps is not None
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    if not on_cpu and (local := local_process_count()) > (found := torch.accelerator.device_count()):
+        raise UserError(
+            f"{local} processes on this machine need {local} GPUs, and it has {found}; start at most {found}, or train "
+            "with --device cpu"
+        )
     checkpointing: dict[str, Any] = {CHECKPOINTING: config.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=config.out,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=layout.batch_size,
+        gradient_accumulation_steps=layout.micro_batches,
         max_steps=config.steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -55,13 +70,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         adam_beta2=config.beta2,
         max_grad_norm=config.grad_clip,
         bf16=config.precision == "bf16",
-        use_cpu=config.device == "cpu",
+        use_cpu=on_cpu,  # several processes find each other on CPUs only where this is said
         **checkpointing,
         seed=config.seed,
         use_cache=True,  # the Trainer writes it into the saved model's config
         train_sampling_strategy="sequential",  # the rows are in order already
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         eval_strategy="no",
@@ -109,7 +124,8 @@ class NestlingTrainer(Trainer):
         out: the run's directory.
         carried: the state after the last micro-batch, detached, when states are carried.
         grad_norm: norm of the last step's gradients before clipping.
-        loss_sum, loss_count: micro-batch losses since the last log.
+        layout: how rows are shared out.
+        loss_sum, loss_count: of this process's rows since the last log, their losses and their number.
         meter: measures the levels, when it is set before training.
     """
 
@@ -119,6 +135,7 @@ class NestlingTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Dataset[Row],
         tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
         *,
         carry_state: bool = False,
         keep_checkpoints: int = 2,
@@ -127,9 +144,9 @@ class NestlingTrainer(Trainer):
         level_rate_exponent: float = 0.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Args: as the Trainer's; keep states between steps; how many of the newest checkpoints stay; a name of
-        `optim.build`; levels of the optimizer with their periods in steps, and the exponent of their rates
-        (`levels.assignment`).
+        """Args: as the Trainer's; how rows are shared out; keep states between steps; how many of the newest
+        checkpoints stay; a name of `optim.build`; levels of the optimizer with their periods in steps, and the exponent
+        of their rates (`levels.assignment`).
         """
         super().__init__(
             model=model,
@@ -143,6 +160,7 @@ class NestlingTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.net = model
         self.out = Path(str(args.output_dir))
+        self.layout = layout
         self.carry_state = carry_state
         self.keep_checkpoints = keep_checkpoints
         self.optimizer_name = optimizer_name
@@ -153,6 +171,7 @@ class NestlingTrainer(Trainer):
         self.grad_norm = 0.0
         self.loss_sum = 0.0
         self.loss_count = 0
+        self._broken: str | None = None
         self._staging_root: str | None = None
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
@@ -161,7 +180,10 @@ class NestlingTrainer(Trainer):
             if checkpoint_step(Path(resume_from_checkpoint)) >= self.args.max_steps:
                 return self._load_from_checkpoint(resume_from_checkpoint)  # killed between the last step and the end
             position = json.loads((Path(resume_from_checkpoint) / POSITION_FILE).read_text(encoding="utf-8"))
-            self.loss_sum, self.loss_count = position["loss_sum"], position["loss_count"]
+            if self.args.process_index == 0:  # the sums of all
+                # Version 0.1 counted micro-batches, all of one size.
+                rows = 1 if position.get("loss_of_rows") else self.layout.batch_size
+                self.loss_sum, self.loss_count = position["loss_sum"] * rows, position["loss_count"] * rows
             if self.meter is not None and position.get("meter") is not None:
                 self.meter.load_state_dict(position["meter"])
             if isinstance(self.train_dataset, StreamedRows):
@@ -208,11 +230,14 @@ class NestlingTrainer(Trainer):
         value = loss.item()
         if not torch.isfinite(loss):
             where = locate_nonfinite(self.net, inputs["input_ids"], state)
-            raise self._diverged(f"the loss is {value}: {where}")
+            self._broken = f"the loss is {value}: {where}"
+            if self.args.world_size == 1:
+                raise self._diverged(self._broken)
         if self.carry_state:
             self.carried = out.past_key_values
-        self.loss_sum += value
-        self.loss_count += 1
+        rows = len(inputs["input_ids"])
+        self.loss_sum += value * rows
+        self.loss_count += rows
         return (loss, out) if return_outputs else loss
 
     def training_step(
@@ -227,17 +252,33 @@ class NestlingTrainer(Trainer):
         if self.accelerator.sync_gradients:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self.grad_norm = float(nn.utils.get_total_norm(gradients))
-            if not torch.isfinite(torch.tensor(self.grad_norm)):
-                raise self._diverged(locate_nonfinite_gradient(self.net))
+            if not math.isfinite(self.grad_norm) and self._broken is None:
+                self._broken = locate_nonfinite_gradient(self.net)
+            self._stop_where_broken()
         return loss
 
     def take_mean_loss(self) -> float:
-        """Mean loss over the micro-batches, of all processes, since the last call."""
-        mean = torch.tensor(self.loss_sum / max(self.loss_count, 1), dtype=torch.float64)
+        """Mean loss over the rows, of all processes, since the last call."""
+        total, count = self._losses_of_all()
         self.loss_sum, self.loss_count = 0.0, 0
-        if self.args.world_size > 1:
-            mean = self.accelerator.gather(mean.float().to(self.args.device)).mean()
-        return float(mean)
+        return total / max(count, 1)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes joined along the first axis, on the CPU."""
+        if self.args.world_size == 1:
+            return tensor
+        return self.accelerator.gather(tensor.to(self.args.device)).cpu()
+
+    def _losses_of_all(self) -> tuple[float, int]:
+        found = self.gather(torch.tensor([[self.loss_sum, self.loss_count]], dtype=torch.float64)).sum(0)
+        return float(found[0]), int(found[1])
+
+    def _stop_where_broken(self) -> None:
+        """Stop all processes where one of them has found something broken: the others would wait for it for ever."""
+        if not bool(self.gather(torch.tensor([float(self._broken is not None)])).any()):
+            return
+        found = [self._broken] if self.args.world_size == 1 else gather_object([self._broken])
+        raise self._diverged(next(where for where in found if where is not None))
 
     def _diverged(self, where: str) -> DivergenceError:
         kept = last_checkpoint(self.out)
@@ -269,13 +310,14 @@ class NestlingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_position(self, directory: Path) -> None:
-        rows = None
-        if isinstance(self.train_dataset, StreamedRows):
-            rows = self.train_dataset.state_dict(self.state.global_step * self.args.gradient_accumulation_steps)
+        total, count = self._losses_of_all()
         if self.carried is not None:
-            self.carried.save(directory / self._carried_file(), self.net)
+            save_carried(directory, self.carried, self.net, self.layout.process)
         if self.args.should_save:
-            position = {"loss_sum": self.loss_sum, "loss_count": self.loss_count, "rows": rows}
+            rows = None
+            if isinstance(self.train_dataset, StreamedRows):
+                rows = self.train_dataset.state_dict(self.state.global_step * self.layout.turns)
+            position = {"loss_sum": total, "loss_count": count, "loss_of_rows": True, "rows": rows}
             position["meter"] = None if self.meter is None else self.meter.state_dict()
             (directory / POSITION_FILE).write_text(json.dumps(position), encoding="utf-8")
 
@@ -283,11 +325,8 @@ class NestlingTrainer(Trainer):
         """The weights, and then the state that was carried with them."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.carry_state:
-            file = Path(resume_from_checkpoint) / self._carried_file()
-            self.carried = ModelState.load(file, self.net).to(self.args.device)
-
-    def _carried_file(self) -> str:
-        return f"carried_state_{self.args.process_index}.safetensors"
+            carried = load_carried(Path(resume_from_checkpoint), self.net, self.layout)
+            self.carried = carried.to(self.args.device)
 
     def _not_saved(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:160]
