@@ -204,7 +204,7 @@ def initial_memories(layer: SelfModifyingTitans, batch: int) -> dict[str, Memory
     state = layer.init_state(batch)
     found = state_memories(layer, state)
     if layer.fixed is not None:
-        fixed = layer.fixed.init_state(batch, False, state.conv.dtype)
+        fixed = layer.fixed(batch, False, state.conv.dtype)
         found |= bank_memories(layer.fixed, fixed, c.outer_chunk)
     return found
 

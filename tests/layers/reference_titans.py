@@ -21,7 +21,7 @@ class SlowMemory:
 
     def __init__(self, layer: LongTermMemory, rows: int) -> None:
         self.layer, self.config = layer, layer.config
-        state = layer.bank.init_state(rows, True, torch.float64)
+        state = layer.bank(rows, True, torch.float64)
         self.memory: Memory = bank_memories(layer.bank, state, self.config.chunk_size)["memory"]
         self.streams: list[Tensor] = []
         self.query_streams: list[Tensor] = []

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nestling.layers.long_term_memory import LongTermMemory, LongTermState
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval
 from nestling.layers.neural_memory_config import MemoryAsContextConfig, MemoryAsGateConfig, MemoryAsLayerConfig
+from nestling.layers.sequence import Aligned
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from tests.layers.battery import noise, weigh
 from tests.layers.reference_titans import SlowMemory, slow_context, slow_gate, slow_layer
@@ -97,23 +98,17 @@ def test_long_calls_equal_decoding(kind: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-8, atol=1e-10)
 
 
-def test_mac_retrieves_before_the_segment_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mac_retrieves_before_the_segment_writes() -> None:
     """The order of Eq. 21-25: recall, write, recall, write; recall gets the weights the last segment ended with."""
     layer = make("mac", segment_size=4)
     events: list[tuple[str, Tensor]] = []
-    recall, write = LongTermMemory.recall, LongTermMemory.write
 
-    def spy_recall(self: LongTermMemory, weights: list[Tensor], *rest: Any) -> Tensor:
-        events.append(("recall", weights[0]))
-        return recall(self, weights, *rest)
+    def listen(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, LongTermState | Retrieval]) -> None:
+        state = output[1]
+        recall = isinstance(state, Retrieval)
+        events.append(("recall", state.weights[0]) if recall else ("write", state.bank.running[0]))
 
-    def spy_write(self: LongTermMemory, x: Tensor, *rest: Any) -> tuple[Tensor, LongTermState]:
-        y, state = write(self, x, *rest)
-        events.append(("write", state.bank.running[0]))
-        return y, state
-
-    monkeypatch.setattr(LongTermMemory, "recall", spy_recall)
-    monkeypatch.setattr(LongTermMemory, "write", spy_write)
+    core(layer).register_forward_hook(listen)
     first = layer.init_state(1).memory.bank.running[0]  # type: ignore[union-attr]
     layer(noise(1, 12, 8))
     assert [name for name, _ in events] == ["recall", "write"] * 3
@@ -123,31 +118,29 @@ def test_mac_retrieves_before_the_segment_writes(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(found, wanted)
 
 
-def attention_and_answers(layer: MemoryAsContext, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+def attention_and_answers(layer: MemoryAsContext, x: Tensor) -> tuple[Tensor, Tensor]:
     """What every token's attention says, and what it reads from the memory, `[N, T, hidden]` each."""
     heard: list[Tensor] = []
     answers: list[Tensor] = []
-    write = LongTermMemory.write
 
-    def spy(self: LongTermMemory, y: Tensor, *rest: Any) -> tuple[Tensor, LongTermState]:
-        m, state = write(self, y, *rest)
-        heard.append(y)
-        answers.append(m)
-        return m, state
+    def listen(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, LongTermState | Retrieval]) -> None:
+        if isinstance(output[1], LongTermState):
+            heard.append(args[0])
+            answers.append(output[0])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LongTermMemory, "write", spy)
-        layer(x)
+    handle = layer.memory.register_forward_hook(listen)
+    layer(x)
+    handle.remove()
     return torch.cat(heard, 1), torch.cat(answers, 1)
 
 
-def test_mac_attention_sees_no_write_of_its_own_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mac_attention_sees_no_write_of_its_own_segment() -> None:
     """Values are used by writes only. Attention in segment 1 depends on none, later on those of earlier segments; the
     memory's answer to a token depends on the token's own."""
     layer = make("mac", segment_size=4)
     assert isinstance(layer, MemoryAsContext)
     used = layer.memory.in_proj.weight
-    heard, answers = attention_and_answers(layer, noise(1, 12, 8), monkeypatch)
+    heard, answers = attention_and_answers(layer, noise(1, 12, 8))
 
     def of_values(scalar: Tensor) -> bool:
         (found,) = torch.autograd.grad(scalar, used, retain_graph=True)
@@ -195,7 +188,7 @@ def test_persistent_tokens_mean_the_same_at_any_distance() -> None:
     assert isinstance(layer, MemoryAsGate)
     x = noise(1, 1, 8).expand(1, 40, 8)
     prefix = layer.persistent.expand(1, -1, -1)
-    y, _ = layer.attention.mix(x, None, None, prefix)
+    y, _ = layer.attention(x, layer.attention.first_state(x), Aligned(), prefix)
     torch.testing.assert_close(y[:, 5:], y[:, 5:6].expand(1, 35, 8))
 
 

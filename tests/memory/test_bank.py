@@ -28,7 +28,7 @@ def test_outputs_start_at_unit_variance(depth: int) -> None:
     width = 32
     bank = MemoryBank(("memory", "k"), ("eta", "alpha"), 8, width, depth, 2, "silu")
     x = torch.nn.functional.normalize(torch.randn(1, 8, 64, width), dim=-1)
-    weights = bank.init_state(1, False, torch.float32).start
+    weights = bank(1, False, torch.float32).start
     made = {n: t.detach() for n, t in bank.read(weights, x, ("memory", "k", "eta", "alpha")).items()}
     assert made["k"].shape == (1, 8, 64, width) and made["eta"].shape == (1, 8, 64)
     for gate in ("eta", "alpha"):
@@ -43,7 +43,7 @@ def test_outputs_start_at_unit_variance(depth: int) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_reading_some_memories_is_reading_all(depth: int) -> None:
     bank = MemoryBank(("memory", "k", "v"), ("eta",), 2, 4, depth, 1, "gelu").double()
-    weights = bank.init_state(3, False, torch.float64).start
+    weights = bank(3, False, torch.float64).start
     x = torch.randn(3, 2, 5, 4, dtype=torch.float64)
     everything = bank.read(weights, x, ("memory", "k", "v", "eta"))
     some = bank.read(weights, x, ("k", "v", "eta"))
@@ -55,7 +55,7 @@ def test_reading_some_memories_is_reading_all(depth: int) -> None:
 @pytest.mark.parametrize("momentum", [False, True])
 def test_initial_state(momentum: bool) -> None:
     bank = MemoryBank(("memory",), ("eta",), 2, 4, 2, 3, "silu")
-    state = bank.init_state(5, momentum, torch.float32)
+    state = bank(5, momentum, torch.float32)
     assert all(t.shape[0] == 5 for _, t in state.tensors())
     assert (state.surprise is not None) == momentum
     assert all(not bool(s.any()) for s in state.surprise or [])
@@ -73,7 +73,7 @@ def test_a_gate_scale_leaves_the_first_fast_weights_and_lengthens_the_optimizers
     for scale in (1.0, 16.0):
         torch.manual_seed(0)
         banks.append(MemoryBank(("memory", "k"), ("eta",), 2, 4, depth, 3, "silu", gate_scale=scale).double())
-    states = [bank.init_state(2, False, torch.float64) for bank in banks]
+    states = [bank(2, False, torch.float64) for bank in banks]
     for plain, scaled in zip(states[0].start, states[1].start, strict=True):
         torch.testing.assert_close(plain, scaled)
     for state in states:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nestling.layers.parts import NEW_FIELD
-from nestling.layers.sequence import SequenceLayer
+from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import MemoryDescription
 from nestling.memory.state import State
 from nestling.ops.rotary import rotate, rotation
@@ -105,8 +105,8 @@ class AttentionState(State):
     position: Int[Tensor, " N"]
 
 
-class SoftmaxAttention(SequenceLayer):
-    """Multi-head attention with rotary positions, grouped queries, an optional window and a key-value cache."""
+class AttentionHeads(nn.Module):
+    """The projections of multi-head attention, and what its heads answer before the output projection."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -120,39 +120,16 @@ class SoftmaxAttention(SequenceLayer):
         self.query_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if normed else None
         self.key_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if normed else None
 
-    def init_state(self, batch_size: int) -> AttentionState:
-        """An empty cache."""
-        weight = self.key.weight
-        empty = weight.new_zeros(batch_size, 0, weight.shape[0] // self.config.head_dim, self.config.head_dim)
-        return AttentionState(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
-
-    def run(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, AttentionState]:
-        """See `SequenceLayer.run`."""
-        if state is not None and not isinstance(state, AttentionState):
-            raise TypeError(f"softmax attention continues from an AttentionState, not from {type(state).__name__}")
-        if x.shape[1] == 0:
-            return x, state or self.init_state(x.shape[0])
-        y, state = self.mix(x, state, lengths)
-        return self.output(y), state
-
-    def describe_memories(self) -> tuple[MemoryDescription, ...]:
-        """The Nadaraya-Watson estimator over the tokens in view (NL Eq. 62, 63)."""
+    def first_state(self, x: Tensor) -> AttentionState:
+        """An empty cache for the rows of `x`."""
         c = self.config
-        return (
-            MemoryDescription(
-                name="attention",
-                period=None,
-                objective="Σ s(k, q) |v − M|²",
-                rule="solved for every query: softmax attention" + (f" over {c.window} tokens" if c.window else ""),
-                state=0,
-                growth=2 * self.key.weight.shape[0],
-            ),
-        )
+        empty = x.new_zeros(len(x), 0, c.num_kv_heads or c.num_heads, c.head_dim)
+        return AttentionState(empty, empty.clone(), torch.zeros(len(x), dtype=torch.int64, device="cpu"))
 
     def mix(
         self,
         x: Float[Tensor, "N L hidden"],
-        state: AttentionState | None,
+        state: AttentionState,
         lengths: Tensor | None,
         prefix: Float[Tensor, "N P hidden"] | None = None,
     ) -> tuple[Float[Tensor, "N L hidden"], AttentionState]:
@@ -167,29 +144,72 @@ class SoftmaxAttention(SequenceLayer):
                 millionth.
         """
         time, c = x.shape[1], self.config
-        start = None if state is None else state.position
-        cos, sin = rotation(c.head_dim, c.rope_frequencies or c.rope_theta, start, time, x.device)
-        plain = self._heads(x, self.query, self.query_norm)
+        cos, sin = rotation(c.head_dim, c.rope_frequencies or c.rope_theta, state.position, time, x.device)
+        plain = self.heads(x, self.query, self.query_norm)
         q = rotate(plain, cos, sin)
-        k = rotate(self._heads(x, self.key, self.key_norm), cos, sin)
-        v = self._heads(x, self.value)
+        k = rotate(self.heads(x, self.key, self.key_norm), cos, sin)
+        v = self.heads(x, self.value)
         unseen = None
-        if state is not None and state.k.shape[1]:
+        if state.k.shape[1]:
             unseen = _unseen_slots(state)
             k = torch.cat((state.k.to(k.dtype), k), 1)
             v = torch.cat((state.v.to(v.dtype), v), 1)
         if prefix is None:
             y = attend(q, k, v, c.window, unseen)
         else:
-            always_k = self._heads(prefix, self.key, self.key_norm).to(v.dtype)
-            y = _attend_beside(q, plain, k, v, c.window, unseen, always_k, self._heads(prefix, self.value).to(v.dtype))
-        kept = _keep_last(k, v, time, state, lengths, c)
-        dtype = self.key.weight.dtype
+            always_k = self.heads(prefix, self.key, self.key_norm).to(v.dtype)
+            y = _attend_beside(q, plain, k, v, c.window, unseen, always_k, self.heads(prefix, self.value).to(v.dtype))
+        kept = _keep_last(k, v, time, state.position, lengths, c)
+        # The type of the first tokens' cache: a product with quantized or autocast weights has another.
+        dtype = state.k.dtype
         return y.flatten(-2), AttentionState(kept.k.to(dtype), kept.v.to(dtype), kept.position)
 
-    def _heads(self, x: Tensor, project: nn.Module, norm: nn.Module | None = None) -> Tensor:
+    def heads(
+        self, x: Float[Tensor, "N L hidden"], project: nn.Module, norm: nn.Module | None = None
+    ) -> Float[Tensor, "N L H D"]:
+        """One of the projections of `x`, by heads, with its norm."""
         y: Tensor = project(x).unflatten(-1, (-1, self.config.head_dim))
         return y if norm is None else norm(y).to(y.dtype)
+
+
+class SoftmaxAttention(AttentionHeads, SequenceLayer):
+    """Multi-head attention with rotary positions, grouped queries, an optional window and a key-value cache."""
+
+    def run(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, AttentionState]:
+        """See `SequenceLayer.run`."""
+        if not isinstance(state, AttentionState):
+            raise TypeError(f"softmax attention continues from an AttentionState, not from {type(state).__name__}")
+        y, state = self.mix(x, state, lengths)
+        return self.output(y), state
+
+    def describe_memories(self) -> tuple[MemoryDescription, ...]:
+        """The Nadaraya-Watson estimator over the tokens in view (NL Eq. 62, 63)."""
+        c = self.config
+        return (
+            MemoryDescription(
+                name="attention",
+                period=None,
+                objective="Σ s(k, q) |v − M|²",
+                rule="solved for every query: softmax attention" + (f" over {c.window} tokens" if c.window else ""),
+                state=0,
+                growth=2 * (c.num_kv_heads or c.num_heads) * c.head_dim,
+            ),
+        )
+
+
+class WindowAttention(AttentionHeads):
+    """What the heads answer beside a memory, with a prefix that all tokens see; its owner calls `output` on what it
+    makes of that."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "N L hidden"],
+        state: AttentionState,
+        rows: Aligned,
+        prefix: Float[Tensor, "N P hidden"] | None,
+    ) -> tuple[Float[Tensor, "N L hidden"], AttentionState]:
+        """See `AttentionHeads.mix`."""
+        return self.mix(x, state, rows.lengths, prefix)
 
 
 def attend(
@@ -290,12 +310,12 @@ def _unseen_slots(state: AttentionState) -> Tensor | None:
 
 
 def _keep_last(
-    k: Tensor, v: Tensor, time: int, state: AttentionState | None, lengths: Tensor | None, config: AttentionConfig
+    k: Tensor, v: Tensor, time: int, before: Tensor, lengths: Tensor | None, config: AttentionConfig
 ) -> AttentionState:
-    """The state after the first `lengths` (None: all) of the last `time` slots of `k` and `v` joined their rows."""
-    before = torch.zeros(len(k), dtype=torch.int64, device="cpu") if state is None else state.position
-    position = before + time if lengths is None else before + lengths
-    longest = time if state is None and lengths is None else int(position.max())
+    """The state after the first `lengths` (None: all) of the last `time` slots of `k` and `v` joined their rows, which
+    have read `before` tokens."""
+    position = before + (time if lengths is None else lengths)
+    longest = int(position.max())
     keep = longest if config.window is None else min(longest, config.window)
     if lengths is None:
         tail = slice(k.shape[1] - keep, None)

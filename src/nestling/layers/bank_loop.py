@@ -41,8 +41,7 @@ class BankLoop:
         tokens: dict[str, Tensor],
         scales: Scales,
         state: BankState,
-        position: Tensor,
-        lengths: Tensor | None,
+        grid: Grid,
     ) -> tuple[Tensor, BankState]:
         """Answers `[N, H, L, V]` and the bank after the last token.
 
@@ -52,11 +51,9 @@ class BankLoop:
                 `[N, H, L]`, and "u" `[N, H, L, K]`, of which they make the rest.
             scales: of the rates.
             state: of the bank before the first token.
-            position: tokens every row has read before, `[N]` on the CPU.
-            lengths: of the rows; None when all have L tokens.
+            grid: of the call.
         """
         time = tokens["q" if "q" in tokens else "u"].shape[2]
-        grid = Grid.of(position, lengths, time, self.chunk)
         if not self.covered(tokens, state, grid):
             return plain(tokens, scales, state)
         shape = self._shape(min(self.chunk - grid.phase, time), state)

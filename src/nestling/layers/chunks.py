@@ -46,8 +46,7 @@ def run_checkpointed(
 
 def scan_chunks(
     tokens: dict[str, Tensor],
-    position: Tensor,
-    lengths: Tensor | None,
+    grid: Grid,
     chunk: int,
     carry: Carry,
     run: Callable[[Span, dict[str, Tensor], Carry, Grid], tuple[Tensor, Carry]],
@@ -56,8 +55,7 @@ def scan_chunks(
 
     Args:
         tokens: what `run` needs of every token, `[N, H, L, ...]`.
-        position: tokens every row has read before, `[N]` on the CPU.
-        lengths: of the rows; None when all have L tokens.
+        grid: of the call.
         chunk: tokens in a chunk.
         carry: state before the first chunk.
         run: takes the slots `(start, end)` of the grid, their tokens, the carry and the grid; returns outputs
@@ -67,7 +65,6 @@ def scan_chunks(
         Outputs `[N, H, L, V]` and the carry after the last chunk.
     """
     time = next(iter(tokens.values())).shape[2]
-    grid = Grid.of(position, lengths, time, chunk)
     if grid.offsets is not None:
         tokens = {n: shift_rows(t, grid) for n, t in tokens.items()}
     outputs = []

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.sequence import SequenceLayer
+from nestling.layers.parts import fast_dtype
+from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
@@ -132,34 +133,44 @@ class ContinuumLevel(nn.Module):
         if self.transfer is not None:
             nn.init.zeros_(self.transfer)
 
-    def init_state(self, batch_size: int) -> LevelState | None:
-        """The meta-learned fast weights, and no last token; None for a level that never updates."""
-        if self.period is None:
-            return None
-        dtype = torch.float64 if self.down.dtype == torch.float64 else torch.float32
-        weight = self.down.to(dtype).expand(batch_size, -1, -1)
-        tail = None
-        if self.config.target == "next":
-            tail = torch.zeros(batch_size, 1, self.down.shape[1], dtype=dtype, device=self.down.device)
-        return LevelState(weight, weight, weight if self.context is not None else None, tail)
+    def grid(self, position: Tensor, lengths: Tensor | None, time: int) -> Grid | None:
+        """Where rows that have read `position` tokens stand in the level's periods; None for one that never updates."""
+        return None if self.period is None else Grid.of(position, lengths, time, self.context or self.period)
 
-    def run(
-        self, x: Tensor, state: LevelState | None, position: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, LevelState | None]:
-        """The level's output, without residual, and its new state."""
+    def forward(
+        self, x: Float[Tensor, "N L hidden"], state: LevelState | None, grid: Grid | None, rows: Aligned
+    ) -> tuple[Float[Tensor, "N L hidden"], LevelState | None]:
+        """The level's output, without residual, and its new state (None for a level that never updates).
+
+        Args:
+            x: left-aligned rows.
+            state: before the first token; None is that of a document's start.
+            grid: of the call; None without a token.
+            rows: their lengths.
+        """
+        if self.period is not None and state is None:
+            state = self._first_state(x)
+        if not x.shape[1]:
+            return x, state
         u = self.norm(x)
         h = F.silu(self.gate(u)) * self.up(u)
-        if state is None:
+        if state is None or grid is None:
             return h @ self.down.to(h.dtype).mT, None
+        target = u if self.value is None else self.value(u)
         with torch.autocast(x.device.type, enabled=False):
             dtype = state.start.dtype
-            h = h.to(dtype)
-            target = u.to(dtype) if self.value is None else F.linear(u.to(dtype), self.value.weight.to(dtype))
-            y, state = self._scan(h, target, state, position, lengths)
+            y, state = self._scan(h.to(dtype), target.to(dtype), state, grid, rows.lengths)
         return y.to(x.dtype), state
 
+    def _first_state(self, x: Tensor) -> LevelState:
+        """The meta-learned fast weights, and no last token."""
+        dtype = fast_dtype(x)
+        weight = self.down.to(dtype).expand(len(x), -1, -1)
+        tail = x.new_zeros(len(x), 1, self.down.shape[1], dtype=dtype) if self.config.target == "next" else None
+        return LevelState(weight, weight, weight if self.context is not None else None, tail)
+
     def _scan(
-        self, h: Tensor, target: Tensor, state: LevelState, position: Tensor, lengths: Tensor | None
+        self, h: Tensor, target: Tensor, state: LevelState, grid: Grid, lengths: Tensor | None
     ) -> tuple[Tensor, LevelState]:
         assert self.period is not None
         tokens = [h, target]
@@ -167,7 +178,6 @@ class ContinuumLevel(nn.Module):
         if tail is not None:
             key, tail = self._keys(h, tail, lengths)
             tokens.append(key)
-        grid = Grid.of(position, lengths, h.shape[1], self.context or self.period)
         if grid.offsets is not None:
             tokens = [shift_rows(t.unsqueeze(1), grid).squeeze(1) for t in tokens]
         spans = chunk_spans(grid.phase, grid.slots, self.period)
@@ -253,10 +263,11 @@ class ContinuumMemory(SequenceLayer):
         if self.weights is not None:
             nn.init.constant_(self.weights, 1 / len(self.levels))
 
-    def init_state(self, batch_size: int) -> ContinuumState:
-        """The meta-learned fast weights."""
-        levels = [level.init_state(batch_size) for level in self._chain()]
-        return ContinuumState(levels, torch.zeros(batch_size, dtype=torch.long, device="cpu"))
+    def first_state(self, x: Tensor) -> ContinuumState:
+        """The meta-learned fast weights. Where tokens follow, the levels make theirs in the call that reads them."""
+        position = torch.zeros(len(x), dtype=torch.long, device="cpu")
+        levels = [None if x.shape[1] else level(x, None, None, Aligned())[1] for level in self._chain()]
+        return ContinuumState(levels, position)
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
         """The fast down-projections; a level without a period is an ordinary MLP and no memory of the context."""
@@ -284,20 +295,17 @@ class ContinuumMemory(SequenceLayer):
         return [cast(ContinuumLevel, level) for level in self.levels]
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], ContinuumState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, ContinuumState):
             raise TypeError(f"a continuum memory continues from a ContinuumState, not from {type(state).__name__}")
-        if x.shape[1] == 0:
-            return x, state
         after = state.position + (x.shape[1] if lengths is None else lengths)
         levels: list[LevelState | None] = []
         total = x
         for i, level in enumerate(self._chain()):
-            y, new = level.run(x, state.levels[i], state.position, lengths)
+            grid = level.grid(state.position, lengths, x.shape[1])
+            y, new = level(x, state.levels[i], grid, Aligned(lengths))
             levels.append(new)
             if self.weights is None:
                 x = total = x + y

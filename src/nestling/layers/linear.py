@@ -22,7 +22,7 @@ from nestling.layers.linear_parts import (
     scan_memory,
     valid_tokens,
 )
-from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
+from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.state import State
@@ -192,16 +192,13 @@ class LinearMemory(SequenceLayer):
         if self.A_log is not None and self.dt_bias is not None:
             draw_retention(self.A_log, self.dt_bias)
 
-    def init_state(self, batch_size: int) -> LinearMemoryState:
+    def first_state(self, x: Tensor) -> LinearMemoryState:
         """An empty memory."""
-        c, like = self.config, self.in_proj.weight
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        rows = c.value_width + c.denominator
-        tail = torch.zeros(batch_size, c.conv_size - 1, self.streams, dtype=dtype, device=like.device)
+        c, dtype = self.config, fast_dtype(x)
         return LinearMemoryState(
-            weight=torch.zeros(batch_size, c.num_heads, rows, c.key_width, dtype=dtype, device=like.device),
-            conv=None if self.conv is None else tail,
-            position=torch.zeros(batch_size, dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
+            weight=x.new_zeros(len(x), c.num_heads, c.value_width + c.denominator, c.key_width, dtype=dtype),
+            conv=None if self.conv is None else x.new_zeros(len(x), c.conv_size - 1, self.streams, dtype=dtype),
+            position=torch.zeros(len(x), dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
         )
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
@@ -219,16 +216,12 @@ class LinearMemory(SequenceLayer):
         )
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], LinearMemoryState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, LinearMemoryState):
             raise TypeError(f"a linear memory continues from a LinearMemoryState, not from {type(state).__name__}")
         time = x.shape[1]
-        if time == 0:
-            return x, state
         streams, gate, beta, step = self.in_proj(x).split(self.sizes, -1)
         tail = state.conv
         if self.conv is not None and tail is not None:

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from nestling.layers.bank_loop import BankLoop
 from nestling.layers.chunks import Span, learn_chunk, scan_chunks
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
-from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
+from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
+from nestling.layers.sequence import Aligned
 from nestling.memory.bank import BankState, MemoryBank, Rates
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
@@ -42,6 +43,19 @@ class LongTermState(State):
     conv: Float[Tensor, "N W-1 3*hidden"]
     rates: Float[Tensor, "N gates*H"] | None
     position: Int[Tensor, " N"]
+
+
+@dataclass
+class Retrieval(State):
+    """What `LongTermMemory` needs to answer without learning.
+
+    Attributes:
+        weights: fast weights M* that answer.
+        conv: the last `conv_size - 1` inputs of the queries' convolution.
+    """
+
+    weights: list[Tensor]
+    conv: Float[Tensor, "N W-1 hidden"]
 
 
 class LongTermMemory(nn.Module):
@@ -89,14 +103,17 @@ class LongTermMemory(nn.Module):
         draw_filters(self.conv)
         nn.init.ones_(self.norm)
 
-    def init_state(self, batch_size: int) -> LongTermState:
-        """The meta-learned memory, no surprise, an empty convolution tail."""
-        c, weight = self.config, self.in_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        conv = torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device)
-        rates = conv.new_zeros(batch_size, self.rate_proj.out_features) if c.rates == "chunk" else None
-        bank = self.bank.init_state(batch_size, c.momentum, dtype)
-        return LongTermState(bank, conv, rates, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
+    def first_state(self, x: Tensor) -> LongTermState:
+        """The meta-learned memory, no surprise, an empty convolution tail, for the rows of `x`."""
+        c, dtype = self.config, fast_dtype(x)
+        conv = x.new_zeros(len(x), c.conv_size - 1, 3 * c.hidden_size, dtype=dtype)
+        rates = conv.new_zeros(len(x), len(c.gates) * c.num_heads) if c.rates == "chunk" else None
+        return LongTermState(
+            bank=self.bank(len(x), c.momentum, dtype),
+            conv=conv,
+            rates=rates,
+            position=torch.zeros(len(x), dtype=torch.int64, device="cpu"),
+        )
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
         """The memory, and its momentum if it has one."""
@@ -117,16 +134,22 @@ class LongTermMemory(nn.Module):
             name="surprise", period=1, objective=goal, rule=update, state=state, feeds=("memory",)
         )
 
-    def write(
-        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None
-    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
-        """Write every token and read the memory at its query: token t's answer is norm(M_t(q_t)), as `rule.read` says.
+    def forward(
+        self, x: Float[Tensor, "N L hidden"], state: LongTermState | Retrieval, rows: Aligned
+    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState | Retrieval]:
+        """The memory's answers to all tokens, and its state after the last.
 
         Args:
             x: left-aligned rows, at least one slot.
-            state: before the first token.
-            lengths: of the rows; None when all have L tokens.
+            state: before the first token. A `LongTermState` learns: every token is written, and its answer is
+                norm(M_t(q_t)), as `rule.read` says. A `Retrieval` only answers, norm(M*(q_t)) (Titans Eq. 15, 21).
+            rows: their lengths.
         """
+        if isinstance(state, Retrieval):
+            return self._retrieve(x, state, rows.lengths)
+        return self._write(x, state, rows.lengths)
+
+    def _write(self, x: Tensor, state: LongTermState, lengths: Tensor | None) -> tuple[Tensor, LongTermState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         logits = self.rate_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -139,31 +162,14 @@ class LongTermMemory(nn.Module):
         after = state.position + (x.shape[1] if lengths is None else lengths)
         return y, LongTermState(bank, conv, rates, after)
 
-    def queries(
-        self, x: Float[Tensor, "N L hidden"], tail: Float[Tensor, "N W-1 hidden"], lengths: Tensor | None
-    ) -> tuple[Float[Tensor, "N H L D"], Float[Tensor, "N W-1 hidden"]]:
-        """q_t of tokens that are not written, and the tail of their convolution."""
+    def _retrieve(self, x: Tensor, state: Retrieval, lengths: Tensor | None) -> tuple[Tensor, Retrieval]:
         width = self.config.hidden_size
-        stream, tail = short_conv(F.linear(x, self.in_proj.weight[:width]), self.conv[:width], tail, lengths)
-        return safe_normalize(split_heads(F.silu(stream.to(tail.dtype)), self.config.head_dim)), tail
-
-    def recall(
-        self, weights: list[Tensor], q: Float[Tensor, "N H L D"], dtype: torch.dtype
-    ) -> Float[Tensor, "N L hidden"]:
-        """norm(M*(q)): the memory's answers at given weights, without a write (Titans Eq. 15, 21)."""
-        with torch.autocast(q.device.type, enabled=False):
-            o = self.bank.read(weights, q, ("memory",))["memory"]
-            return merge_normalised(o, self.norm, self.config.norm_eps, dtype)
-
-    def retrieve(
-        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
-    ) -> Float[Tensor, "N L hidden"]:
-        """norm(M*(q_t)) for tokens that would come next, all from the memory after the last written token.
-
-        Nothing is written, and `state` stays as it is.
-        """
-        q, _ = self.queries(x, state.conv[..., : self.config.hidden_size], lengths)
-        return self.recall(state.bank.running, q, x.dtype)
+        # Keys and values are products too many, but a product past the module would pass by what hangs on it.
+        stream, tail = short_conv(self.in_proj(x)[..., :width], self.conv[:width], state.conv, lengths)
+        with torch.autocast(x.device.type, enabled=False):
+            q = safe_normalize(split_heads(F.silu(stream.to(tail.dtype)), self.config.head_dim))
+            o = self.bank.read(state.weights, q, ("memory",))["memory"]
+            return merge_normalised(o, self.norm, self.config.norm_eps, x.dtype), Retrieval(state.weights, tail)
 
     def _learn(
         self, streams: Tensor, logits: Tensor, state: LongTermState, lengths: Tensor | None
@@ -184,6 +190,7 @@ class LongTermMemory(nn.Module):
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
         scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
         rule = rate_rule(c, c.max_erase, c.chunk_size)
+        grid = Grid.of(state.position, lengths, streams.shape[1], c.chunk_size)
 
         def plain(tokens: dict[str, Tensor], scales: Scales, bank: BankState) -> tuple[Tensor, BankState]:
             def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
@@ -192,12 +199,12 @@ class LongTermMemory(nn.Module):
                 y, bank = self._chunk(part, chunk_rates(rule, gates, scales), bank)
                 return y, grid.cross(bank, span[1], c.chunk_size)
 
-            return scan_chunks(tokens, state.position, lengths, c.chunk_size, bank, run)
+            return scan_chunks(tokens, grid, c.chunk_size, bank, run)
 
         if c.ascend or c.inner_steps > 1:
             return plain(tokens, scales, state.bank)
         loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
-        return loop.run(plain, tokens, scales, state.bank, state.position, lengths)
+        return loop.run(plain, tokens, scales, state.bank, grid)
 
     def _chunk(self, tokens: dict[str, Tensor], rates: Rates, bank: BankState) -> tuple[Tensor, BankState]:
         """Answers of one chunk and the memories after it, their chunk's start unchanged."""

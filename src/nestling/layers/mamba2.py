@@ -20,7 +20,7 @@ from nestling.layers.linear_parts import (
     scan_memory,
     valid_tokens,
 )
-from nestling.layers.parts import draw_filters, free_of_weight_decay, rms_norm
+from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.state import State
@@ -133,13 +133,12 @@ class Mamba2(SequenceLayer):
         nn.init.ones_(self.D)
         draw_retention(self.A_log, self.dt_bias)
 
-    def init_state(self, batch_size: int) -> Mamba2State:
+    def first_state(self, x: Tensor) -> Mamba2State:
         """An empty memory."""
-        c, like = self.config, self.in_proj.weight
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        c, dtype = self.config, fast_dtype(x)
         return Mamba2State(
-            weight=torch.zeros(batch_size, c.num_heads, c.head_dim, c.state_size, dtype=dtype, device=like.device),
-            conv=torch.zeros(batch_size, c.conv_size - 1, self.channels, dtype=dtype, device=like.device),
+            weight=x.new_zeros(len(x), c.num_heads, c.head_dim, c.state_size, dtype=dtype),
+            conv=x.new_zeros(len(x), c.conv_size - 1, self.channels, dtype=dtype),
         )
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
@@ -156,15 +155,11 @@ class Mamba2(SequenceLayer):
         )
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], Mamba2State]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, Mamba2State):
             raise TypeError(f"Mamba-2 continues from a Mamba2State, not from {type(state).__name__}")
-        if x.shape[1] == 0:
-            return x, state
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.inner_size, self.channels, c.num_heads), -1)
         xbc, tail = short_conv(xbc, self.conv, state.conv, lengths)

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestling.layers.chunks import run_checkpointed
-from nestling.layers.long_term_memory import LongTermMemory, LongTermState
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
-from nestling.layers.sequence import SequenceLayer
+from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.state import State
 
 
@@ -31,38 +31,34 @@ class NeuralMemory(SequenceLayer):
     def reset_parameters(self) -> None:
         """Nothing of its own: the memory and the projections initialise themselves."""
 
-    def init_state(self, batch_size: int) -> LongTermState:
-        """See `LongTermMemory.init_state`."""
-        return self.memory.init_state(batch_size)
+    def first_state(self, x: Tensor) -> LongTermState:
+        """See `LongTermMemory.first_state`."""
+        return self.memory.first_state(x)
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, LongTermState):
             raise TypeError(
                 f"a neural memory continues from a LongTermState, not from the state {type(state).__name__}"
             )
-        if x.shape[1] == 0:
-            return x, state
         c = self.config
         stride = None if c.checkpoint_chunks is None else c.checkpoint_chunks * c.chunk_size
-        return run_checkpointed(self.write, x, state, lengths, stride)
+        return run_checkpointed(self._write, x, state, lengths, stride)
 
-    def write(
-        self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
-    ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
-        """Write every token; its output comes from the memory after its own write."""
-        y, state = self.memory.write(x, state, lengths)
+    def _write(self, x: Tensor, state: LongTermState, lengths: Tensor | None) -> tuple[Tensor, LongTermState]:
+        y, state = self.memory(x, state, Aligned(lengths))
         return self._output(x, y), state
 
     def retrieve(
         self, x: Float[Tensor, "N L hidden"], state: LongTermState, lengths: Tensor | None = None
     ) -> Float[Tensor, "N L hidden"]:
-        """What the layer would say about `x` without learning from it: M*(q_t) of Titans Eq. 15."""
-        return self._output(x, self.memory.retrieve(x, state, lengths))
+        """What the layer would say about `x`, tokens that would come next, without learning from them: M*(q_t) of
+        Titans Eq. 15. `state` stays as it is.
+        """
+        asked = Retrieval(state.bank.running, state.conv[..., : self.config.hidden_size])
+        return self._output(x, self.memory(x, asked, Aligned(lengths))[0])
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         return self.out_proj(y if self.gate_proj is None else y * F.silu(self.gate_proj(x)))

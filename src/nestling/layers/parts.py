@@ -32,6 +32,11 @@ def free_of_weight_decay(*parameters: nn.Parameter | None) -> None:
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
+def fast_dtype(x: Tensor) -> torch.dtype:
+    """The type of fast weights and tails beside an input: float64 in a float64 model, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Tensor, eps: float) -> Float[Tensor, "*batch D"]:
     """weight * x / sqrt(mean x^2 + eps) over the last dimension."""
     # As a unit vector, whose length cannot overflow: sqrt(D) x / sqrt(|x|^2 + D eps).

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
 from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
-from nestling.layers.parts import draw_filters, free_of_weight_decay, logit, merge_normalised, split_heads
+from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer
@@ -105,15 +105,14 @@ class SelfModifyingTitans(SequenceLayer):
             # sigmoid(0) = 0.5: a surprise that fades over a few tokens.
             nn.init.zeros_(self.momentum_proj.bias)
 
-    def init_state(self, batch_size: int) -> SelfModifyingState:
+    def first_state(self, x: Tensor) -> SelfModifyingState:
         """The meta-learned fast weights, no surprise, an empty convolution tail."""
-        c, weight = self.config, self.in_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        c, dtype = self.config, fast_dtype(x)
         return SelfModifyingState(
-            main=self.main.init_state(batch_size, c.momentum, dtype),
-            own=None if self.own is None else self.own.init_state(batch_size, c.momentum, dtype),
-            conv=torch.zeros(batch_size, c.conv_size - 1, self.conv.shape[0], dtype=dtype, device=weight.device),
-            position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
+            main=self.main(len(x), c.momentum, dtype),
+            own=None if self.own is None else self.own(len(x), c.momentum, dtype),
+            conv=x.new_zeros(len(x), c.conv_size - 1, len(self.conv), dtype=dtype),
+            position=torch.zeros(len(x), dtype=torch.long, device="cpu"),
         )
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
@@ -157,17 +156,13 @@ class SelfModifyingTitans(SequenceLayer):
         return tuple(found)
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], SelfModifyingState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, SelfModifyingState):
             raise TypeError(
                 f"self-modifying Titans continue from a SelfModifyingState, not from the state {type(state).__name__}"
             )
-        if x.shape[1] == 0:
-            return x, state
         stride = self.config.checkpoint_chunks
         return run_checkpointed(self._run, x, state, lengths, stride and stride * self.config.outer_chunk)
 
@@ -199,10 +194,11 @@ class SelfModifyingTitans(SequenceLayer):
             tokens["log_b"] = F.logsigmoid(b.to(dtype)).transpose(1, 2)
         if self.fixed is not None:
             names = self.fixed.deep + self.fixed.gates
-            weights = self.fixed.init_state(streams.shape[0], False, dtype).start
+            weights = self.fixed(streams.shape[0], False, dtype).start
             tokens |= self.fixed.read(weights, parts[0], names, unit=True)
 
         c, scales = self.config, self._scales(dtype)
+        grid = Grid.of(state.position, lengths, streams.shape[1], c.outer_chunk)
 
         def plain(
             tokens: dict[str, Tensor], scales: Scales, main: BankState, own: BankState | None = None
@@ -212,13 +208,13 @@ class SelfModifyingTitans(SequenceLayer):
             ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
                 return self._chunk(span, tokens, scales, banks, grid)
 
-            o, banks = scan_chunks(tokens, state.position, lengths, c.outer_chunk, (main, own), run)
+            o, banks = scan_chunks(tokens, grid, c.outer_chunk, (main, own), run)
             return o, *banks
 
         if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks:
             return plain(tokens, scales, state.main, state.own)
         loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
-        o, main = loop.run(lambda *given: plain(*given)[:2], tokens, scales, state.main, state.position, lengths)
+        o, main = loop.run(lambda *given: plain(*given)[:2], tokens, scales, state.main, grid)
         return o, main, None
 
     def _scales(self, dtype: torch.dtype) -> Scales:

@@ -5,17 +5,16 @@ N rows, L tokens of a call, H heads, D head width, C segment, P persistent token
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestling.layers.attention import AttentionConfig, AttentionState, SoftmaxAttention, attend_block
+from nestling.layers.attention import AttentionConfig, AttentionState, WindowAttention
 from nestling.layers.chunks import Span, run_checkpointed, scan_chunks
-from nestling.layers.long_term_memory import LongTermMemory, LongTermState
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -23,14 +22,12 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
-from nestling.layers.sequence import SequenceLayer
+from nestling.layers.segment_attention import SegmentAttention
+from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.bank import BankState
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
 from nestling.ops.packing import find_rows
-from nestling.ops.rotary import rotate, rotation
-
-Write = Callable[[Tensor, LongTermState, Tensor | None], tuple[Tensor, LongTermState]]
 
 
 @dataclass
@@ -78,7 +75,7 @@ class MemoryAsContext(SequenceLayer):
         super().__init__()
         self.config = config
         self.memory = LongTermMemory(config)
-        self.attention = SoftmaxAttention(_attention(config, None, config.rope_theta))
+        self.attention = SegmentAttention(_attention(config, None, config.rope_theta), config.segment_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
         self.reset_parameters()
@@ -87,32 +84,25 @@ class MemoryAsContext(SequenceLayer):
         """Persistent tokens as large as the normalised tokens they stand beside."""
         nn.init.normal_(self.persistent)
 
-    def init_state(self, batch_size: int) -> ContextState:
+    def first_state(self, x: Tensor) -> ContextState:
         """The meta-learned memory and an empty segment."""
-        c, weight = self.config, self.attention.key.weight
-        memory = self.memory.init_state(batch_size)
-        empty = weight.new_zeros(batch_size, 2, c.segment_size, c.num_heads, c.head_dim)
+        c, memory = self.config, self.memory.first_state(x)
+        empty = x.new_zeros(len(x), 2, c.segment_size, c.num_heads, c.head_dim)
         before = None if c.chunk_size == c.segment_size else list(memory.bank.running)
         return ContextState(memory, before, memory.conv[..., : c.hidden_size], empty, empty.clone())
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], ContextState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, ContextState):
             raise TypeError(f"memory as context continues from a ContextState, not from {type(state).__name__}")
-        if x.shape[1] == 0:
-            return x, state
         return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
 
     def _run(self, x: Tensor, state: ContextState, lengths: Tensor | None) -> tuple[Tensor, ContextState]:
-        q, tail = self.memory.queries(x, state.tail, lengths)
-        tokens = {"x": x.unsqueeze(1), "q": q}
-        carry = ContextState(state.memory, state.before, tail, state.keys, state.values)
         segment = self.config.segment_size
-        y, state = scan_chunks(tokens, state.memory.position, lengths, segment, carry, self._segment)
+        grid = Grid.of(state.memory.position, lengths, x.shape[1], segment)
+        y, state = scan_chunks({"x": x.unsqueeze(1)}, grid, segment, state, self._segment)
         return self.attention.output(y.squeeze(1)), state
 
     def _segment(
@@ -121,55 +111,23 @@ class MemoryAsContext(SequenceLayer):
         """The part of one segment that stands in this call: gated answers `[N, 1, L, hidden]` and the state after."""
         x = tokens["x"].squeeze(1)
         valid = grid.valid_slots(*span, x.device)
-        before = state.memory.bank.start if state.before is None else state.before
-        h = self.memory.recall(before, tokens["q"], x.dtype)
-        y, keys, values = self._attend(x, h, state, span[0] % self.config.segment_size, valid)
-        y = self.norm(y)
         rows = None if valid is None else find_rows((x.shape[0], x.shape[1]), valid[:, 0])
-        if rows is None:
-            m, memory = self.memory.write(y, state.memory, None)
-        else:
-            m, memory = self.memory.write(rows.pack(y), state.memory, rows.lengths)
-            m = rows.unpack(m)
-        after = self._cross(ContextState(memory, state.before, state.tail, keys, values), span[1], grid)
-        return (y * F.silu(m)).unsqueeze(1), after
 
-    def _attend(
-        self, x: Tensor, h: Tensor, state: ContextState, first: int, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention of tokens `first`.. of the segment, `[N, L, hidden]`, and the segment's keys and values with them.
+        def ask(t: Tensor, memory: LongTermState | Retrieval) -> tuple[Tensor, LongTermState | Retrieval]:
+            if rows is None:
+                return self.memory(t, memory, Aligned())
+            answer, memory = self.memory(rows.pack(t), memory, Aligned(rows.lengths))
+            return rows.unpack(answer), memory
 
-        Rows agree in their slots, so one mask serves all: a slot before a row's first token of this call was filled by
-        an earlier one, and a slot after its last is seen by slots without a token only.
-        """
-        c, attention = self.config, self.attention
-        time, end = x.shape[1], first + x.shape[1]
-        fixed, retrieved = c.persistent_tokens, c.persistent_tokens + first
-
-        def turn(start: int, count: int) -> tuple[Tensor, Tensor]:
-            position = torch.tensor([start], device="cpu")
-            return rotation(c.head_dim, c.rope_theta, position, count, x.device)
-
-        turn_p, turn_h, turn_x = turn(0, fixed), turn(retrieved, time), turn(retrieved + c.segment_size, time)
-
-        def heads(linear: nn.Linear, t: Tensor) -> Tensor:
-            return linear(t).unflatten(-1, (c.num_heads, c.head_dim))
-
-        q = rotate(heads(attention.query, x), *turn_x)
-        k = torch.stack((rotate(heads(attention.key, h), *turn_h), rotate(heads(attention.key, x), *turn_x)), 1)
-        v = torch.stack((heads(attention.value, h), heads(attention.value, x)), 1)
-        keys, values = (_put(*pair, first, valid) for pair in ((state.keys, k), (state.values, v)))
-
-        persistent = _aligned(self.persistent)[None]
-        p_k = rotate(heads(attention.key, persistent), *turn_p)
-        p_v = heads(attention.value, persistent)
-        k, v = (
-            torch.cat((p.to(q.dtype).expand(len(x), -1, -1, -1), t[:, :, :end].flatten(1, 2).to(q.dtype)), 1)
-            for p, t in ((p_k, keys), (p_v, values))
-        )
-        causal = torch.ones(time, end, dtype=torch.bool, device=x.device).tril(first)
-        mask = F.pad(torch.cat((causal, causal), 1), (c.persistent_tokens, 0), value=True)
-        return attend_block(q, k, v, mask).flatten(-2), keys, values
+        before = state.memory.bank.start if state.before is None else state.before
+        h, asked = ask(x, Retrieval(before, state.tail))
+        first, persistent = span[0] % self.config.segment_size, _aligned(self.persistent)[None]
+        y, keys, values = self.attention(x, h, persistent, state.keys, state.values, first, valid)
+        y = self.norm(y)
+        m, memory = ask(y, state.memory)
+        assert isinstance(asked, Retrieval) and isinstance(memory, LongTermState)
+        after = ContextState(memory, state.before, asked.conv, keys, values)
+        return (y * F.silu(m)).unsqueeze(1), self._cross(after, span[1], grid)
 
     def _cross(self, state: ContextState, end: int, grid: Grid) -> ContextState:
         """At a segment's end: the next one retrieves from the memory as it is now, and its attention starts empty."""
@@ -215,7 +173,7 @@ class MemoryAsGate(SequenceLayer):
         super().__init__()
         self.config = config
         self.memory = LongTermMemory(config)
-        self.attention = SoftmaxAttention(_attention(config, config.window, config.rope_theta))
+        self.attention = WindowAttention(_attention(config, config.window, config.rope_theta))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
         self.reset_parameters()
@@ -224,24 +182,23 @@ class MemoryAsGate(SequenceLayer):
         """Persistent tokens as large as the normalised tokens they stand beside."""
         nn.init.normal_(self.persistent)
 
-    def init_state(self, batch_size: int) -> WindowedState:
+    def first_state(self, x: Tensor) -> WindowedState:
         """The memory that has read the persistent tokens, and an empty window."""
-        _, memory = _read_persistent(self.memory.write, self.memory.init_state(1), self.persistent, batch_size)
-        return WindowedState(memory, self.attention.init_state(batch_size), None)
+        tokens = _aligned(self.persistent)[None]
+        _, memory = self.memory(tokens, self.memory.first_state(tokens), Aligned())
+        return WindowedState(_after_persistent(memory, len(x)), self.attention.first_state(x), None)
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], WindowedState]:
         """See `SequenceLayer.run`."""
-        state = _windowed(state, self.init_state, len(x), "memory as gate")
-        if x.shape[1] == 0:
-            return x, state
+        state = _windowed(state, "memory as gate")
         return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
 
     def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
         prefix = _aligned(self.persistent).expand(len(x), -1, -1)
-        y, attention = self.attention.mix(x, state.attention, lengths, prefix)
-        m, memory = self.memory.write(x, state.memory, lengths)
+        y, attention = self.attention(x, state.attention, Aligned(lengths), prefix)
+        m, memory = self.memory(x, state.memory, Aligned(lengths))
         return self.attention.output(self.norm(y) * F.silu(m)), WindowedState(memory, attention, None)
 
 
@@ -259,8 +216,9 @@ class MemoryAsLayer(SequenceLayer):
     def __init__(self, config: MemoryAsLayerConfig) -> None:
         super().__init__()
         self.config = config
-        self.memory = NeuralMemory(config)
-        self.attention = SoftmaxAttention(_attention(config, config.window, config.rope_theta))
+        # What is computed again in the backward pass is this layer as a whole, not its memory once more.
+        self.memory = NeuralMemory(replace(config, checkpoint_chunks=None))
+        self.attention = WindowAttention(_attention(config, config.window, config.rope_theta))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
         self.reset_parameters()
@@ -269,24 +227,22 @@ class MemoryAsLayer(SequenceLayer):
         """Persistent tokens as large as the normalised tokens they stand beside."""
         nn.init.normal_(self.persistent)
 
-    def init_state(self, batch_size: int) -> WindowedState:
+    def first_state(self, x: Tensor) -> WindowedState:
         """The memory that has read the persistent tokens, what it said to them, and an empty window."""
-        y, memory = _read_persistent(self.memory.write, self.memory.init_state(1), self.persistent, batch_size)
-        prefix = self.norm(y).to(self.persistent.dtype).expand(batch_size, -1, -1)
-        return WindowedState(memory, self.attention.init_state(batch_size), prefix)
+        y, memory = self.memory(_aligned(self.persistent)[None], rows=Aligned())
+        prefix = self.norm(y).to(x.dtype).expand(len(x), -1, -1)
+        return WindowedState(_after_persistent(memory, len(x)), self.attention.first_state(x), prefix)
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], WindowedState]:
         """See `SequenceLayer.run`."""
-        state = _windowed(state, self.init_state, len(x), "memory as layer")
-        if x.shape[1] == 0:
-            return x, state
+        state = _windowed(state, "memory as layer")
         return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
 
     def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
-        y, memory = self.memory.write(x, state.memory, lengths)
-        y, attention = self.attention.mix(self.norm(y), state.attention, lengths, state.prefix)
+        y, memory = self.memory(x, state.memory, rows=Aligned(lengths))
+        y, attention = self.attention(self.norm(y), state.attention, Aligned(lengths), state.prefix)
         return self.attention.output(y), WindowedState(memory, attention, state.prefix)
 
 
@@ -298,34 +254,20 @@ def _stride(config: NeuralMemoryConfig) -> int | None:
     return None if config.checkpoint_chunks is None else config.checkpoint_chunks * config.chunk_size
 
 
-def _windowed(state: State | None, fresh: Callable[[int], WindowedState], rows: int, name: str) -> WindowedState:
-    if state is None:
-        return fresh(rows)
+def _windowed(state: State, name: str) -> WindowedState:
     if not isinstance(state, WindowedState):
         raise TypeError(f"{name} continues from a WindowedState, not from {type(state).__name__}")
     return state
 
 
-def _read_persistent(
-    write: Write, state: LongTermState, tokens: Tensor, batch_size: int
-) -> tuple[Tensor, LongTermState]:
-    """Write the persistent tokens as a chunk of their own: the answers `[1, P, hidden]` and the state of every row."""
-    y, state = write(_aligned(tokens)[None], state, None)
+def _after_persistent(state: LongTermState, batch_size: int) -> LongTermState:
+    """The state of every row from that of one which has read the persistent tokens, a chunk of their own."""
     state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
     bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
     position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-    return y, LongTermState(bank, state.conv, state.rates, position)
+    return LongTermState(bank, state.conv, state.rates, position)
 
 
 def _aligned(tokens: Tensor) -> Tensor:
     """A copy: parameters read from a file may lie at odd addresses, where matrix products round differently."""
     return tokens.clone()
-
-
-def _put(buffer: Tensor, new: Tensor, first: int, valid: Tensor | None) -> Tensor:
-    """`buffer` `[N, 2, C, H, D]` with `new` `[N, 2, L, H, D]` at slots `first`.., where `valid` `[N, 1, L]` is True."""
-    end = first + new.shape[2]
-    new = new.to(buffer.dtype)
-    if valid is not None:
-        new = torch.where(valid[..., None, None], new, buffer[:, :, first:end])
-    return torch.cat((buffer[:, :, :first], new, buffer[:, :, end:]), 2)

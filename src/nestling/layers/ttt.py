@@ -9,16 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.chunks import Span, scan_chunks
-from nestling.layers.parts import draw_filters, free_of_weight_decay
+from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
-from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel, with_one
+from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel
 from nestling.memory.bank import BankState
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
-from nestling.ops.chunk_step import ChunkDecay, chunk_step
 from nestling.ops.rotary import rotate, rotation
 from nestling.ops.short_conv import short_conv
 
@@ -86,14 +84,13 @@ class TTTLayer(SequenceLayer):
             if self.token_scale is not None:
                 self.token_scale.copy_(1.0 / torch.arange(1, self.config.chunk_size + 1))
 
-    def init_state(self, batch_size: int) -> TTTState:
+    def first_state(self, x: Tensor) -> TTTState:
         """The meta-learned fast weights, an empty convolution tail."""
-        c, weight = self.config, self.in_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        c, dtype = self.config, fast_dtype(x)
         return TTTState(
-            memory=self.inner.init_state(batch_size, dtype),
-            conv=torch.zeros(batch_size, c.conv_size - 1, c.hidden_size, dtype=dtype, device=weight.device),
-            position=torch.zeros(batch_size, dtype=torch.long, device="cpu"),
+            memory=self.inner.first_weights(len(x), dtype),
+            conv=x.new_zeros(len(x), c.conv_size - 1, c.hidden_size, dtype=dtype),
+            position=torch.zeros(len(x), dtype=torch.long, device="cpu"),
         )
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
@@ -111,22 +108,16 @@ class TTTLayer(SequenceLayer):
         )
 
     def run(
-        self, x: Float[Tensor, "N L hidden"], state: State | None, lengths: Tensor | None
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
     ) -> tuple[Float[Tensor, "N L hidden"], TTTState]:
         """See `SequenceLayer.run`."""
-        if state is None:
-            state = self.init_state(x.shape[0])
         if not isinstance(state, TTTState):
             raise TypeError(f"a TTT layer continues from a TTTState, not from the state {type(state).__name__}")
-        if x.shape[1] == 0:
-            return x, state
         views, conv = self._views(x, state.conv, lengths)
         rate = self.rate_proj(x)
         with torch.autocast(x.device.type, enabled=False):
             o, memory = self._learn(views, rate, state, lengths)
-            o = o.transpose(1, 2).flatten(-2)
-            norm = self.out_norm
-            o = F.layer_norm(o, o.shape[-1:], norm.weight.to(o.dtype), norm.bias.to(o.dtype), norm.eps).to(x.dtype)
+        o = self.out_norm(o.transpose(1, 2).flatten(-2).to(x.dtype))
         if self.gate_proj is not None:
             o = o * F.gelu(self.gate_proj(x))
         after = state.position + (x.shape[1] if lengths is None else lengths)
@@ -149,18 +140,10 @@ class TTTLayer(SequenceLayer):
         q, k, v = (v.to(dtype).clamp(-BOUND, BOUND).unflatten(-1, (c.num_heads, -1)).transpose(1, 2) for v in views)
         cos, sin = self._rotation(state.position, rate.shape[1], q.device)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Slots without a token get a learning rate of 0.
         eta = c.base_lr / c.head_dim * torch.sigmoid(rate.to(dtype)).transpose(1, 2)
-        tokens = {"query": with_one(q), "key": with_one(k), "aim": self.inner.aim(v - k), "eta": eta}
         scale = None if self.token_scale is None else self.token_scale.to(dtype).clamp_min(0)[:, None]
-
-        def run(span: Span, tokens: dict[str, Tensor], memory: BankState, grid: Grid) -> tuple[Tensor, BankState]:
-            first, size = span[0] % c.chunk_size, span[1] - span[0]
-            z, memory = self._mini_batch(memory, **tokens, scale=None if scale is None else scale[first : first + size])
-            return z, self._cross(memory, grid, span[1], scale)
-
-        z, memory = scan_chunks(tokens, state.position, lengths, c.chunk_size, state.memory, run)
-        return self.inner.answer(q, z), memory
+        grid = Grid.of(state.position, lengths, rate.shape[1], c.chunk_size)
+        return self.inner(q, k, v, eta, state.memory, grid, scale)
 
     def _rotation(self, position: Tensor, time: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, 1, L, D / 2]` of the tokens' positions within their mini-batches."""
@@ -168,40 +151,3 @@ class TTTLayer(SequenceLayer):
         cos, sin = rotation(c.head_dim, c.rope_theta, None, c.chunk_size, device)
         slots = (position.to(device)[:, None] + torch.arange(time, device=device)) % c.chunk_size
         return cos[0, slots, 0][:, None], sin[0, slots, 0][:, None]
-
-    def _mini_batch(
-        self,
-        memory: BankState,
-        query: Float[Tensor, "N H C K"],
-        key: Float[Tensor, "N H C K"],
-        aim: Float[Tensor, "N H C D"],
-        eta: Float[Tensor, "N H C"],
-        scale: Float[Tensor, "C 1"] | None,
-    ) -> tuple[Float[Tensor, "N H C D"], BankState]:
-        """Write the tokens of (a part of) one mini-batch, and read f_res at q, every token at its own fast weights.
-
-        With a scale c_i the weights of a token lie on the way from W_0 to the running sum R_t = W_0 - sum eta_s G_s, so
-        its read does too: W_t q = (1 - c_i) W_0 q + c_i R_t q.
-        """
-        inputs, gradients = self.inner.lesson(memory.start, key, aim)
-        decay = ChunkDecay(torch.zeros_like(eta))
-        running, z = [], query
-        for layer, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
-            if layer > 0:
-                z = with_one(F.gelu(z))
-            y, after, _ = chunk_step(x, g, eta, None, decay, memory.running[layer], q=z, answers=g.shape[-1])
-            assert y is not None
-            z = y if scale is None else torch.lerp(z @ memory.start[layer].mT, y, scale)
-            running.append(after)
-        return z, BankState(memory.start, running, None)
-
-    def _cross(self, memory: BankState, grid: Grid, end: int, scale: Tensor | None) -> BankState:
-        """At the end of a mini-batch its last weights become the next one's W_0, in rows that have reached it."""
-        if end % self.config.chunk_size or scale is None:
-            return grid.cross(memory, end, self.config.chunk_size)
-        start, running = [], []
-        for first, last in zip(memory.start, memory.running, strict=True):
-            new = torch.lerp(first, last, scale[-1])
-            start.append(grid.where_crossed(end, new, first))
-            running.append(grid.where_crossed(end, new, last))
-        return BankState(start, running, None)

@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.chunks import Span, scan_chunks
 from nestling.layers.parts import free_of_weight_decay
 from nestling.layers.ttt_config import TTTConfig
-from nestling.memory.bank import BankState
+from nestling.memory.bank import BankState, InitialWeights
+from nestling.memory.grid import Grid
+from nestling.ops.chunk_step import ChunkDecay, chunk_step
 
 FIRST_DEVIATION = 0.02
 """Standard deviation of the first fast weights and of the rates' projection, as in the authors' code."""
@@ -31,7 +34,7 @@ class InnerModel(nn.Module):
         if c.inner == "mlp":
             widths.insert(1, c.expansion * c.head_dim)
         shapes = [(c.num_heads, out, width + 1) for width, out in pairwise(widths)]
-        self.initial = nn.ParameterList([nn.Parameter(torch.empty(shape)) for shape in shapes])
+        self.initial = InitialWeights([nn.Parameter(torch.empty(shape)) for shape in shapes])
         self.norm_weight = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
         self.norm_bias = nn.Parameter(torch.empty(c.num_heads, c.head_dim))
         free_of_weight_decay(self.norm_weight, self.norm_bias)
@@ -46,10 +49,81 @@ class InnerModel(nn.Module):
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
 
-    def init_state(self, batch_size: int, dtype: torch.dtype) -> BankState:
+    def first_weights(self, batch_size: int, dtype: torch.dtype) -> BankState:
         """The meta-learned fast weights of every row; gradients reach the parameters through it."""
-        rows = [w.to(dtype).expand(batch_size, *w.shape) for w in self.initial]
+        rows = [w.expand(batch_size, *w.shape) for w in self.initial(dtype)]
         return BankState(start=rows, running=list(rows), surprise=None)
+
+    def forward(
+        self,
+        q: Float[Tensor, "N H L D"],
+        k: Float[Tensor, "N H L D"],
+        v: Float[Tensor, "N H L D"],
+        eta: Float[Tensor, "N H L"],
+        memory: BankState,
+        grid: Grid,
+        scale: Float[Tensor, "C 1"] | None,
+    ) -> tuple[Float[Tensor, "N H L D"], BankState]:
+        """All mini-batches: f(q_t; W_t), and the fast weights after the last token.
+
+        Args:
+            q: views that are answered.
+            k: views that are learned from.
+            v: views that are to be reconstructed.
+            eta: learning rates.
+            memory: fast weights before the first token.
+            grid: where the tokens stand in their mini-batches.
+            scale: c_i of a mini-batch's tokens; None where all are 1.
+        """
+        size = self.config.chunk_size
+        # Slots without a token get a learning rate of 0.
+        tokens = {"query": with_one(q), "key": with_one(k), "aim": self.aim(v - k), "eta": eta}
+
+        def run(span: Span, tokens: dict[str, Tensor], memory: BankState, grid: Grid) -> tuple[Tensor, BankState]:
+            first, count = span[0] % size, span[1] - span[0]
+            share = None if scale is None else scale[first : first + count]
+            z, memory = self._mini_batch(memory, **tokens, scale=share)
+            return z, self._cross(memory, grid, span[1], scale)
+
+        z, memory = scan_chunks(tokens, grid, size, memory, run)
+        return self.answer(q, z), memory
+
+    def _mini_batch(
+        self,
+        memory: BankState,
+        query: Float[Tensor, "N H C K"],
+        key: Float[Tensor, "N H C K"],
+        aim: Float[Tensor, "N H C D"],
+        eta: Float[Tensor, "N H C"],
+        scale: Float[Tensor, "C 1"] | None,
+    ) -> tuple[Float[Tensor, "N H C D"], BankState]:
+        """Write the tokens of (a part of) one mini-batch, and read f_res at q, every token at its own fast weights.
+
+        With a scale c_i the weights of a token lie on the way from W_0 to the running sum R_t = W_0 - sum eta_s G_s, so
+        its read does too: W_t q = (1 - c_i) W_0 q + c_i R_t q.
+        """
+        inputs, gradients = self.lesson(memory.start, key, aim)
+        decay = ChunkDecay(torch.zeros_like(eta))
+        running, z = [], query
+        for layer, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
+            if layer > 0:
+                z = with_one(F.gelu(z))
+            y, after, _ = chunk_step(x, g, eta, None, decay, memory.running[layer], q=z, answers=g.shape[-1])
+            assert y is not None
+            z = y if scale is None else torch.lerp(z @ memory.start[layer].mT, y, scale)
+            running.append(after)
+        return z, BankState(memory.start, running, None)
+
+    def _cross(self, memory: BankState, grid: Grid, end: int, scale: Tensor | None) -> BankState:
+        """At the end of a mini-batch its last weights become the next one's W_0, in rows that have reached it."""
+        if end % self.config.chunk_size or scale is None:
+            return grid.cross(memory, end, self.config.chunk_size)
+        start, running = [], []
+        for first, last in zip(memory.start, memory.running, strict=True):
+            new = torch.lerp(first, last, scale[-1])
+            start.append(grid.where_crossed(end, new, first))
+            running.append(grid.where_crossed(end, new, last))
+        return BankState(start, running, None)
 
     def aim(self, target: Float[Tensor, "N H L D"]) -> Float[Tensor, "N H L D"]:
         """w (b - target), the part of the loss's gradient before LN that no fast weight changes (w, b of LN)."""

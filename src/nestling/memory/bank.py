@@ -71,8 +71,22 @@ class Rates:
     decay: ChunkDecay
 
 
+class InitialWeights(nn.ParameterList):
+    """Meta-learned first values of fast weights, one tensor a layer; a call gives them in a type.
+
+    A call, as every module is used: hooks on it may have to fetch the values from elsewhere.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, dtype: torch.dtype) -> list[Tensor]:
+        """The values; gradients reach the parameters through them."""
+        # One by one. A slice of the list would be new parameters, which cuts functional_call off from the gradient.
+        return [weight.to(dtype) for weight in self]
+
+
 class MemoryBank(nn.Module):
-    """The meta-learned initial fast weights of a bank, and the bank's forward, gradient, write and read.
+    """The meta-learned initial fast weights of a bank, which a call gives, and the bank's read, gradient and write.
 
     Args:
         deep: names of the deep memories, in stacking order.
@@ -107,7 +121,7 @@ class MemoryBank(nn.Module):
         for layer in range(1, depth):
             out = width if layer == depth - 1 else self.hidden
             shapes.append((num_heads, count, out, self.hidden))
-        self.initial = nn.ParameterList([nn.Parameter(torch.empty(s)) for s in shapes])
+        self.initial = InitialWeights([nn.Parameter(torch.empty(s)) for s in shapes])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,14 +132,13 @@ class MemoryBank(nn.Module):
         with torch.no_grad():
             self.initial[0][:, len(self.deep) * self.hidden :] /= self.gate_scale
 
-    def init_state(self, batch_size: int, momentum: bool, dtype: torch.dtype) -> BankState:
+    def forward(self, batch_size: int, momentum: bool, dtype: torch.dtype) -> BankState:
         """The meta-learned fast weights, one copy a row; gradients reach the parameters through it.
 
         The first weights of MLPs and gates are scaled by sqrt(K): their inputs have length 1, and hidden activations
         and logits should start at unit variance while the parameters keep the size of other linear layers'.
         """
-        # Not a slice of the ParameterList: that makes new parameters, which cuts functional_call off from the gradient.
-        first, *deeper = (w.to(dtype) for w in self.initial)
+        first, *deeper = self.initial(dtype)
         scale = torch.full((first.shape[1], 1), math.sqrt(self.width), dtype=dtype, device=first.device)
         if self.depth == 1:
             scale[: len(self.deep) * self.hidden] = 1.0
@@ -145,7 +158,7 @@ class MemoryBank(nn.Module):
 
         def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
             first, *deeper = weights
-            trace = self.forward([first[..., skip * self.hidden :, :], *(w[:, :, skip:] for w in deeper)], x)
+            trace = self.trace([first[..., skip * self.hidden :, :], *(w[:, :, skip:] for w in deeper)], x)
             return trace.output, trace.gates
 
         if 1 < self.depth <= native.MAX_LAYERS and native.fits(x, weights[0]):
@@ -192,16 +205,16 @@ class MemoryBank(nn.Module):
 
     def _lesson(self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool) -> Lesson:
         """`lesson` out of torch's operations."""
-        at_key = self.forward(weights, key)
+        at_key = self.trace(weights, key)
         if self_targets:
-            at_value = self.forward(weights, value)
+            at_value = self.trace(weights, value)
             target, gate_target = at_value.output, at_value.gates
         else:
             target, gate_target = self.shared_target(value)
         gradients = self.gradients(rule, weights, at_key, target, gate_target)
         return Lesson(at_key.inputs, at_key.recalled, gradients)
 
-    def forward(self, weights: list[Tensor], x: Tensor) -> Trace:
+    def trace(self, weights: list[Tensor], x: Tensor) -> Trace:
         """All memories at `x` `[N, H, L, K]`."""
         z = x @ weights[0].mT
         if self.depth == 1:

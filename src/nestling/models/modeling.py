@@ -101,10 +101,10 @@ class Block(nn.Module):
         plain = isinstance(self.channel, FeedForward | LeveledFeedForward)
         self.channel_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if plain else None
 
-    def init_state(self, batch_size: int) -> BlockState:
-        """The state before the first token."""
-        channel = self.channel.init_state(batch_size) if isinstance(self.channel, SequenceLayer) else None
-        return BlockState(self.mixer.init_state(batch_size), channel)
+    def init_state(self, batch_size: int, like: Tensor | None = None) -> BlockState:
+        """The state before the first token; see `SequenceLayer.init_state`."""
+        channel = self.channel.init_state(batch_size, like) if isinstance(self.channel, SequenceLayer) else None
+        return BlockState(self.mixer.init_state(batch_size, like), channel)
 
     def forward(
         self, x: Float[Tensor, "N L hidden"], state: BlockState | None, rows: Aligned
