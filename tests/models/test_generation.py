@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,17 +8,14 @@ import torch
 from torch import Tensor
 
 from nestling import NestlingForCausalLM
+from tests.models.conftest import small_model
 
 NEW = 9
 
 
-@pytest.fixture(autouse=True)
-def _no_end(model: NestlingForCausalLM) -> None:
-    """Random weights would choose the end token now and then and cut the comparisons short."""
+def generate(model: NestlingForCausalLM, ids: Tensor | None, **settings: Any) -> Any:
+    """Without an end: random weights would choose the end token now and then and cut the comparisons short."""
     model.generation_config.eos_token_id = None
-
-
-def generate(model: NestlingForCausalLM, ids: Tensor | None, **settings: Any) -> Tensor:
     return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | settings)
 
 
@@ -70,6 +68,67 @@ def test_a_state_continues_with_new_tokens_only(model: NestlingForCausalLM, ids:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state.tensors(), kept.tensors(), strict=True))
     short = generate(model, ids[:, 15:], past_key_values=state, attention_mask=torch.ones_like(ids))
     assert torch.equal(short, expected)
+
+
+def test_all_tokens_with_a_state_are_not_read_twice(model: NestlingForCausalLM, ids: Tensor) -> None:
+    """The way of transformers: everything from the start, and the cache of its beginning."""
+    with torch.no_grad():
+        state = model(ids[:, :15]).past_key_values
+    expected = argmax_loop(model, ids)
+    assert torch.equal(generate(model, ids, past_key_values=state), expected)
+    beams = generate(model, ids, past_key_values=state, num_beams=3)
+    assert torch.equal(beams, generate(model, ids, num_beams=3))
+    out = generate(model, ids, return_dict_in_generate=True)
+    every = torch.ones_like(out.sequences)  # without a mask, transformers leaves out a padding token that was written
+    more = generate(model, out.sequences, past_key_values=out.past_key_values, attention_mask=every)
+    assert torch.equal(more, argmax_loop(model, out.sequences))
+
+
+def test_all_tokens_of_a_left_padded_batch(model: NestlingForCausalLM, ids: Tensor) -> None:
+    mask = (torch.arange(21) >= torch.tensor([[0], [18], [9]])).long()
+    options = {"attention_mask": mask, "return_dict_in_generate": True}
+    out = generate(model, ids, **options)
+    mask = torch.cat((mask, torch.ones(3, NEW, dtype=torch.int64)), 1)
+    found = generate(model, out.sequences, past_key_values=out.past_key_values, attention_mask=mask)
+    assert torch.equal(found, generate(model, out.sequences, attention_mask=mask))
+
+
+def test_a_text_is_read_a_second_time_when_the_mask_says_so(model: NestlingForCausalLM, ids: Tensor) -> None:
+    with torch.no_grad():
+        state = model(ids).past_key_values
+    again = torch.cat((ids, ids[:, :4]), 1)
+    mask = torch.ones(3, 21 + 25, dtype=torch.int64)
+    found = generate(model, again, past_key_values=state, attention_mask=mask)
+    assert torch.equal(found[:, 25:], argmax_loop(model, torch.cat((ids, again), 1))[:, 46:])
+
+
+def test_what_cannot_be_told_is_refused() -> None:
+    model = small_model("hope_linear")
+    ids = torch.randint(3, 61, (2, 12))
+    state = model(ids[:, :8]).past_key_values
+    other = torch.cat((ids[:1], ids[1:].flip(1)))
+    for tokens, past, message in [
+        (ids[:, :8], state, "has read all of input_ids"),
+        (other, state, "some rows of input_ids begin with what their state has read and others do not"),
+        (ids, replace(state, digest=None), r"it cannot be told .* an attention_mask of 8 \+ 12 columns"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(model, tokens, past_key_values=past)
+    old = replace(state, digest=None)
+    short = generate(model, ids[:, 8:], past_key_values=old)  # fewer tokens than were read: they can only be new
+    mask = torch.ones(2, 8 + 4, dtype=torch.int64)
+    assert torch.equal(short, generate(model, ids[:, 8:], past_key_values=old, attention_mask=mask))
+
+
+def test_positions_of_the_callers_own_are_refused() -> None:
+    model = small_model("hope_linear")
+    ids = torch.randint(3, 61, (2, 12))
+    plain = torch.arange(12)[None]
+    assert torch.equal(generate(model, ids, position_ids=plain), generate(model, ids))
+    with pytest.raises(ValueError, match="generate counts positions by itself"):
+        generate(model, ids, position_ids=plain + 3)
+    with pytest.raises(ValueError, match="prefill_chunk_size is not possible"):
+        generate(model, ids, past_key_values=model.init_state(2), prefill_chunk_size=4)
 
 
 def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nestling import NestlingConfig, NestlingForCausalLM
 from nestling.memory.state import StateFileError
 from nestling.models import ModelState
+from tests.models.conftest import small_model
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -25,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 import nestling
 from nestling.models import ModelState
+from tests.models.conftest import small_model
 torch.set_num_threads(1)
 for folder in map(Path, sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -109,6 +112,17 @@ def test_a_state_file_holds_the_state(saved: tuple[NestlingForCausalLM, ModelSta
     one = state.select([1])
     one.save(path, model)
     assert ModelState.load(path, model).position.tolist() == [21]
+
+
+def test_a_file_of_version_0_1_is_read(ids: Tensor, tmp_path: Path) -> None:
+    """It holds the same tensors but for the digest of what was read."""
+    model, path = small_model("hope"), tmp_path / "state.safetensors"
+    state = model(ids).past_key_values
+    replace(state, digest=None).save(path, model)
+    assert "digest" not in load_file(path)
+    found = ModelState.load(path, model)
+    assert found.digest is None
+    assert torch.equal(found.position, state.position)
 
 
 def test_another_models_state_is_refused(saved: tuple[NestlingForCausalLM, ModelState, Path], make: Make) -> None:

@@ -35,6 +35,19 @@ def test_packed_documents() -> None:
     assert torch.equal(rows.unpack(rows.pack(x)), x)
 
 
+def test_documents_that_begin_inside_padded_rows() -> None:
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]])
+    starts = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    x = torch.arange(12.0).reshape(3, 4)
+    rows = find_rows((3, 4), mask=mask, starts=starts)
+    assert rows is not None
+    assert rows.pack(x).tolist() == [[1, 0], [2, 3], [4, 0], [5, 7]]
+    assert torch.equal(rows.unpack(rows.pack(x)), x * mask)
+    unpadded = find_rows((3, 4), starts=starts)
+    assert unpadded is not None
+    assert unpadded.lengths.tolist() == [2, 2, 1, 1, 2, 4]
+
+
 def test_one_document_is_one_row() -> None:
     rows = find_rows((1, 3), cu_seqlens=torch.tensor([0, 3]))
     assert rows is None or rows.lengths.tolist() == [3]

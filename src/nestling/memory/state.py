@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ class State:
 
     Tensors are batch first. Fast weights and accumulators are float32 (float64 in a float64 model). Counters are int64
     and stay on the CPU, where they steer the chunk loop without a device synchronisation.
+
+    Attributes:
+        may_lack: fields that a file of an earlier release lacks; they are None after reading it.
     """
+
+    may_lack: ClassVar[frozenset[str]] = frozenset()
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A new state with `fn` applied to every tensor."""
@@ -117,18 +122,19 @@ class State:
                 f"{path} was saved by another model (fingerprint {header.get('fingerprint', 'missing')}, this model is "
                 f"{fingerprint}); load it with the model that wrote it"
             )
-        wanted = dict(self.tensors())
+        template = replace(self, **dict.fromkeys(self.may_lack - found.keys()))
+        wanted = dict(template.tensors())
         if missing := sorted(wanted.keys() ^ found.keys()):
             raise StateFileError(f"{path} does not have this model's tensors; first difference: {missing[0]}")
         batch = {t.shape[0] if t.dim() else -1 for t in found.values()}
         if len(batch) != 1 or batch & {-1, 0}:
             raise StateFileError(f"{path} mixes batch sizes {sorted(batch)}; the file is damaged")
-        for name, template in wanted.items():
-            _check_like(path, name, template, found[name])
+        for name, like in wanted.items():
+            _check_like(path, name, like, found[name])
         if header.pop("sha256", None) != checksum(header, found):
             raise StateFileError(f"{path} is damaged: its content does not have the checksum in its header")
         names = iter(wanted)
-        return self.map(lambda t: found[next(names)].to(t.device if t.dtype != torch.int64 else "cpu"))
+        return template.map(lambda t: found[next(names)].to(t.device if t.dtype != torch.int64 else "cpu"))
 
 
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestling.memory.state import State, StateFileError
 
 if TYPE_CHECKING:
-    from nestling.models.modeling import NestlingForCausalLM
+    from nestling.models.modeling import NestlingPreTrainedModel
 
 
 @dataclass
@@ -34,14 +34,18 @@ class ModelState(State):
     Attributes:
         position: tokens read so far by every row, int64 on the CPU.
         layers: a `BlockState` per block.
+        digest: of the tokens read (`nestling.models.digest`), by which `generate` knows them again. None where they are
+            not known: after `inputs_embeds`, and in files of version 0.1.
     """
 
     position: Int[Tensor, " N"]
     layers: list[BlockState]
+    digest: Int[Tensor, "N 2"] | None = None
 
     is_compileable: ClassVar[bool] = False
+    may_lack: ClassVar[frozenset[str]] = frozenset({"digest"})
 
-    def save(self, path: str | Path, model: NestlingForCausalLM) -> None:
+    def save(self, path: str | Path, model: NestlingPreTrainedModel) -> None:
         """Write the state as safetensors with the fingerprint of `model`; an earlier file survives a failure.
 
         Raises:
@@ -56,7 +60,7 @@ class ModelState(State):
         self.write_file(path, model.fingerprint())
 
     @classmethod
-    def load(cls, path: str | Path, model: NestlingForCausalLM) -> Self:
+    def load(cls, path: str | Path, model: NestlingPreTrainedModel) -> Self:
         """Read a state that `save` wrote with this very model; it keeps the file's number of rows.
 
         Raises:
@@ -77,4 +81,4 @@ class ModelState(State):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue row `beam_idx[i]`, in place: that is how `generate` calls it between two beam steps."""
         chosen = self.select(beam_idx)
-        self.position, self.layers = chosen.position, chosen.layers
+        self.position, self.layers, self.digest = chosen.position, chosen.layers, chosen.digest

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from nestling.models.causal_lm import NestlingForCausalLM
 from nestling.models.configuration import NestlingConfig, check_periods
 from nestling.models.convertible import check_convertible, has_own_head, rope_settings
-from nestling.models.modeling import NestlingForCausalLM
 
 Assignment = Literal["depth", "interleaved", "split"]
 ASSIGNMENTS: tuple[str, ...] = get_args(Assignment)

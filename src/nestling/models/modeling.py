@@ -1,4 +1,4 @@
-"""`NestlingForCausalLM`: the language model around the layers, under Hugging Face conventions.
+"""`NestlingModel`: embeddings, blocks and norm around the layers, under Hugging Face conventions.
 
 B batch, T time, N rows of left-aligned real tokens (one per batch row, or one per packed document), L their length.
 """
@@ -6,15 +6,14 @@ B batch, T time, N rows of left-aligned real tokens (one per batch row, or one p
 from __future__ import annotations
 
 import json
-from typing import Any, assert_never, cast
+from dataclasses import dataclass
+from typing import Any, Unpack, assert_never, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
@@ -34,17 +33,17 @@ from nestling.layers.neural_memory_config import (
     NeuralMemoryConfig,
 )
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
-from nestling.layers.sequence import Aligned, SequenceLayer, check_state
+from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
+from nestling.models.digest import empty_digest, extend_digest
+from nestling.models.distributed import take_part
+from nestling.models.documents import Packing, find_documents
 from nestling.models.fingerprint import fingerprint
-from nestling.ops.packing import Rows, find_rows
-
-IGNORE = -100
-"""The label Hugging Face models leave out of the loss."""
+from nestling.ops.packing import Rows
 
 
 def build_mixer(config: MixerConfig) -> SequenceLayer:
@@ -122,95 +121,49 @@ class Block(nn.Module):
         return x, BlockState(mixer_state, channel_state)
 
 
-class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose blocks may learn while they read.
+@dataclass(frozen=True)
+class Reading:
+    """What a forward pass of the backbone found.
 
-    The memory of what was read is `past_key_values`, a `ModelState`. It does not hold the text it comes from, and a
-    fast weight cannot be cropped to an earlier token, so a state continues with new tokens only: with
-    `past_key_values`, `input_ids` holds the tokens that come next, in `generate` too. train() and eval() compute the
-    same.
+    Attributes:
+        hidden: `[B, T, hidden]`, normalised.
+        past_key_values: the new state if it is to be kept. A `ModelState` stands in for transformers' `Cache`.
+        hidden_states: if wanted, the embeddings, the output of every block but the last, and `hidden`.
+        rows: what the layers ran over, see `find_documents`.
+    """
+
+    hidden: Float[Tensor, "B T hidden"]
+    past_key_values: Any
+    hidden_states: tuple[Tensor, ...] | None
+    rows: Rows | None
+
+
+class NestlingPreTrainedModel(PreTrainedModel):
+    """What the backbone and the causal language model share: parameters, their first values, and reading.
+
+    Both name their parameters alike (`embed_tokens`, `blocks.0`, `norm`), so a checkpoint of one is one of the other,
+    the head apart.
     """
 
     config_class = NestlingConfig
     config: NestlingConfig
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (Hugging Face's name and type)
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012 (Hugging Face's name and type)
     _is_stateful = True
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
 
     def __init__(self, config: NestlingConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.blocks)))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self._made_on_meta = self.embed_tokens.weight.is_meta
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"] | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Int[Tensor, "B T"] | None = None,
-        past_key_values: ModelState | None = None,
-        use_cache: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        inputs_embeds: Float[Tensor, "B T hidden"] | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the model.
-
-        Args:
-            input_ids: tokens.
-            attention_mask: `[B, T]` or longer (then its last T columns count, the others belong to the state); non-zero
-                for real tokens. Padding may stand left or right, and neither writes to a memory nor enters the loss.
-            labels: `[B, T]`, unshifted (usually `input_ids`); -100 leaves a token out. The first token of every row and
-                of every packed document is nobody's target.
-            past_key_values: state of an earlier call, one row per row of the input (per document with `cu_seqlens`).
-            use_cache: return the new state; `config.use_cache` if None.
-            cu_seqlens: `[N + 1]` boundaries of documents packed in a batch of one row.
-            logits_to_keep: compute logits for the last so many tokens only (or for the given positions); 0 for all.
-            inputs_embeds: embeddings to use in place of `input_ids`.
-            return_dict: False returns a plain tuple of what is not None.
-            num_items_in_batch: divide the summed loss by this and not by the targets of this batch, as gradient
-                accumulation needs it.
-
-        Returns:
-            loss (float32, nats per target), logits `[B, T or kept, vocab]`, past_key_values. The logits of a masked
-            token are 0. With `config.loss_chunk_size` and labels, logits are None unless `logits_to_keep` asks for
-            them.
-
-        Raises:
-            ValueError: no tokens, a token outside the vocabulary (checked for tensors on the CPU only; a GPU would have
-                to wait), or arguments that do not fit each other.
-        """
-        x = self._embed(input_ids, inputs_embeds)
-        shape = (x.shape[0], x.shape[1])
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, -shape[1] :]
-        rows = find_rows(shape, attention_mask, cu_seqlens)
-        check_state(past_key_values, shape[0] if rows is None else len(rows.lengths))
-        if rows is not None:
-            x = rows.pack(x)
-        x, state = self._run_blocks(x, past_key_values, None if rows is None else rows.lengths)
-        hidden = self.norm(x) if rows is None else rows.unpack(self.norm(x))
-        targets = None if labels is None else next_token_labels(labels, shape, rows)
-        loss, logits = self._predict(hidden, targets, logits_to_keep, num_items_in_batch)
-        keep_state = self.config.use_cache if use_cache is None else use_cache
-        # A ModelState stands in for transformers' Cache.
-        found: dict[str, Any] = {"loss": loss, "logits": logits, "past_key_values": state if keep_state else None}
-        out = CausalLMOutputWithPast(**found)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return out if wants_dict else out.to_tuple()
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
         position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-        return ModelState(position, [cast(Block, block).init_state(batch_size) for block in self.blocks])
+        layers = [cast(Block, block).init_state(batch_size) for block in self.blocks]
+        return ModelState(position, layers, empty_digest(batch_size, self.embed_tokens.weight.device))
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify this model: its architecture and a sample of every parameter's values.
@@ -220,39 +173,65 @@ class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
         architecture = {k: getattr(self.config, k) for k in ("vocab_size", "hidden_size", "blocks", "norm_eps")}
         return fingerprint(self, json.dumps(architecture, sort_keys=True))
 
-    def prepare_inputs_for_generation(
+    def _read(
         self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step of `generate`.
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: ModelState | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        packing: Packing,
+    ) -> Reading:
+        """Run the backbone; the arguments are those of `NestlingModel.forward`."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions=True is not possible: memories have no attention weights, and the attention layers "
+                "do not keep theirs; leave it False"
+            )
+        state = _check_state_kind(past_key_values)
+        x = self._embed(input_ids, inputs_embeds)
+        rows = find_documents((x.shape[0], x.shape[1]), attention_mask, position_ids, state, packing)
+        keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_state = self.config.use_cache if use_cache is None else use_cache
+        hidden, new = self._run_blocks(x if rows is None else rows.pack(x), state, rows, bool(keep_hidden))
+        if keep_state and inputs_embeds is None and input_ids is not None:
+            new.digest = _next_digest(state, input_ids, rows)
+        hidden = [h if rows is None else rows.unpack(h) for h in hidden]
+        return Reading(hidden[-1], new if keep_state else None, tuple(hidden) if keep_hidden else None, rows)
 
-        Its caller takes `input_ids` of the first step to start with the text a cache has read and cuts that away; ours
-        does not hold it. A state of fewer rows is repeated for the beams or returned sequences of each row.
-        """
-        if is_first_iteration:
-            next_sequence_length = None
-            if past_key_values is not None and past_key_values.batch_size != len(input_ids):
-                past_key_values = _repeat_rows(past_key_values, len(input_ids))
-        return super().prepare_inputs_for_generation(  # type: ignore[misc] # its `self` is a protocol for the whole model
-            cast(torch.LongTensor, input_ids),
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        layout = "(batch, time)" if inputs_embeds is None else "(batch, time, hidden)"
+        if given.dim() != layout.count(",") + 1 or given.shape[1] == 0:
+            raise ValueError(f"the input must be {layout} with at least one token; got shape {tuple(given.shape)}")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        check_tokens(given, self.config.vocab_size, "token")
+        return self.embed_tokens(given)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """No: `generate` starts without a cache, and the first forward pass makes the state."""
-        return False
+    def _run_blocks(
+        self, x: Tensor, state: ModelState | None, rows: Rows | None, keep_hidden: bool
+    ) -> tuple[list[Tensor], ModelState]:
+        """What goes into every block if wanted, then the normalised output of the last, and the new state."""
+        layers: list[BlockState] = []
+        hidden: list[Tensor] = []
+        lengths = None if rows is None else rows.lengths
+        remember = not (self.gradient_checkpointing and torch.is_grad_enabled())
+        time = x.shape[1]
+        for i, block in enumerate(self.blocks):
+            if keep_hidden:
+                hidden.append(x)
+            past = None if state is None else state.layers[i]
+            arguments = (block, x, past, Aligned(lengths))
+            x, new = run_block(*arguments) if remember else self._gradient_checkpointing_func(run_block, *arguments)
+            layers.append(new)
+        before = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.position
+        return [*hidden, self.norm(x)], ModelState(before + (time if lengths is None else lengths), layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called without gradients for every module with parameters of its own.
@@ -260,8 +239,8 @@ class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
         Layers draw their weights when they are made. Only a model made on the meta device, to be loaded, has weights to
         draw here: those its checkpoint lacks.
         """
-        if isinstance(module, nn.Embedding) or module is self.lm_head:
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
+            nn.init.normal_(cast(Tensor, module.weight), std=self.config.initializer_range)
         elif self._made_on_meta and module is self.norm:
             nn.init.ones_(self.norm.weight)
         elif self._made_on_meta:
@@ -277,82 +256,97 @@ class NestlingForCausalLM(PreTrainedModel, GenerationMixin):
                         if not getattr(parameter, "_is_hf_initialized", False):
                             parameter.copy_(drawn[name])
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        layout = "(batch, time)" if inputs_embeds is None else "(batch, time, hidden)"
-        if given.dim() != layout.count(",") + 1 or given.shape[1] == 0:
-            raise ValueError(f"the input must be {layout} with at least one token; got shape {tuple(given.shape)}")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        if given.device.type == "cpu":
-            outside = given[(given < 0) | (given >= self.config.vocab_size)]
-            if outside.numel():
-                raise ValueError(f"token {int(outside[0])} is outside the vocabulary of {self.config.vocab_size}")
-        return self.embed_tokens(given)
 
-    def _run_blocks(self, x: Tensor, state: ModelState | None, lengths: Tensor | None) -> tuple[Tensor, ModelState]:
-        layers: list[BlockState] = []
-        remember = not (self.gradient_checkpointing and torch.is_grad_enabled())
-        time, rows = x.shape[1], Aligned(lengths)
-        for i, block in enumerate(self.blocks):
-            past = None if state is None else state.layers[i]
-            x, new = block(x, past, rows) if remember else self._gradient_checkpointing_func(block, x, past, rows)
-            layers.append(new)
-        before = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.position
-        return x, ModelState(before + (time if lengths is None else lengths), layers)
+class NestlingModel(NestlingPreTrainedModel):
+    """The backbone: embeddings, blocks and the last norm, without a head. `AutoModel` gives it.
 
-    def _predict(
-        self, hidden: Tensor, targets: Tensor | None, logits_to_keep: int | Tensor, count: int | Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits, either None when not asked for."""
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if targets is None:
-            return None, self._head(hidden[:, kept])
-        chunk = self.config.loss_chunk_size
-        if chunk is None:
-            logits = self._head(hidden)
-            total = _summed_loss(logits.flatten(0, 1), targets.flatten())
-            return _mean_loss(total, targets, count), logits[:, kept]
-        parts = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
-        losses = [checkpoint(self._chunk_loss, h, t, use_reentrant=False) for h, t in parts]
-        loss = _mean_loss(torch.stack(losses).sum(), targets, count)
-        return loss, None if everything else self._head(hidden[:, kept])
+    ```python
+    from transformers import AutoModel
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden * self.config.logit_scale)
+    backbone = AutoModel.from_pretrained("runs/hope/model")  # a checkpoint of NestlingForCausalLM
+    hidden = backbone(input_ids).last_hidden_state  # [B, T, hidden]
+    ```
+    """
 
-    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return _summed_loss(self._head(hidden), targets)
+    def __init__(self, config: NestlingConfig) -> None:
+        super().__init__(config)
+        self.post_init()
 
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ModelState | None = None,
+        inputs_embeds: Float[Tensor, "B T hidden"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **packing: Unpack[Packing],
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the backbone.
 
-def next_token_labels(labels: Tensor, shape: tuple[int, int], rows: Rows | None) -> Int[Tensor, "B T"]:
-    """For every slot the label of the next token of its own row or document, -100 where there is none."""
-    if tuple(labels.shape) != shape:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; the input has (batch, time) = {shape}")
-    if rows is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    # Packing and unpacking fill with zeros, so -100 is moved there and back.
-    following = F.pad(rows.pack(labels - IGNORE)[:, 1:], (0, 1))
-    return rows.unpack(following) + IGNORE
+        Args:
+            input_ids: tokens.
+            attention_mask: `[B, T]` or longer (then its last T columns count, the others belong to the state); 1 for
+                real tokens, 0 for padding. Padding may stand left or right, and never writes to a memory.
+            position_ids: `[T]`, `[1, T]` or `[B, T]`; needed for nothing. Where they restart at 0 a document begins, as
+                transformers' `DataCollatorWithFlattening` says it.
+            past_key_values: state of an earlier call, one row per row of the input, or per packed document.
+            inputs_embeds: embeddings to use in place of `input_ids`.
+            use_cache: return the new state; `config.use_cache` if None.
+            output_attentions: refused when True; no layer keeps attention weights.
+            output_hidden_states: return the embeddings, the output of every block but the last, and the normalised
+                output of the last; `config.output_hidden_states` if None.
+            return_dict: False returns a plain tuple of what is not None.
+            packing: boundaries of packed documents, see `Packing`.
 
+        Returns:
+            last_hidden_state `[B, T, hidden]`, 0 for masked tokens; past_key_values; hidden_states.
 
-def _summed_loss(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
+        Raises:
+            ValueError: no tokens, a token outside the vocabulary (checked for tensors on the CPU only; a GPU would have
+                to wait), arguments that do not fit each other, or what the model cannot do.
+            TypeError: an argument nobody knows.
+        """
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        read = self._read(*given, use_cache, output_attentions, output_hidden_states, packing)
+        out = BaseModelOutputWithPast(
+            last_hidden_state=cast(torch.FloatTensor, read.hidden),
+            past_key_values=read.past_key_values,
+            hidden_states=cast(Any, read.hidden_states),
+        )
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
-def _mean_loss(total: Tensor, targets: Tensor, count: int | Tensor | None) -> Tensor:
-    """Per target; a batch without any target has loss 0, so that it disturbs no average."""
-    if count is None:
-        count = (targets != IGNORE).sum().clamp_min(1)
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+def run_block(block: nn.Module, x: Tensor, state: BlockState | None, rows: Aligned) -> tuple[Tensor, BlockState]:
+    """One block, all of whose parameters are part of the graph (see `take_part`)."""
+    y, new = block(x, state, rows)
+    return take_part(y, block), new
 
 
-def _repeat_rows(state: ModelState, rows: int) -> ModelState:
-    """Every row several times in succession, as `generate` repeats its inputs."""
-    if rows % state.batch_size:
-        raise ValueError(f"the state has {state.batch_size} rows and the input {rows}; select the rows to continue")
-    return state.select(torch.arange(state.batch_size).repeat_interleave(rows // state.batch_size))
+def check_tokens(tokens: Tensor, vocab_size: int, name: str) -> None:
+    """Refuse numbers outside the vocabulary, for tensors on the CPU; a GPU would have to wait."""
+    if tokens.device.type == "cpu":
+        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+        if outside.numel():
+            raise ValueError(
+                f"{name} {int(outside[0])} is outside the vocabulary of {vocab_size}; a tokenizer with more tokens "
+                "needs model.resize_token_embeddings(len(tokenizer))"
+            )
+
+
+def _check_state_kind(state: object) -> ModelState | None:
+    if state is not None and not isinstance(state, ModelState):
+        raise ValueError(
+            f"past_key_values is a {type(state).__name__}; this model goes on from a ModelState only, which a call "
+            "with use_cache=True returns as past_key_values"
+        )
+    return state
+
+
+def _next_digest(state: ModelState | None, input_ids: Tensor, rows: Rows | None) -> Tensor | None:
+    tokens, lengths = (input_ids, None) if rows is None else (rows.pack(input_ids), rows.lengths)
+    before = empty_digest(len(tokens)) if state is None else state.digest
+    return None if before is None else extend_digest(before, tokens, lengths)

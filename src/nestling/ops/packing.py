@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -49,6 +50,7 @@ def find_rows(
     shape: tuple[int, int],
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Rows | None:
     """The rows of a `[B, T]` input, or None when every token is real and every row is one document.
 
@@ -56,19 +58,27 @@ def find_rows(
         shape: `(B, T)`.
         mask: `[B, T]`, non-zero for real tokens; padding may stand left, right or between.
         cu_seqlens: `[N + 1]` cumulative document lengths, from 0 to T, for a batch of one row.
+        starts: `[B, T]` bool on the CPU, True at a document's first real token; every row's first real token is one
+            without saying so. For a batch of any number of rows, padded or not.
 
     Raises:
-        ValueError: both are given, or a shape or a boundary is wrong.
+        ValueError: a mask and `cu_seqlens` are given, or a shape or a boundary is wrong.
     """
     if mask is not None and cu_seqlens is not None:
         raise ValueError("give `mask` or `cu_seqlens`, not both: packed documents have no padding")
     if cu_seqlens is not None:
         return _packed_rows(shape, cu_seqlens)
-    if mask is None:
+    if mask is None and starts is None:
         return None
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device="cpu")
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"mask has shape {tuple(mask.shape)}; the input has (batch, time) = {tuple(shape)}")
     mask = mask.to(device="cpu", dtype=torch.bool)
+    if starts is not None:
+        real = mask.flatten().nonzero().flatten()
+        begins = (starts | (mask.cumsum(1) == 1)).flatten()[real].nonzero().flatten()
+        return _document_rows(shape, real, F.pad(begins, (0, 1), value=len(real)))
     if bool(mask.all()):
         return None
     batch, time = shape
@@ -83,14 +93,20 @@ def _packed_rows(shape: tuple[int, int], cu_seqlens: Tensor) -> Rows:
     if batch != 1:
         raise ValueError(f"cu_seqlens describes one packed row; the batch is {batch}")
     bounds = cu_seqlens.to(device="cpu", dtype=torch.long)
-    lengths = bounds.reshape(-1).diff()
-    if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or bool((lengths < 0).any()):
+    falls = bool((bounds.reshape(-1).diff() < 0).any())
+    if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != time or falls:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the row's length {time}; got {bounds.reshape(-1).tolist()[:8]}"
         )
+    return _document_rows(shape, torch.arange(time, device="cpu"), bounds)
+
+
+def _document_rows(shape: tuple[int, int], real: Tensor, bounds: Tensor) -> Rows:
+    """A row per document: `bounds` `[N + 1]` count in `real`, the flat positions of all real tokens in their order."""
+    lengths = bounds.diff()
     slots = torch.arange(max(int(lengths.max()), 1), device="cpu")
     index = torch.minimum(bounds[:-1, None] + slots, bounds[1:, None] - 1).clamp_min(0)
-    return Rows(lengths, index, _valid(lengths, len(slots)), (1, time))
+    return Rows(lengths, real[index], _valid(lengths, len(slots)), shape)
 
 
 def _valid(lengths: Tensor, width: int) -> Tensor:

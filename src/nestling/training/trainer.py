@@ -26,7 +26,7 @@ from nestling.evaluation.language import next_token_loss
 from nestling.levels.assignment import multi_frequency
 from nestling.levels.measures import LevelMeter
 from nestling.models.cache import ModelState
-from nestling.models.modeling import IGNORE, NestlingForCausalLM
+from nestling.models.causal_lm import IGNORE, NestlingForCausalLM
 from nestling.optim import build
 from nestling.processes import local_process_count
 from nestling.training.carried import load_carried, save_carried
