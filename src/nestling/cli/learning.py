@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
@@ -33,16 +32,14 @@ from nestling.continual.learn_documents import (
 from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.levels import resolve
-from nestling.continual.learner.options import Level, Settings, settings_from
+from nestling.continual.learner.options import Settings, settings_from
 from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
 from nestling.errors import UserError
-from nestling.levels.assignment import parse_levels, stream_levels
+from nestling.levels.assignment import parse_levels
 from nestling.tasks.text import Document, read_documents
-
-MLPS = ("*.mlp.*", "*.channel.*")  # of transformers' models, and of this library's
 
 
 class Stopped(Exception):
@@ -199,26 +196,14 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: Flags[S
 
 def _settings(model: PreTrainedModel, flags: Flags[Settings]) -> Settings:
     """Of a new learner. A running mean is asked for to teach what is replayed."""
-    made = flags.make(levels=resolve(model, choose_levels(model, flags.values["levels"])))
+    spec = flags.values["levels"]
+    made = flags.make(levels=resolve(model, None if spec is None else dict(parse_levels(spec, unit="tokens"))))
     options = made.options
     if options.average is None:
         return made
     if options.replay is None:
         raise UserError("--teacher teaches what --replay keeps: give both")
     return replace(made, options=replace(options, replay=replace(options.replay, teacher="average")))
-
-
-def choose_levels(model: PreTrainedModel, spec: str | None) -> dict[str, Level | int] | None:
-    """`"fast=256,slow=1024"` as levels; None for a model's own.
-
-    Raises:
-        UserError: not NAME=PERIOD,..., or a level twice.
-    """
-    if spec is None and stream_levels(model):
-        return None
-    names = [name for name, _ in model.named_parameters()]
-    mlps = next((pattern for pattern in MLPS if any(fnmatchcase(n, pattern) for n in names)), MLPS[0])
-    return dict(parse_levels(spec or f"{mlps}=256", unit="tokens"))
 
 
 @contextmanager

@@ -43,8 +43,7 @@ def test_a_models_own_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"levels": None}, "no levels of its own"),
-        ({"levels": {}}, "no levels of its own"),
+        ({"levels": {}}, "no levels are given"),
         ({"levels": ["a"]}, "levels are given by name"),
         ({"levels": {"a": "8"}}, "level 'a' is a Level or a period in tokens, not '8'"),
         (

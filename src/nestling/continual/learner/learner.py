@@ -25,12 +25,12 @@ from nestling.continual.learner.options import Factory, Level, Options, Settings
 from nestling.continual.learner.steps import retain
 from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store import resume
-from nestling.continual.store.applying import LEARNER, check_free
+from nestling.continual.store.applying import COPIED, LEARNER, check_free
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
 from nestling.continual.stream.documents import Document, DocumentLog
-from nestling.continual.stream.scoring import Reader, learned_positions, learning
+from nestling.continual.stream.scoring import Reader, learned_positions, learning, own_modes
 
 C = TypeVar("C", bound=Component)
 
@@ -45,6 +45,8 @@ class Learner:
     on how the tokens are divided into calls (to float rounding), and a call that brings whole chunks reads every one
     once.
 
+    Callers need not think of torch's modes: under `no_grad`, `inference_mode` or `autocast` it learns as ever.
+
     While attached, the model has the learned weights, for `generate` too. One learner can be attached to a model at a
     time; `detach` gives the model its base weights back, to the last bit, and `with learner:` attaches for a while.
 
@@ -55,7 +57,8 @@ class Learner:
 
     Args:
         model: any causal language model of transformers, with its base weights.
-        levels: see `nestling.continual.learner.levels.resolve`. Parameters of no level stay as they are.
+        levels: see `nestling.continual.learner.levels.resolve`; None takes the model's own levels, or where it has none
+            all its MLPs, as `nestling learn` does. Parameters of no level stay as they are.
         optimizer: a name of `nestling.optim.NAMES`, or what makes an optimizer from a list of parameters (its rate is
             its own), for the levels that name none.
         lr: rate of the fastest level. 1e-4 is where to start with AdamW, a model of 135M parameters and chunks of 256
@@ -69,6 +72,7 @@ class Learner:
         ValueError: settings that do not fit the model or each other, or a model that another learner is attached to.
     """
 
+    @own_modes()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -107,6 +111,7 @@ class Learner:
         self.attached = True
         setattr(model, LEARNER, self)
 
+    @own_modes()
     def start_afresh(self) -> None:
         """Forget all but the weights: optimizers, pending tokens, replay, gate, guard, documents and counters."""
         self._check_live()
@@ -122,6 +127,7 @@ class Learner:
         self._refused = 0
         self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
 
+    @own_modes()
     def observe(
         self,
         tokens: Int[Tensor, " n"] | Sequence[int],
@@ -172,6 +178,7 @@ class Learner:
             done = part.stop
         return Observation(losses, tuple(updated), tuple(notes))
 
+    @own_modes()
     def write_rehearsal(self, on_token: Callable[[int], object] | None = None) -> None:
         """Write the text of `Options.rehearsal` now, and not with the first chunk. Nothing happens where there is some
         already, or nothing to rehearse.
@@ -203,6 +210,7 @@ class Learner:
         self.log.end(finished=True)
         self.stream.end_document()
 
+    @own_modes()
     def apply(self) -> None:
         """Attach: give the model what was learned.
 
@@ -217,6 +225,7 @@ class Learner:
         self.attached = True
         setattr(self.model, LEARNER, self)
 
+    @own_modes()
     def detach(self) -> None:
         """Give the model its base weights back, to the last bit; what was learned stays here."""
         if not self.attached:
@@ -227,6 +236,12 @@ class Learner:
         self.attached = False
         delattr(self.model, LEARNER)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        """A copy of the model has no learner, but knows that it was copied from one that had."""
+        if id(self.model) in memo:
+            return COPIED
+        raise TypeError("a learner is not copied; take its memory() and Learner.restore it on another base model")
+
     def __enter__(self) -> Self:
         self.apply()
         return self
@@ -236,6 +251,7 @@ class Learner:
     ) -> None:
         self.detach()
 
+    @own_modes()
     def consolidate(
         self,
         *,
@@ -257,6 +273,7 @@ class Learner:
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
 
+    @own_modes()
     def memory(self) -> Memory:
         """What was learned, and all that is needed to go on exactly from here.
 
@@ -264,6 +281,7 @@ class Learner:
         """
         return resume.to_memory(self)
 
+    @own_modes()
     def load(self, memory: Memory) -> None:
         """Go on where `memory` was taken. A memory without `tensors` gives its differences only: a fresh start of
         optimizers and counters from what it knows.
@@ -393,4 +411,4 @@ class Learner:
         self.counters.skipped += self.stream.chunk
         note = f"{self.stream.chunk} tokens were not learned from: {reason}"
         notes.append(note)
-        warnings.warn(note, LearningWarning, stacklevel=4)
+        warnings.warn(note, LearningWarning, stacklevel=5)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestling.continual.learner.options import Level, Settings
@@ -17,6 +17,12 @@ from nestling.continual.learner.weights import FullWeights, LowRankWeights, Weig
 from nestling.levels.assignment import existing_names, named_levels, stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
 from nestling.optim.layer_inputs import InputOptimizer
+
+MLPS = ("*.mlp.*", "*.channel.*")
+"""Patterns of MLPs: of transformers' models, and of this library's."""
+
+DEFAULT_PERIOD = 256
+"""Tokens: half of the default context, so that a chunk is read in one piece."""
 
 
 def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[str, Level]:
@@ -27,19 +33,18 @@ def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[
     Args:
         model: whose parameters.
         levels: by name. A number is a period: of the model's own level of that name, or of the parameters that fit the
-            name as a pattern. None takes the model's own levels (`nestling.models.convert`) with their periods.
+            name as a pattern. None is `default_levels`.
 
     Raises:
         ValueError: no levels or something else than a mapping, a pattern that fits nothing, a level that is neither,
-            weights below float32, or periods that are no multiples of the fastest.
+            weights that cannot be learned, or periods that are no multiples of the fastest.
     """
     if levels is None:
-        periods = getattr(model.config, "levels", None) or {}
-        levels = {name: Level(periods[name], tuple(names)) for name, names in stream_levels(model).items()}
+        levels = default_levels(model)
     if not isinstance(levels, Mapping):
         raise ValueError(f'levels are given by name, as {{"fast": Level(256, ("*.mlp.*",))}}, not {levels!r}')
     if not levels:
-        raise ValueError('the model has no levels of its own: name some, as {"fast": Level(256, ("*.mlp.*",))}')
+        raise ValueError('no levels are given: name some, as {"fast": Level(256, ("*.mlp.*",))}, or leave them out')
     own = named_levels(model)
     parameters = dict(model.named_parameters())
     everything = left = list(parameters)
@@ -56,13 +61,8 @@ def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[
         taken = [n for n in left if n in set(fits)]
         if not taken:
             raise ValueError(f"level {name!r}: an earlier level has taken every parameter of {patterns}; name it first")
-        low = next((n for n in taken if torch.finfo(parameters[n].dtype).bits < 32), None)
-        if low is not None:
-            kind = str(parameters[low].dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{low} is {kind}, in which small steps are lost: load the model with dtype=torch.float32; "
-                "Options(bfloat16=True) runs the forward pass in bfloat16 all the same"
-            )
+        for parameter in taken:
+            _check_weight(parameter, parameters[parameter])
         found[name] = replace(level, parameters=tuple(taken))
         left = [n for n in left if n not in set(taken)]
     fastest = min(level.period for level in found.values())
@@ -72,6 +72,17 @@ def resolve(model: nn.Module, levels: Mapping[str, Level | int] | None) -> dict[
                 f"the period of level {name!r}, {level.period} tokens, is no multiple of the fastest, {fastest}"
             )
     return dict(sorted(found.items(), key=lambda item: item[1].period))
+
+
+def default_levels(model: nn.Module) -> dict[str, Level]:
+    """What learns where nobody says otherwise: the model's own levels (`nestling.models.convert`) at their periods; of
+    a model without any, all MLPs as one level, every `DEFAULT_PERIOD` tokens."""
+    if own := stream_levels(model):
+        periods = cast(Any, model).config.levels
+        return {name: Level(periods[name], tuple(names)) for name, names in own.items()}
+    names = [name for name, _ in model.named_parameters()]
+    mlps = next((pattern for pattern in MLPS if any(fnmatchcase(n, pattern) for n in names)), MLPS[0])
+    return {mlps: Level(DEFAULT_PERIOD, (mlps,))}
 
 
 def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
@@ -122,6 +133,22 @@ def make_optimizer(settings: Settings, weights: Mapping[str, Weights], reads_apa
             "takes no rehearsal, and replay without projection or teacher only"
         )
     return made
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Raises ValueError for values that steps are lost in, that are not there, or that cannot be stepped."""
+    kind = str(weight.dtype).removeprefix("torch.")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} is {kind}, a quantized weight, which cannot be learned; load the model in float32")
+    if torch.finfo(weight.dtype).bits < 32:
+        raise ValueError(
+            f"{name} is {kind}, in which small steps are lost: load the model with dtype=torch.float32; "
+            "Options(bfloat16=True) runs the forward pass in bfloat16 all the same"
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name} is offloaded, so it cannot be learned; load the model without offloading")
+    if weight.is_inference():
+        raise ValueError(f"{name} was made under torch.inference_mode and cannot be learned; load the model outside it")
 
 
 def rate(settings: Settings, level: Level, fastest: int) -> float:

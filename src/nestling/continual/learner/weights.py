@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -226,7 +227,9 @@ class LowRankWeights:
     def attach(self) -> None:
         """Hooks on."""
         if not self.handles:
-            self.handles = [self.layers[n].register_forward_hook(_adding(f)) for n, f in self.factors.items()]
+            # A partial, and no function made here: a copy of the model then has copies of the factors.
+            hooks = {name: partial(_add, factors) for name, factors in self.factors.items()}
+            self.handles = [self.layers[name].register_forward_hook(hook) for name, hook in hooks.items()]
 
     def detach(self) -> None:
         """Hooks off."""
@@ -304,8 +307,8 @@ def _exchange(a: Tensor, b: Tensor) -> None:
         raise
 
 
-def _adding(factors: Factors):  # type: ignore[no-untyped-def]  # a hook's type is torch's own affair
-    return lambda layer, arguments, output: output + factors(arguments[0])
+def _add(factors: Factors, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + factors(arguments[0])
 
 
 def _difference(new: Tensor, old: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ ATTRIBUTE = "_nestling_memory"
 LEARNER = "_nestling_learner"
 """Where a model holds the learner that is attached to it: one that is forgotten must not leave its weights unseen."""
 
+COPIED = "a copy of a model with a learner"
+"""What a copy of such a model holds in the learner's place."""
+
 
 class MemoryUseError(UserError, ValueError):
     """A memory that cannot be put into this model, or taken out of it."""
@@ -52,8 +55,9 @@ def put_in(
     Raises:
         MemoryUseError: another base model, a memory already inside, a parameter the model lacks or shapes otherwise.
     """
-    if getattr(model, LEARNER, None) is not None:
-        raise MemoryUseError("a learner is attached to the model; call its detach() first")
+    if (attached := getattr(model, LEARNER, None)) is not None:
+        what = f"this is {COPIED}" if attached == COPIED else "a learner is attached to the model"
+        raise MemoryUseError(f"{what}; call the learner's detach() first" + ", then copy" * (attached == COPIED))
     owner, record = identity(differences), held_by(model)
     if record is not None and record.owner is not None:
         again = "this memory" if record.owner == owner else "another memory"
@@ -108,8 +112,17 @@ def held_by(model: nn.Module) -> Applied | None:
 
 
 def check_free(model: nn.Module, learner: object) -> None:
-    """Raises ValueError for a model that another learner than this one, or a memory, is on."""
-    if getattr(model, LEARNER, learner) is not learner:
+    """Raises ValueError for a model that another learner than this one, or a memory, is on, and for a wrapped one."""
+    for wrapped in ("module", "_orig_mod"):  # by DistributedDataParallel, by torch.compile
+        if isinstance(getattr(model, wrapped, None), nn.Module) and not hasattr(type(model), "from_pretrained"):
+            raise ValueError(f"a {type(model).__name__} stands around the model; give the model itself, its .{wrapped}")
+    attached = getattr(model, LEARNER, learner)
+    if attached == COPIED:
+        raise ValueError(
+            f"this is {COPIED} attached, so its weights are no base weights but what that learner had learned; copy "
+            "the model while the learner is detached: learner.detach(), copy.deepcopy(model), learner.apply()"
+        )
+    if attached is not learner:
         raise ValueError("another learner is attached to this model; call its detach() first")
     if (held := held_by(model)) is not None and held.owner is not None:
         raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")

@@ -157,6 +157,7 @@ def check_tokens(
     """
     try:
         ids = torch.as_tensor(tokens).cpu()
+        ids = ids.clone() if ids.is_inference() else ids  # which no backward pass could keep
         given = None if scored is None else torch.as_tensor(scored).cpu().bool()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"tokens and scored are tensors or sequences, of shape [n] ({error})") from error

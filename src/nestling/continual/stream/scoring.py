@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +65,18 @@ class Reader:
         if not any(bool(piece.targets.any()) for piece in pieces):
             return torch.empty(0)
         return self.losses([piece for piece in pieces if bool(piece.targets.any())])
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """As if no caller had set a mode of torch's: `no_grad`, `inference_mode` or `autocast`."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def divergences(
