@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nestling.models.cache import ModelState
-from nestling.models.modeling import NestlingForCausalLM
+from nestling.models.causal_lm import NestlingForCausalLM
 from nestling.training.layout import Layout
 
 PATTERN = "carried_state_*.safetensors"
