@@ -55,6 +55,7 @@ def test_offloaded_converted_models_compute_the_same(assignment: str, ids: Tenso
     check(convert(random_llama(61), {"fast": 16, "slow": 64}, assignment).eval(), ids, tmp_path)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("preset", ["hope", "transformer", "titans_mag"])
 def test_a_state_of_an_offloaded_model_is_a_file(preset: str, ids: Tensor, tmp_path: Path) -> None:
     """Written by the offloaded model and read by the whole one: both have one fingerprint."""
     model = small_model(preset).eval()

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterator
 
 import torch
-from torch import nn
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 
 SAMPLES = 256
 DIGITS = 16
 
 
-def fingerprint(model: nn.Module, description: str) -> str:
+def fingerprint(model: nn.Module, description: str, tied: Collection[str] = ()) -> str:
     """`DIGITS` hexadecimal digits of a description and of a model's parameters.
 
     Args:
         model: some 256 values of every parameter are looked at, at even distances.
         description: what else tells it from other models.
+        tied: names of parameters that are others under a second name. Offloaded they are tensors of their own.
     """
     digest = hashlib.sha256(description.encode())
-    for name, parameter in sorted(model.named_parameters()):
+    samples = dict(_samples(model))
+    for name, parameter in sorted((n, p) for n, p in model.named_parameters() if n not in tied):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)]
-        digest.update(sample.to(device="cpu", dtype=torch.float64).numpy().tobytes())
+        digest.update(samples[name].to(device="cpu", dtype=torch.float64).numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Values of every parameter by name; hooks fetch those that are offloaded."""
+    for path, module in model.named_modules():
+        with align_module_device(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                flat = parameter.detach().reshape(-1)
+                yield f"{path}.{name}" if path else name, flat[:: max(1, flat.numel() // SAMPLES)]

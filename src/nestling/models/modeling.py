@@ -162,8 +162,11 @@ class NestlingPreTrainedModel(PreTrainedModel):
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
         position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-        layers = [cast(Block, block).init_state(batch_size) for block in self.blocks]
-        return ModelState(position, layers, empty_digest(batch_size, self.embed_tokens.weight.device))
+        # An offloaded embedding has no device; its hooks take the tokens from the CPU to where it will be.
+        there = "cpu" if self.device.type == "meta" else self.device
+        like = self.embed_tokens(torch.empty(1, 0, dtype=torch.int64, device=there))
+        layers = [cast(Block, block).init_state(batch_size, like) for block in self.blocks]
+        return ModelState(position, layers, empty_digest(batch_size, like.device))
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify this model: its architecture and a sample of every parameter's values.
@@ -171,7 +174,7 @@ class NestlingPreTrainedModel(PreTrainedModel):
         A state only means something to the weights that wrote it, so training a model further changes its fingerprint.
         """
         architecture = {k: getattr(self.config, k) for k in ("vocab_size", "hidden_size", "blocks", "norm_eps")}
-        return fingerprint(self, json.dumps(architecture, sort_keys=True))
+        return fingerprint(self, json.dumps(architecture, sort_keys=True), self.all_tied_weights_keys)
 
     def _read(
         self,
