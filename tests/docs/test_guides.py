@@ -15,8 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = {
     "add_a_mixer.md": ["tests/layers/test_contract.py", "-k", "fading"],
     "add_an_optimizer.md": ["tests/optim/test_battery.py", "tests/optim/test_groups.py", "-k", "bounded"],
+    "add_an_option.md": [
+        "tests/continual/learner/test_thinning.py",
+        "tests/test_cli_learn.py",
+        "-k",
+        "thinning or help",
+    ],
 }
-EVERY = [*GUIDES, "add_an_option.md"]
 BLOCK = re.compile(r'^```(python|diff) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -47,15 +52,17 @@ def apply_to(folder: Path, text: str) -> list[Path]:
 def copy_project(folder: Path) -> None:
     """What the tests of the guides need."""
     for name in ("src", "tests", "benchmarks", "reproductions"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "*.svg", "*.jsonl"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "*.svg", "*.jsonl")
+        )
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", GUIDES)
 def test_the_files_to_touch_exist(name: str) -> None:
     """Every path of the table, with capitals for what is new."""
     paths = re.findall(r"`((?:src|tests|docs)/[\w./]*)`", guide(name))
-    assert len(paths) >= 5
+    assert len(paths) >= 4
     missing = [p for p in paths if not re.search(r"[A-Z]{3}", p) and not (ROOT / p).exists()]
     new = {title for kind, title, _ in BLOCK.findall(guide(name)) if kind == "python"}
     assert not set(missing) - new
@@ -69,7 +76,7 @@ def test_the_edits_fit_and_stay_in_the_table(name: str, tmp_path: Path) -> None:
     table = re.findall(r"`((?:src|tests)/[\w./]*)`", guide(name).partition("## An example")[0])
     listed = {p for p in table if not re.search(r"[A-Z]{3}", p)}
     new = {p for p in changed if not (ROOT / p).exists()}
-    assert changed - new <= listed and len(new) == 1
+    assert changed - new <= listed and len([p for p in new if p.startswith("src")]) == 1
 
 
 @pytest.mark.slow
