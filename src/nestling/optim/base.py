@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,19 +14,14 @@ from nestling.errors import NonFiniteGradientError
 from nestling.optim.elementwise import adamw_directions
 from nestling.optim.matrices import kind_of
 from nestling.optim.memories import Memories, working_dtype
+from nestling.optim.saved_state import Layout, check_state, copied_state, layouts
 from nestling.optim.shards import all_finite, local
 
 OnNonfinite = Literal["raise", "skip"]
 Group = dict[str, Any]
 
-OF_TORCH = frozenset(vars(Optimizer([torch.empty(0)], {}))) | {"step", "_opt_called"}
-"""Attributes that torch manages itself when an optimizer is copied, and those that its schedulers put on one: a `step`
-that is bound to the original, and a note that it was called."""
-
-
-def copied_state(optimizer: Optimizer) -> dict[str, Any]:
-    """What `copy` and `pickle` take of an optimizer: torch's selection, and the attributes of its own class."""
-    return Optimizer.__getstate__(optimizer) | {k: v for k, v in vars(optimizer).items() if k not in OF_TORCH}
+OPTIONAL = {"param_names", "initial_lr", "level", "level_period", "level_elapsed"}
+"""What torch, its schedulers and `MultiFrequency` write into groups: a saved one need not have it."""
 
 
 class MemoryOptimizer(Optimizer):
@@ -89,20 +84,48 @@ class MemoryOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, with every state tensor in the precision it was saved in (torch casts to the parameter's)."""
-        saved: list[dict[str, Any]] = []
+        """As torch's, in the precision the state is kept in (torch casts to the parameter's).
+
+        Raises:
+            ValueError: a state of another optimizer, or of parameters of other shapes. Nothing has changed then.
+        """
+        taken: list[tuple[dict[str, Any], dict[int, Layout | None]]] = []
         # Last of the hooks, so that it sees what the others (a distributed wrapper's, say) made of the dictionary.
-        hook = self.register_load_state_dict_pre_hook(lambda _, state: saved.append(state))
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: taken.append((state, self.checked(state))))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        numbers = [i for group in saved[0]["param_groups"] for i in group["params"]]
+        saved, kept = taken[0]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in saved[0]["state"].get(number, {}).items():
+        for (number, layout), parameter in zip(kept.items(), parameters, strict=True):
+            for name, value in saved["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+                    like = value if layout is None else layout.values[name]
+                    self.state[parameter][name] = value.detach().clone().to(parameter.device, like.dtype)
+
+    def checked(self, state_dict: dict[str, Any]) -> dict[int, Layout | None]:
+        """What is kept of each parameter in `state_dict`, by its number there (`nestling.optim.saved_state.layouts`).
+
+        Raises:
+            ValueError: a state of another optimizer, or of parameters of other shapes.
+        """
+        groups = state_dict["param_groups"]
+        for own, saved in zip(self.param_groups, groups, strict=False):
+            if missing := own.keys() - saved.keys() - OPTIONAL:
+                raise ValueError(
+                    f"the saved state is not one of {type(self).__name__}: its groups have no {min(missing)!r}; load "
+                    "it into the optimizer that saved it, or begin without it"
+                )
+        kept = layouts(self, groups, lambda twin: cast(MemoryOptimizer, twin).step_alone())
+        check_state(self, state_dict["state"], kept, exact=True)
+        return kept
+
+    @torch.no_grad()
+    def step_alone(self) -> None:
+        """A step of the equation with none of what is around it, for `layouts`."""
+        for group in self.param_groups:
+            self._step_together(group, group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         """See `copied_state`: a copy goes on as the original would."""

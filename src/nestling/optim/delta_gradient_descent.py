@@ -107,6 +107,10 @@ class DeltaGradientDescent(InputOptimizer):
         self.layers.clear()
         return found
 
+    def inputs_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """`[in, in]`."""
+        return weight.shape[-1], weight.shape[-1]
+
     def _gram(self, group: Group, parameter: Tensor) -> Tensor | None:
         """C, None where there is nothing to erase."""
         if group["erase"] == 0:

@@ -164,6 +164,10 @@ class GeneralizedGradientDescent(InputOptimizer):
                     self.layers.seen.setdefault(p, Seen()).factor = _factor(whole(gradient, p), tokens.gradient)
         return counts
 
+    def inputs_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """A number."""
+        return ()
+
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
         lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0

@@ -253,6 +253,10 @@ class InputOptimizer(MemoryOptimizer):
         """
         raise NotImplementedError
 
+    def inputs_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Of what `take_inputs` gives for a weight."""
+        raise NotImplementedError
+
     def give_inputs(self, inputs: dict[Tensor, Tensor]) -> None:
         """For the next step, sums of what `take_inputs` gave."""
         self.layers.summed = dict(inputs)

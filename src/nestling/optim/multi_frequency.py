@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from nestling.optim.base import copied_state
+from nestling.optim.base import MemoryOptimizer
 from nestling.optim.layer_inputs import InputOptimizer
+from nestling.optim.saved_state import check_state, copied_state, layouts
 
 ACCUMULATED = "accumulated"
 """Name of a slow level's gradient sum among its parameters' optimizer states."""
 
 ACCUMULATED_INPUTS = "accumulated_inputs"
 """Name of the like sum of what layer inputs come to, where the inner optimizer needs them (`InputOptimizer`)."""
+
+SUMS = (ACCUMULATED, ACCUMULATED_INPUTS)
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Factory = Callable[[list[Any]], Optimizer]
@@ -229,7 +232,8 @@ class MultiFrequency(Optimizer):
         """Continue exactly where `state_dict` was taken.
 
         Raises:
-            ValueError: a state of other levels, periods or numbers of parameters.
+            ValueError: a state of other levels, periods or numbers of parameters, or not one of the inner optimizers'.
+                Nothing has changed then.
         """
         groups = list(state_dict["param_groups"])
         found = [(group.get("level"), group.get("level_period")) for group in groups]
@@ -239,25 +243,29 @@ class MultiFrequency(Optimizer):
                 f"the saved optimizer has the levels (name, period) {_once(found)}, this one has {_once(wanted)}; "
                 "make it with the levels of the run that saved it"
             )
-        self.state = defaultdict(dict)
+        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the saved optimizer has {sum(sizes[0])} parameters in groups of {sizes[0]}, this one {sum(sizes[1])} "
+                f"in groups of {sizes[1]}"
+            )
+        parts = []
         for level in self.levels:
             own, groups = groups[: len(level.optimizer.param_groups)], groups[len(level.optimizer.param_groups) :]
-            self._load_level(level, own, state_dict["state"])
+            parts.append((level, {"state": _state_of(level.name, own, state_dict["state"]), "param_groups": own}))
+        for level, part in parts:
+            _check(level, part, state_dict["state"])
+        self.state = defaultdict(dict)
+        for level, part in parts:
+            level.optimizer.load_state_dict(part)
+            # The inner optimizer would cast the sums to the parameters' type.
+            numbers = [i for group in part["param_groups"] for i in group["params"]]
+            for number, p in zip(numbers, level.parameters, strict=True):
+                for name in SUMS:
+                    if (total := state_dict["state"].get(number, {}).get(name)) is not None:
+                        dtype = torch.promote_types(p.dtype, torch.float32)
+                        self.state[p][name] = total.detach().to(p.device, dtype, copy=True)
         self._share()
-
-    def _load_level(self, level: RunningLevel, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
-        """The inner optimizer loads its part; the sums pass it by, since it would cast them to the parameters' type."""
-        indices = [i for group in groups for i in group["params"]]
-        inner = {key[1]: v for key, v in state.items() if isinstance(key, tuple) and key[0] == level.name}
-        for index in indices:
-            values = {n: v for n, v in state.get(index, {}).items() if n not in (ACCUMULATED, ACCUMULATED_INPUTS)}
-            if values:
-                inner[index] = values
-        level.optimizer.load_state_dict({"state": inner, "param_groups": groups})
-        for index, p in zip(indices, level.parameters, strict=True):
-            for name in (ACCUMULATED, ACCUMULATED_INPUTS):
-                if (total := state.get(index, {}).get(name)) is not None:
-                    self.state[p][name] = total.detach().to(p.device, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the level it names under `level`.
@@ -299,6 +307,38 @@ def _start(name: str, level: OptimizerLevel, default: Factory, rate_exponent: fl
         if "lr" in group:
             group["lr"] = group["lr"] * level.period**rate_exponent
     return RunningLevel(name, level.period, inner)
+
+
+def _state_of(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A level's own part of a saved state, without the sums."""
+    found = {key[1]: value for key, value in state.items() if isinstance(key, tuple) and key[0] == name}
+    for number in (i for group in groups for i in group["params"]):
+        values = {n: value for n, value in state.get(number, {}).items() if n not in SUMS}
+        if values:
+            found[number] = values
+    return found
+
+
+def _check(level: RunningLevel, part: dict[str, Any], state: Mapping[Any, Any]) -> None:
+    """Raise a ValueError unless the level's optimizer could have saved its part, and the sums fit its parameters."""
+    optimizer = level.optimizer
+    if isinstance(optimizer, MemoryOptimizer):
+        optimizer.checked(part)
+    else:
+        check_state(optimizer, part["state"], layouts(optimizer, part["param_groups"]), exact=False)
+    numbers = [i for group in part["param_groups"] for i in group["params"]]
+    for number, p in zip(numbers, level.parameters, strict=True):
+        shapes = {ACCUMULATED: tuple(p.shape)}
+        if isinstance(optimizer, InputOptimizer) and optimizer.layers.watches(p):
+            shapes[ACCUMULATED_INPUTS] = optimizer.inputs_shape(p)
+        for name in SUMS:
+            total = state.get(number, {}).get(name)
+            if total is not None and (not isinstance(total, Tensor) or tuple(total.shape) != shapes.get(name)):
+                raise ValueError(
+                    f"the saved {name!r} of a parameter of shape {tuple(p.shape)} in level {level.name!r} is "
+                    f"{tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__}, and not "
+                    f"{shapes.get(name, 'there')}; load the state into the optimizer that saved it"
+                )
 
 
 def _check_disjoint(levels: Sequence[RunningLevel]) -> None:

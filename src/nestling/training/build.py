@@ -113,6 +113,25 @@ def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForC
 
 
 def state_grows(config: NestlingConfig) -> bool:
-    """Whether some layer keeps every token it has read."""
-    mixers = [block["mixer"] for block in config.blocks]
-    return any(mixer["kind"] == "attention" and mixer.get("window") is None for mixer in mixers)
+    """Whether some layer keeps every token it has read.
+
+    Raises:
+        NotImplementedError: a kind of mixer that nothing is said of here.
+    """
+    return any(_grows(block["mixer"]) for block in config.blocks)
+
+
+def _grows(mixer: Mapping[str, Any]) -> bool:
+    match mixer["kind"]:
+        case "attention":
+            return mixer.get("window") is None
+        # Fast weights, or attention in a segment or a window beside them.
+        case "self_modifying" | "linear_memory" | "mamba2" | "ttt" | "neural_memory":
+            return False
+        case "memory_as_context" | "memory_as_gate" | "memory_as_layer":
+            return False
+        case kind:
+            raise NotImplementedError(
+                f"does the state of a mixer of kind {kind!r} grow with every token? Say it in "
+                "nestling.training.build.state_grows"
+            )

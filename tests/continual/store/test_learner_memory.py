@@ -256,13 +256,14 @@ def test_optimizer_state_of_another_shape_is_explained(spoil) -> None:
     memory = learner.memory()
     index = next(name.split(".")[1] for name in memory.tensors if name.endswith("exp_avg"))
     spoiled = replace(memory, tensors=memory.tensors | spoil(memory.tensors, index))
-    again = Learner.restore(tiny_llama(), spoiled)
-    with pytest.raises(MemoryUseError, match=r"optimizer state does not fit.*fresh optimizer"):
-        again.observe(text(8))
+    with pytest.raises(MemoryUseError, match=r"optimizer state does not fit.*exp_avg.*fresh optimizer"):
+        Learner.restore(tiny_llama(), spoiled)
     lacking = {name: t for name, t in memory.tensors.items() if not name.endswith("exp_avg")}
-    again = Learner.restore(tiny_llama(), replace(memory, tensors=lacking))
-    with pytest.raises(MemoryUseError, match=r"KeyError.*fresh optimizer"):
-        again.observe(text(8))
+    before = learner.optimizer.state_dict()["state"]
+    with pytest.raises(MemoryUseError, match=r"has no 'exp_avg'.*fresh optimizer"):
+        learner.load(replace(memory, tensors=lacking))
+    assert learner.optimizer.state_dict()["state"].keys() == before.keys()
+    learner.observe(text(8))
 
 
 def test_a_factory_that_fails_is_not_blamed_on_a_memory() -> None:
@@ -274,20 +275,6 @@ def test_a_factory_that_fails_is_not_blamed_on_a_memory() -> None:
     learner = Learner(tiny_llama(), {"fast": level}, lr=1.0, context=16)
     learner.load(replace(learner.memory(), tensors={}))
     with pytest.raises(KeyError, match="its own"):
-        learner.observe(text(8))
-
-
-def test_a_state_that_has_stepped_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = Learner(tiny_llama(), {"fast": Level(8, (TOP,))}, lr=0.01, context=16)
-    learner.observe(text(16))
-    learner.load(learner.memory())
-    learner.observe(text(8))
-
-    def fail() -> None:
-        raise RuntimeError("no memory left")
-
-    monkeypatch.setattr(learner.optimizer, "step", fail)
-    with pytest.raises(RuntimeError, match="no memory left"):
         learner.observe(text(8))
 
 

@@ -125,7 +125,6 @@ class Learner:
         self.log = DocumentLog()
         self.counters = Counters()
         self._refused = 0
-        self._unproven: set[str] = set()  # levels that have not stepped since their state came from a memory
 
     @own_modes()
     def observe(
@@ -291,7 +290,6 @@ class Learner:
         """
         self._check_live()
         resume.load(self, memory)
-        self._unproven = set(self.weights) if memory.tensors else set()
 
     @classmethod
     def of(cls, model: PreTrainedModel, made: Settings) -> Self:
@@ -390,9 +388,7 @@ class Learner:
         for name in due:
             if (kept := options.retention_of(name)) != 1:
                 retain(self.weights[name].anchored, kept)
-        with resume.fitting(bool(self._unproven)):
-            self.optimizer.step()
-        self._unproven -= set(due)
+        self.optimizer.step()
         for component in self.components.values():
             component.after_step(due)
         return due

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,31 +83,6 @@ def load(learner: Learner, memory: Memory) -> None:
     learner.log.records = list(memory.documents)
 
 
-@contextmanager
-def fitting(loaded: bool) -> Iterator[None]:
-    """An optimizer's step, which is where state of other names, types or shapes than its own shows: only the optimizer
-    knows them.
-
-    Args:
-        loaded: the state of a level that steps first since came from a memory.
-
-    Raises:
-        MemoryUseError: the step failed, and the state came from a memory.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
-        if not loaded:
-            raise
-        raise MemoryUseError(
-            f"the memory's optimizer state does not fit its parameters ({type(error).__name__}, {error}); nothing of "
-            "this step is saved. What the memory has learned is whole: export it, fork the export, and learn from that "
-            "with a fresh optimizer"
-        ) from error
-
-
 def check_model(memory: Memory, fingerprint: str) -> None:
     """Raises ValueError for a memory of another base model than that of `fingerprint`."""
     if memory.fingerprint != fingerprint:
@@ -164,13 +137,14 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
 
 
 def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
-    """Take a state, or keep the own one: PyTorch checks a state while it takes it, parameter by parameter."""
-    before = copy.deepcopy(learner.optimizer.state_dict())
+    """Take a state whole, or keep the own one."""
     try:
         learner.optimizer.load_state_dict(state)
-    except BaseException:
-        learner.optimizer.load_state_dict(before)
-        raise
+    except ValueError as error:
+        raise MemoryUseError(
+            f"the memory's optimizer state does not fit its parameters: {error}. What the memory has learned is whole: "
+            "export it, fork the export, and learn from that with a fresh optimizer"
+        ) from error
 
 
 def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
