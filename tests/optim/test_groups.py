@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -133,3 +134,17 @@ def test_muon_is_torchs() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="choose one of: adamw, deep_momentum"):
         build("adam", Network(), lr=0.1)
+
+
+def test_a_name_without_an_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is made in its place."""
+    module = importlib.import_module("nestling.optim.build")
+    monkeypatch.setattr(module, "NAMES", (*NAMES, "forgotten"))
+    with pytest.raises(NotImplementedError, match="'forgotten' is in NAMES and has no case"):
+        build("forgotten", Network(), lr=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_to_train(name: str) -> None:
+    with pytest.raises(ValueError, match="no parameter to train"):
+        build(name, Network().requires_grad_(False), lr=0.1)

@@ -69,35 +69,39 @@ def build(
             inputs (`DeltaGradientDescent`); the others need none.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, and the message lists the known ones; or no parameter to train.
     """
     if name not in NAMES:
         raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}")
     by_role = name in ("m3", "muon")
     every = matrix_groups(model, weight_decay, heads) if by_role else parameter_groups(model, weight_decay)
     groups = _trained(every, None if only is None else {id(p) for p in only})
-    if name == "muon":
-        return PreconditionedMomentum(
-            groups, lr, 0.95, output=NewtonSchulz(), average=True, nesterov=True, adamw_betas=betas
-        )
-    if name == "m3":
-        return M3(groups, lr, adamw_betas=betas)
-    if name == "adamw":
-        # Not fused: with a state of another shape (a memory file's) that kernel writes beyond it on a CPU.
-        return AdamW(groups, lr, betas=betas)
-    if name == "sgd":
-        return SGD(groups, lr, momentum=betas[0])
-    if name == "preconditioned_momentum":
-        return PreconditionedMomentum(groups, lr, betas[0], preconditioner=AdamDiagonal(betas[1]), average=True)
-    if name == "delta_momentum":
-        return DeltaMomentum(groups, lr, betas[0])
-    if name == "feature_momentum":
-        return FeatureMomentum(groups, lr, betas[0])
-    if name == "deep_momentum":
-        return DeepMomentum(groups, lr, betas[0])
-    if name == "delta_gradient_descent":
-        return DeltaGradientDescent(groups, lr, model=model, process_group=process_group)
-    return GeneralizedGradientDescent(groups, lr, model=model, process_group=process_group)
+    if not groups:
+        raise ValueError("no parameter to train: none that is asked for needs a gradient; see requires_grad")
+    match name:
+        case "adamw":
+            # Not fused: with a state of another shape (a memory file's) that kernel writes beyond it on a CPU.
+            return AdamW(groups, lr, betas=betas)
+        case "deep_momentum":
+            return DeepMomentum(groups, lr, betas[0])
+        case "delta_gradient_descent":
+            return DeltaGradientDescent(groups, lr, model=model, process_group=process_group)
+        case "delta_momentum":
+            return DeltaMomentum(groups, lr, betas[0])
+        case "feature_momentum":
+            return FeatureMomentum(groups, lr, betas[0])
+        case "generalized_gradient_descent":
+            return GeneralizedGradientDescent(groups, lr, model=model, process_group=process_group)
+        case "m3":
+            return M3(groups, lr, adamw_betas=betas)
+        case "muon":
+            muon: dict[str, Any] = {"output": NewtonSchulz(), "average": True, "nesterov": True}
+            return PreconditionedMomentum(groups, lr, 0.95, adamw_betas=betas, **muon)
+        case "preconditioned_momentum":
+            return PreconditionedMomentum(groups, lr, betas[0], preconditioner=AdamDiagonal(betas[1]), average=True)
+        case "sgd":
+            return SGD(groups, lr, momentum=betas[0])
+    raise NotImplementedError(f"{name!r} is in NAMES and has no case in nestling.optim.build.build: write one")
 
 
 def _trained(groups: list[dict[str, Any]], only: set[int] | None) -> list[dict[str, Any]]:

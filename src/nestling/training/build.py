@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.errors import UserError
+from nestling.layers.attention import AttentionConfig
+from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.mamba2 import Mamba2Config
+from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.self_modifying import SelfModifyingConfig
+from nestling.layers.ttt_config import TTTConfig
 from nestling.levels.assignment import steps_of
+from nestling.models.configuration import MixerConfig
 from nestling.models.pretrained import load_pretrained
 from nestling.training.config import TrainConfig
 
@@ -113,25 +120,16 @@ def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForC
 
 
 def state_grows(config: NestlingConfig) -> bool:
-    """Whether some layer keeps every token it has read.
-
-    Raises:
-        NotImplementedError: a kind of mixer that nothing is said of here.
-    """
-    return any(_grows(block["mixer"]) for block in config.blocks)
+    """Whether some layer keeps every token it has read."""
+    return any(_grows(config.mixer_config(index)) for index in range(len(config.blocks)))
 
 
-def _grows(mixer: Mapping[str, Any]) -> bool:
-    match mixer["kind"]:
-        case "attention":
-            return mixer.get("window") is None
-        # Fast weights, or attention in a segment or a window beside them.
-        case "self_modifying" | "linear_memory" | "mamba2" | "ttt" | "neural_memory":
+def _grows(mixer: MixerConfig) -> bool:
+    match mixer:
+        case AttentionConfig():
+            return mixer.window is None
+        # Fast weights, and attention in a segment or a window beside them (Titans, all of them neural memories).
+        case SelfModifyingConfig() | LinearMemoryConfig() | Mamba2Config() | TTTConfig() | NeuralMemoryConfig():
             return False
-        case "memory_as_context" | "memory_as_gate" | "memory_as_layer":
-            return False
-        case kind:
-            raise NotImplementedError(
-                f"does the state of a mixer of kind {kind!r} grow with every token? Say it in "
-                "nestling.training.build.state_grows"
-            )
+        case _:
+            assert_never(mixer)
