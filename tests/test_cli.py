@@ -25,7 +25,7 @@ SMALL += ["--batch-size", "4", "--eval-tokens", "200", "--sample-tokens", "0", "
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two trained models (`run`, `other`), a text, and a memory of the first model."""
+    """A directory with two trained models (`run`, `other`), a text, and a state of the first model."""
     root = tmp_path_factory.mktemp("cli")
     (root / "text.txt").write_text(TEXT)
     for seed, name in enumerate(["run", "other"]):
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             device="cpu",
         )
         train(config)
-    assert main(["read", str(root / "run"), str(root / "text.txt"), "--save-memory", str(root / "memory")]) == 0
+    assert main(["read", str(root / "run"), str(root / "text.txt"), "--save-state", str(root / "state")]) == 0
     return root
 
 
@@ -98,17 +98,17 @@ def test_train_and_resume_by_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "already holds a run" in fails(capsys, "train", "--out", out)
 
 
-def test_generate_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_goes_on_from_a_state(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, first, second = str(place / "run"), str(place / "m1"), str(place / "m2")
     quiet = ["--temperature", "0"]
-    assert main(["generate", run, "--prompt", "It was", "--max-new-tokens", "8", "--save-memory", first, *quiet]) == 0
+    assert main(["generate", run, "--prompt", "It was", "--max-new-tokens", "8", "--save-state", first, *quiet]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("It was") and "memory of 15 tokens" in captured.err  # bos, 6 bytes, 8 written
-    assert main(["generate", run, "--prompt", "the", "--max-new-tokens", "0", "--memory", first]) == 0
+    assert captured.out.startswith("It was") and "state after 15 tokens" in captured.err  # bos, 6 bytes, 8 written
+    assert main(["generate", run, "--prompt", "the", "--max-new-tokens", "0", "--state", first]) == 0
     assert capsys.readouterr().out == "the\n"
-    more = ["--prompt", "x", "--max-new-tokens", "4", "--memory", first, "--save-memory", second]
+    more = ["--prompt", "x", "--max-new-tokens", "4", "--state", first, "--save-state", second]
     assert main(["generate", run, *more, *quiet]) == 0
-    assert "memory of 20 tokens" in capsys.readouterr().err
+    assert "state after 20 tokens" in capsys.readouterr().err
 
 
 def test_sampling_repeats_with_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,14 +128,14 @@ def test_evaluate_modes(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     default, reset, carried = measure(), measure("--reset", "32"), measure("--carry")
     assert default == reset
-    assert default["memory"] == "reset every 32 tokens"
+    assert default["state"] == "reset every 32 tokens"
     assert carried["tokens"] == default["tokens"] == carried["bytes"] == len(TEXT)
     assert carried["loss"] != default["loss"]
     assert measure("--reset", str(10**6))["loss"] == pytest.approx(carried["loss"], abs=1e-5)
     assert carried["perplexity"] == pytest.approx(math.exp(carried["loss"]))
     assert carried["bits_per_byte"] == pytest.approx(carried["loss"] / math.log(2))
-    from_memory = measure("--memory", place / "memory")
-    assert from_memory["tokens"] == len(TEXT) - 1 and from_memory["loss"] != default["loss"]
+    from_state = measure("--state", place / "state")
+    assert from_state["tokens"] == len(TEXT) - 1 and from_state["loss"] != default["loss"]
     assert main(["evaluate", str(place / "run"), "--data", str(place / "text.txt")]) == 0
     assert "bits per byte" in capsys.readouterr().out
 
@@ -164,12 +164,12 @@ def test_reading_in_two_parts_equals_reading_at_once(place: Path, capsys: pytest
     run = str(place / "run")
     (place / "first.txt").write_text(TEXT[:700])
     (place / "rest.txt").write_text(TEXT[700:])
-    assert main(["read", run, str(place / "first.txt"), "--save-memory", str(place / "half")]) == 0
-    more = ["--memory", str(place / "half"), "--save-memory", str(place / "joined"), "--bins", "3"]
+    assert main(["read", run, str(place / "first.txt"), "--save-state", str(place / "half")]) == 0
+    more = ["--state", str(place / "half"), "--save-state", str(place / "joined"), "--bins", "3"]
     assert main(["read", run, str(place / "rest.txt"), *more]) == 0
     output = capsys.readouterr().out
-    assert f"memory of {len(TEXT) + 1:,} tokens" in output and "mean loss" in output
-    once, joined = load_file(place / "memory"), load_file(place / "joined")
+    assert f"state after {len(TEXT) + 1:,} tokens" in output and "mean loss" in output
+    once, joined = load_file(place / "state"), load_file(place / "joined")
     for name, tensor in once.items():
         assert joined[name].shape == tensor.shape
         assert (joined[name].float() - tensor.float()).abs().max() < 1e-4, name
@@ -201,16 +201,17 @@ def test_errors_of_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "No such command" in fails(capsys, "trane")
 
 
-def test_errors_of_models_and_memories(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, other, memory = place / "run", place / "other", place / "memory"
+def test_errors_of_models_and_states(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other, state = place / "run", place / "other", place / "state"
     prompt = ["--prompt", "a", "--max-new-tokens", "1"]
-    assert "was saved by another model" in fails(capsys, "generate", other, *prompt, "--memory", memory)
+    assert "was saved by another model" in fails(capsys, "generate", other, *prompt, "--state", state)
+    assert "no state at" in fails(capsys, "generate", run, *prompt, "--state", tmp_path / "none")
     assert "no memory at" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "none")
-    (tmp_path / "bad").write_bytes(memory.read_bytes()[:-50])
-    assert "damaged" in fails(capsys, "generate", run, *prompt, "--memory", tmp_path / "bad")
-    assert "needs a --prompt" in fails(capsys, "generate", run, "--memory", memory)
-    assert "no directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path / "no" / "file")
-    assert "is a directory" in fails(capsys, "generate", run, *prompt, "--save-memory", tmp_path)
+    (tmp_path / "bad").write_bytes(state.read_bytes()[:-50])
+    assert "damaged" in fails(capsys, "generate", run, *prompt, "--state", tmp_path / "bad")
+    assert "needs a --prompt" in fails(capsys, "generate", run, "--state", state)
+    assert "no directory" in fails(capsys, "generate", run, *prompt, "--save-state", tmp_path / "no" / "file")
+    assert "is a directory" in fails(capsys, "generate", run, *prompt, "--save-state", tmp_path)
     assert "--top-p 0" in fails(capsys, "generate", run, "--top-p", "0")
     assert "no file or directory" in fails(capsys, "generate", tmp_path / "nothing", *prompt)
     assert "holds no model" in fails(capsys, "generate", tmp_path, *prompt)
@@ -228,12 +229,12 @@ def test_unfinished_and_damaged_models(place: Path, tmp_path: Path, capsys: pyte
     assert "is not finished; finish it with nestling train" in fails(capsys, "generate", broken, "--prompt", "a")
 
 
-def test_a_memory_that_cannot_be_written_leaves_the_old_one(
+def test_a_state_that_cannot_be_written_leaves_the_old_one(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nestling.memory import checked_file
 
-    target = tmp_path / "memory"
+    target = tmp_path / "state"
     target.write_bytes(b"old")
 
     def full(*_: object, **__: object) -> None:
@@ -241,10 +242,10 @@ def test_a_memory_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr(checked_file, "save_file", full)
     capsys.readouterr()
-    assert main(["read", str(place / "run"), str(place / "text.txt"), "--save-memory", str(target)]) == 2
+    assert main(["read", str(place / "run"), str(place / "text.txt"), "--save-state", str(target)]) == 2
     error = capsys.readouterr().err
     assert "No space left" in error and "earlier file there is intact" in error and error.count("\n") == 1
-    assert target.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["memory"]
+    assert target.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_diverging_run_names_step_and_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

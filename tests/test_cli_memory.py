@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nestling.cli import main
 from nestling.continual.learn_documents import frozen_loss
@@ -228,10 +229,10 @@ def test_generate_with_a_learned_memory(place: Path, capsys: pytest.CaptureFixtu
     for memory, wanted in (([], plain), (["--memory", place / "a"], learned), (["--memory", place / "file"], learned)):
         assert out(capsys, "generate", place / "model", *prompt, *memory) == printable(wanted) + "\n"
     two = ["--memory", place / "a", "--memory", place / "b"]
-    assert "two learned memories" in fails(capsys, "generate", place / "model", *prompt, *two)
+    assert "two memories" in fails(capsys, "generate", place / "model", *prompt, *two)
     assert "belongs to another model" in fails(capsys, "generate", converted(place), *prompt, "--memory", place / "a")
     assert "keeps nothing that it reads" in fails(
-        capsys, "generate", place / "model", *prompt, "--save-memory", place / "s"
+        capsys, "generate", place / "model", *prompt, "--save-state", place / "s"
     )
     assert "has no chat template" in fails(capsys, "generate", place / "model", *prompt, "--chat")
 
@@ -241,15 +242,47 @@ def test_a_learned_memory_and_a_state_together(place: Path, capsys: pytest.Captu
     model = converted(place)
     learn = ["learn", model, place / "text.txt", "--memory", place / "m", "--lr", "0.01", "--quick"]
     out(capsys, *learn)
-    learned, state = ["--memory", place / "m"], ["--memory", place / "state"]
+    learned, state = ["--memory", place / "m"], ["--state", place / "state"]
     more = ["--prompt", "It was", "--max-new-tokens", "5", "--temperature", "0"]
-    out(capsys, "generate", model, *more, *learned, "--save-memory", place / "state")
+    out(capsys, "generate", model, *more, *learned, "--save-state", place / "state")
     first = out(capsys, "generate", model, *more, *learned, *state)
     assert out(capsys, "generate", model, *more, *state, *learned) == first
     assert "saved by another model" in fails(capsys, "generate", model, *more, *state)
-    assert "is no memory that a LlamaForCausalLM can use" in fails(capsys, "generate", place / "model", *more, *state)
+    assert "a LlamaForCausalLM takes no state" in fails(capsys, "generate", place / "model", *more, *state)
+    assert "is a memory of nestling learn and no state" in fails(
+        capsys, "generate", model, *more, "--state", place / "m"
+    )
     (place / "damaged").write_bytes((place / "state").read_bytes()[:-9])
-    assert "damaged" in fails(capsys, "generate", model, *more, "--memory", place / "damaged")
+    assert "damaged" in fails(capsys, "generate", model, *more, "--state", place / "damaged")
+
+
+def test_the_names_that_flags_had_in_0_1(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--memory` took states, and `--save-memory` wrote them; each with a hint now."""
+    model, text = converted(place), str(place / "text.txt")
+    out(capsys, "read", model, text, "--save-state", place / "new")
+    capsys.readouterr()
+    for old in (
+        ["read", model, text, "--save-memory", place / "old"],
+        ["read", model, text, "--memory", place / "new"],
+        ["generate", model, "--prompt", "a", "--memory", place / "new", "--save-memory", place / "later"],
+        ["evaluate", model, "--data", text, "--memory", place / "new"],
+    ):
+        assert main([str(a) for a in old]) == 0
+        error = capsys.readouterr().err
+        assert ("hint: --save-memory is called --save-state now" in error) is ("--save-memory" in old)
+        assert ("is a state: give it with --state" in error) is ("--memory" in old)
+    old, new = load_file(place / "old"), load_file(place / "new")
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in new)
+    assert "two states" in fails_last(capsys, "read", model, text, "--state", place / "new", "--memory", place / "old")
+    both = ["--save-state", place / "x", "--save-memory", place / "y"]
+    assert "are one flag; give the first" in fails_last(capsys, "read", model, text, *both)
+
+
+def fails_last(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """As `fails`, after hints."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_chat(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

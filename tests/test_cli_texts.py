@@ -14,6 +14,8 @@ from nestling import NestlingForCausalLM, presets
 from nestling.cli import main
 from nestling.models.conversion import convert
 from nestling.training.tokenization import byte_tokenizer
+from tests.continual.models import make_memory
+from tests.llamas import random_llama
 from tests.models.pretrained import tiny_tokenizer
 from tests.talkers import answering, sentence
 from tests.test_cli import fails
@@ -105,4 +107,28 @@ def test_text_that_no_model_can_go_on_from(tmp_path: Path, capsys: pytest.Captur
     long = ["--prompt", "x" * 17]
     assert "the prompt has 17 tokens, and the model has 16 positions" in fails(capsys, "generate", source, *long)
     assert main(["generate", source, "--prompt", "x" * 10, "--max-new-tokens", "50"]) == 0
-    assert "stopped after 6 tokens: the model has 16 positions" in capsys.readouterr().err
+    assert "stopped after 6 tokens, at the last position that the model has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "{model}", "--prompt", "say hello"],
+        ["learn", "{model}", "{text}", "--memory", "{new}"],
+        ["memory", "merge", "{memory}", "{memory}", "{new}", "--model", "{model}", "--text", "{text}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_tokens_beyond_the_embedding_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """Added to the tokenizer by somebody who did not resize the model."""
+    tokenizer, model = byte_tokenizer(), random_llama()
+    tokenizer.add_tokens(["hello"])
+    save(tmp_path / "model", model, tokenizer)
+    (tmp_path / "text").write_text("say hello to all " * 20)
+    make_memory(model).save(tmp_path / "memory")
+    names = {name: tmp_path / name for name in ("model", "text", "new", "memory")}
+    error = fails(capsys, *(part.format(**names) for part in command))
+    assert "token 259 of the text is beyond the 259 embeddings of" in error
+    assert not (tmp_path / "new").exists()

@@ -102,9 +102,9 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     reading, recall = kept["reading"], kept["recall"]
     assert isinstance(reading, stages.Reading) and isinstance(recall, stages.Recall)
     assert recall.process != os.getpid() and recall.position == settings.read
-    here, _ = token_losses(kept["model"], torch.tensor(reading.ids[settings.read :]), state=reading.memory)
-    torch.testing.assert_close(recall.losses["memory"], here, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(recall.losses["memory"], recall.losses["nothing"], atol=1e-4)
+    here, _ = token_losses(kept["model"], torch.tensor(reading.ids[settings.read :]), state=reading.state)
+    torch.testing.assert_close(recall.losses["state"], here, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(recall.losses["state"], recall.losses["nothing"], atol=1e-4)
     assert {len(losses) for losses in recall.losses.values()} == {settings.continuation}
 
     shown = console.export_text()
@@ -119,7 +119,7 @@ def test_a_failed_process_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = settings_in(tmp_path)
     monkeypatch.setattr(stages.sys, "executable", "/bin/false")
 
-    class Memory:
+    class State:
         """Stands in for a state."""
 
         def save(self, path: Path, model: object) -> None:
@@ -131,6 +131,6 @@ def test_a_failed_process_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
         model = None
 
     ids = list(range(settings.read + settings.continuation + 1))
-    reading = stages.Reading(Document("text", ""), ids, {}, Memory())  # type: ignore[arg-type]
+    reading = stages.Reading(Document("text", ""), ids, {}, State())  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the new process failed"):
         stages.remember(settings, {"hope": Run()}, reading, Console(quiet=True))  # type: ignore[dict-item]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nestling.cli.states import MemoryOption, StateOption
 from nestling.errors import UserError
 
 
@@ -16,8 +17,9 @@ def evaluate(
     data: Annotated[
         list[str], typer.Option(metavar="PATH", help="Text to measure on; may be given again.", show_default=False)
     ],
-    memory: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this memory.")] = None,
-    carry: Annotated[bool, typer.Option("--carry", help="Keep the memory through the whole text.")] = False,
+    state: StateOption = None,
+    memory: MemoryOption = None,
+    carry: Annotated[bool, typer.Option("--carry", help="Keep the state through the whole text.")] = False,
     reset: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Start anew after N tokens. Default: the length trained at."),
@@ -27,11 +29,11 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte on a text.
 
-    Every token but the first is predicted once, in order, whatever the memory does: with --carry it is kept from the
-    first token to the last, with --reset N it starts anew every N tokens, from --memory where one is given.
+    Every token but the first is predicted once, in order, whatever the state does: with --carry it is kept from the
+    first token to the last, with --reset N it starts anew every N tokens, from --state where one is given.
     """
     from nestling.cli.console import quiet_libraries, stdout_console
-    from nestling.cli.loading import load_memory, load_model, reading_tokens, trained_length
+    from nestling.cli.loading import check_tokens, load_model, load_saved, reading_tokens, trained_length
     from nestling.evaluation.language import evaluate_loss
     from nestling.tasks.text import read_documents
     from nestling.training.tokenization import count_bytes
@@ -41,8 +43,9 @@ def evaluate(
     documents = [document for path in data for document in read_documents(path)]
     quiet_libraries()
     model, tokenizer = load_model(directory)
-    state = load_memory(memory, model)
-    ids = reading_tokens(tokenizer, documents, continuing=state is not None)
+    start = load_saved(model, memory or [], state)
+    ids = reading_tokens(tokenizer, documents, continuing=start is not None)
+    check_tokens(directory, model, ids)
     if len(ids) < 2:
         raise UserError(f"{', '.join(data)} has fewer than two tokens; give a longer text")
     length = reset or trained_length(directory)
@@ -52,15 +55,15 @@ def evaluate(
         length,
         carry,
         batch_size=1 if carry else batch_size,
-        state=state,
+        state=start,
         n_bytes=count_bytes(tokenizer, ids[1:]),
     )
     mode = "carried through the text" if carry else f"reset every {length} tokens"
     if as_json:
         values = {"loss": report.loss, "perplexity": report.perplexity, "bits_per_byte": report.bits_per_byte}
-        print(json.dumps(values | {"tokens": report.tokens, "bytes": report.bytes, "memory": mode}))
+        print(json.dumps(values | {"tokens": report.tokens, "bytes": report.bytes, "state": mode}))
         return
     console = stdout_console()
-    console.print(f"{report.tokens:,} tokens, {report.bytes:,} bytes, memory {mode}")
+    console.print(f"{report.tokens:,} tokens, {report.bytes:,} bytes, state {mode}")
     bits = "" if report.bits_per_byte is None else f"   bits per byte {report.bits_per_byte:.4f}"
     console.print(f"loss {report.loss:.4f}   perplexity {report.perplexity:.3f}{bits}")

@@ -162,7 +162,9 @@ def run(
             for document in documents:
                 say(console, f"{document.name}: learned already, skipped")
             return False
-        texts = [Text(d.name, text_digest(d.text), document_tokens(source, tokenizer, d.text)) for d in documents]
+        texts = [
+            Text(d.name, text_digest(d.text), document_tokens(source, model, tokenizer, d.text)) for d in documents
+        ]
         autosave = Autosave(store, save_tokens, save_seconds)
         with interruptible() as check, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the learner's are printed as notes

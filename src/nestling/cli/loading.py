@@ -1,20 +1,21 @@
-"""Models and memories, as the commands are given them."""
+"""Models, memories and states, as the commands are given them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import NestlingForCausalLM
+from nestling.cli.states import hint
 from nestling.continual.store.memory_file import is_memory_file
-from nestling.continual.store.store import load_memory as load_learned
+from nestling.continual.store.store import load_memory
 from nestling.errors import UserError
 from nestling.memory.state import StateFileError
 from nestling.models.cache import ModelState
@@ -72,20 +73,16 @@ def load_causal_lm(source: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
     return model.eval(), tokenizer
 
 
-def load_memory(file: Path | None, model: PreTrainedModel) -> ModelState | None:
-    """As `load_memories`, of one file or none."""
-    return load_memories([] if file is None else [file], model)
+def load_saved(model: PreTrainedModel, memory: Sequence[Path], state: Path | None) -> ModelState | None:
+    """Put what was learned into the model, and return the state to read on from.
 
-
-def load_memories(files: Sequence[Path], model: PreTrainedModel) -> ModelState | None:
-    """Put a learned memory into the model, and return the state to read on from; their formats tell them apart.
-
-    The learned memory goes first, whatever the order: a state belongs to the weights it was read with.
+    The memory goes first: a state belongs to the weights it was read with.
 
     Args:
-        files: at most one memory of `nestling learn` (a directory of snapshots, or one file) and one state of
-            `nestling read`.
-        model: changed in place by a learned memory.
+        model: changed in place by a memory.
+        memory: a memory of `nestling learn` (a directory of snapshots, or one file) or none. A state among them, which
+            0.1 took here, counts as `state`, with a hint.
+        state: a file of `nestling read` or `generate`, or None.
 
     Returns:
         the state; None where none was given.
@@ -93,27 +90,41 @@ def load_memories(files: Sequence[Path], model: PreTrainedModel) -> ModelState |
     Raises:
         UserError: two of a kind, a missing or damaged file, a memory of another model, or a state of several rows.
     """
-    for file in files:
+    for file in memory:
         if not file.exists():
             raise UserError(f"no memory at {file}; check the path")
-    learned = [file for file in files if file.is_dir() or is_memory_file(file)]
-    states = [file for file in files if file not in learned]
-    for kind, found in (("learned memories", learned), ("states", states)):
-        if len(found) > 1:
-            advice = "make one of them with nestling memory merge" if found is learned else "give one"
-            raise UserError(f"two {kind}, {found[0]} and {found[1]}: a model takes one; {advice}")
+    learned = [file for file in memory if _is_memory(file)]
+    states = [file for file in memory if file not in learned]
+    for file in states:
+        hint(f"{file} is a state: give it with --state; --memory takes states until the next version")
+    states += [] if state is None else [state]
+    if len(learned) > 1:
+        raise UserError(
+            f"two memories, {learned[0]} and {learned[1]}: a model takes one; make one of them with nestling memory "
+            "merge"
+        )
+    if len(states) > 1:
+        raise UserError(f"two states, {states[0]} and {states[1]}: a model goes on from one; give one")
     for file in learned:
-        load_learned(file).apply(model, keep_originals=False)
+        load_memory(file).apply(model, keep_originals=False)
     return _load_state(states[0], model) if states else None
 
 
+def _is_memory(file: Path) -> bool:
+    return file.is_dir() or is_memory_file(file)
+
+
 def _load_state(file: Path, model: PreTrainedModel) -> ModelState:
+    if file.exists() and _is_memory(file):
+        raise UserError(f"{file} is a memory of nestling learn and no state; give it with --memory")
     if not isinstance(model, NestlingForCausalLM):
-        raise UserError(f"{file} is no memory that a {type(model).__name__} can use; give one of nestling learn")
+        raise UserError(
+            f"a {type(model).__name__} takes no state ({file}); nestling learn writes memories that it can use"
+        )
     try:
         state = ModelState.load(file, model)
     except FileNotFoundError as error:
-        raise UserError(f"no memory file {file}; write one with nestling read DIR PATH --save-memory {file}") from error
+        raise UserError(f"no state at {file}; write one with nestling read DIR PATH --save-state {file}") from error
     except StateFileError as error:
         raise UserError(str(error)) from error
     if state.batch_size != 1:
@@ -121,20 +132,8 @@ def _load_state(file: Path, model: PreTrainedModel) -> ModelState:
     return state.to(model.device)
 
 
-def check_memory_target(file: Path | None) -> None:
-    """Refuse a place a memory cannot be written to, before any work is done.
-
-    Raises:
-        UserError: the directory does not exist, or the name is a directory's.
-    """
-    if file is not None and not file.parent.is_dir():
-        raise UserError(f"--save-memory {file}: there is no directory {file.parent}; make it first")
-    if file is not None and file.is_dir():
-        raise UserError(f"--save-memory {file} is a directory; give a file name")
-
-
-def save_memory(state: ModelState, file: Path, model: NestlingForCausalLM) -> None:
-    """Write a memory; an earlier file survives a failure.
+def save_state(state: ModelState, file: Path, model: NestlingForCausalLM) -> None:
+    """Write a state; an earlier file survives a failure.
 
     Raises:
         UserError: the disk is full or not writable, or the state holds NaN.
@@ -143,7 +142,7 @@ def save_memory(state: ModelState, file: Path, model: NestlingForCausalLM) -> No
         state.save(file, model)
     except Exception as error:  # safetensors reports a full disk with an error of its own
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the memory was not written to {file} ({reason}); an earlier file there is intact") from error
+        raise UserError(f"the state was not written to {file} ({reason}); an earlier file there is intact") from error
 
 
 def reading_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], continuing: bool) -> np.ndarray:
@@ -152,7 +151,7 @@ def reading_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docum
     Args:
         tokenizer: the model's.
         documents: in order.
-        continuing: a memory was given, so the first document goes on from it and has no beginning token.
+        continuing: a state was given, so the first document goes on from it and has no beginning token.
     """
     first = start_token(tokenizer)
     parts: list[Any] = []
@@ -165,13 +164,20 @@ def reading_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docum
     return np.concatenate(parts).astype(np.int32)
 
 
-def document_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"]:
+def document_tokens(
+    source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> Int[Tensor, " n"]:
     """A document as the model has seen documents: as in the run that trained it here, else as its tokenizer begins a
-    text; int64."""
+    text; int64.
+
+    Raises:
+        UserError: a token that the model has no embedding for.
+    """
     if (Path(source) / CONFIG_FILE).exists():
         ids = encode_document(tokenizer, text)
     else:
         ids = np.concatenate([_own_beginning(tokenizer), encode_text(tokenizer, text)])
+    check_tokens(source, model, ids)
     return torch.from_numpy(ids.astype(np.int64))
 
 
@@ -210,6 +216,21 @@ def prompt_tokens(
 def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text by itself, a beginning token or nothing."""
     return [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
+
+
+def check_tokens(source: str | Path, model: PreTrainedModel, ids: Sequence[int] | np.ndarray | Tensor) -> None:
+    """Refuse tokens that the model has no embedding for: somebody added them to its tokenizer alone.
+
+    Raises:
+        UserError: naming the first.
+    """
+    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    found = np.asarray(ids)
+    if len(beyond := found[found >= rows]):
+        raise UserError(
+            f"token {int(beyond[0])} of the text is beyond the {rows:,} embeddings of {source}: its tokenizer has "
+            "tokens that the model was never resized for; use model.resize_token_embeddings and save it"
+        )
 
 
 def trained_length(directory: str | Path) -> int:

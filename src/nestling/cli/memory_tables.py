@@ -132,7 +132,7 @@ def load_measured(source: str, paths: Sequence[str], measure: int, memory: Memor
     documents = [document for path in paths for document in read_documents(path)]
     quiet_libraries()
     model, tokenizer = load_causal_lm(source)
-    texts = {d.name: document_tokens(source, tokenizer, d.text)[:measure] for d in documents}
+    texts = {d.name: document_tokens(source, model, tokenizer, d.text)[:measure] for d in documents}
     made = memory.settings.get("learner")
     return Measured(model, texts, CONTEXT if made is None else settings_from(made).context)
 

@@ -18,18 +18,18 @@ WIDTH = 110  # of the tables when the output is a file or a pipe
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Directory for models, memory and report.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Directory for models, state and report.")] = Path("demo"),
     minutes: Annotated[float, typer.Option(min=1.0, help="Time the whole demo may take.")] = DemoSettings.minutes,
     tokens: Annotated[int, typer.Option(min=1, help="Training bytes of each model at most.")] = DemoSettings.tokens,
 ) -> None:
-    """Train Hope beside a Transformer++, read an unseen text, save the memory and load it in a new process."""
+    """Train Hope beside a Transformer++, read an unseen text, save the state and load it in a new process."""
     settings = DemoSettings(out=out, minutes=minutes, tokens=tokens)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(
         f"[bold]The nestling demo[/] takes {minutes:g} minutes or less on a machine with two cores. It\n"
         "  1. trains two language models of equal size on the same text, a Transformer++ and Hope;\n"
-        "  2. lets both read a text they have never seen, with memory carried and with memory reset;\n"
-        "  3. saves what Hope remembers, loads it in a new process and reads on with and without it;\n"
+        "  2. lets both read a text they have never seen, with state carried and with state reset;\n"
+        "  3. saves Hope's state after it, loads that in a new process and reads on with and without it;\n"
         f"  4. writes a report with plots to {settings.report_file}.\n",
         highlight=False,
     )

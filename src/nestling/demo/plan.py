@@ -57,9 +57,9 @@ def make_plan(settings: DemoSettings) -> Plan:
 
 
 def training_config(settings: DemoSettings, name: str, tokens: int) -> TrainConfig:
-    """The same run for every model: same tokens in the same order, memory carried from step to step.
+    """The same run for every model: same tokens in the same order, state carried from step to step.
 
-    Attention gets a window of one training sequence, so that its memory, too, is carried and stays bounded.
+    Attention gets a window of one training sequence, so that its state, too, is carried and stays bounded.
     """
     steps = tokens // settings.tokens_per_step
     return TrainConfig(

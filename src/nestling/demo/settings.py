@@ -18,13 +18,13 @@ class DemoSettings:
         minutes: time the whole demo may take; the token budget shrinks until it fits.
         tokens: budget of each model at most. Bytes are the tokens, so this is also bytes of text.
         size: of both presets.
-        sequence_length: tokens a training step reads; also how often "memory reset" resets.
+        sequence_length: tokens a training step reads; also how often "state reset" resets.
         batch_size: rows of a step. Few, since on so few tokens both models learn more from many small steps.
-        carry_tokens: a row's memory lives so long in training; None carries it to the end of the row's stream (a
+        carry_tokens: a row's state lives so long in training; None carries it to the end of the row's stream (a
             quarter of the corpus, longer than what the demo reads). Memories trained for 4,096 bytes helped for about
             that long and did harm after it.
         validate: tokens of the held-out text.
-        read: tokens of the unseen text that are read before the memory is saved.
+        read: tokens of the unseen text that are read before the state is saved.
         continuation: tokens after them that the new process reads.
         sample: tokens that each trained model writes.
         bins: points of every loss curve.
@@ -51,9 +51,9 @@ class DemoSettings:
         return self.sequence_length * self.batch_size
 
     @property
-    def memory_file(self) -> Path:
-        """Where the memory of the unseen text goes."""
-        return self.out / "memory.safetensors"
+    def state_file(self) -> Path:
+        """Where the state of the unseen text goes."""
+        return self.out / "state.safetensors"
 
     @property
     def tokens_file(self) -> Path:

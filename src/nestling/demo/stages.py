@@ -35,8 +35,8 @@ class Trained:
     """A trained model and its measurements.
 
     Attributes:
-        carried: validation loss with the memory carried through the held-out text.
-        reset: the same with the memory reset after every training sequence.
+        carried: validation loss with the state carried through the held-out text.
+        reset: the same with the state reset after every training sequence.
         metrics: records of its `metrics.jsonl`.
     """
 
@@ -50,17 +50,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Reading:
-    """Per-token losses on the unseen text, by model and by whether the memory was `carried` or `reset`."""
+    """Per-token losses on the unseen text, by model and by whether the state was `carried` or `reset`."""
 
     document: Document
     ids: list[int] = field(repr=False)
     losses: dict[str, dict[str, Tensor]] = field(repr=False)
-    memory: ModelState = field(repr=False)
+    state: ModelState = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Per-token losses on the continuation in the new process, and what it knew of the memory file."""
+    """Per-token losses on the continuation in the new process, and what it knew of the state's file."""
 
     process: int
     position: int
@@ -102,7 +102,7 @@ def train_models(settings: DemoSettings, plan: Plan, console: Console) -> dict[s
 
 
 def read_unseen(settings: DemoSettings, trained: dict[str, Trained], document: Document, console: Console) -> Reading:
-    """Every model reads the start of the text twice: memory carried, and memory reset after every training sequence."""
+    """Every model reads the start of the text twice: state carried, and state reset after every training sequence."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir("hope"))
     ids = [start_token(tokenizer), *encode_text(tokenizer, document.text).tolist()]
     wanted = settings.read + settings.continuation + 1
@@ -110,35 +110,35 @@ def read_unseen(settings: DemoSettings, trained: dict[str, Trained], document: D
         raise UserError(f"{document.name} has only {len(ids):,} tokens; the demo reads {wanted:,}")
     ids = ids[:wanted]
     losses: dict[str, dict[str, Tensor]] = {}
-    memory = None
+    after = None
     for name, run in trained.items():
-        with console.status(f"{name} reads {settings.read:,} bytes, memory carried and reset"):
+        with console.status(f"{name} reads {settings.read:,} bytes, state carried and reset"):
             start = ids[: settings.read + 1]
             carried, state = token_losses(run.model, torch.tensor(start))
             reset, _ = token_losses(run.model, torch.tensor(start), reset_every=settings.sequence_length)
         losses[name] = {"carried": carried, "reset": reset}
         if name == "hope":
-            memory = state
-    assert memory is not None
-    return Reading(document, ids, losses, memory)
+            after = state
+    assert after is not None
+    return Reading(document, ids, losses, after)
 
 
 def remember(settings: DemoSettings, trained: dict[str, Trained], reading: Reading, console: Console) -> Recall:
-    """Save Hope's memory of the text, and let a new process read the continuation with and without it.
+    """Save Hope's state after the text, and let a new process read the continuation with and without it.
 
     Raises:
         UserError: the new process failed; the message holds the end of what it said.
     """
-    reading.memory.save(settings.memory_file, trained["hope"].model)
+    reading.state.save(settings.state_file, trained["hope"].model)
     recent = reading.ids[settings.read - settings.sequence_length : settings.read]
     handed = {"recent": recent, "continuation": reading.ids[settings.read :]}
     settings.tokens_file.write_text(json.dumps(handed), encoding="utf-8")
-    files = (settings.model_dir("hope"), settings.memory_file, settings.tokens_file)
+    files = (settings.model_dir("hope"), settings.state_file, settings.tokens_file)
     command = [sys.executable, "-m", "nestling.demo.recall", *map(str, files)]
-    with console.status("a new process loads the memory and reads on"):
+    with console.status("a new process loads the state and reads on"):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RECALL_SECONDS)
     if done.returncode:
         raise UserError(f"the new process failed: {' '.join(done.stderr.split())[-300:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    losses = {name: torch.tensor(answer[name]) for name in ("memory", "recent", "nothing")}
+    losses = {name: torch.tensor(answer[name]) for name in ("state", "recent", "nothing")}
     return Recall(answer["process"], answer["position"], answer["bytes"], losses)

@@ -17,9 +17,9 @@ from nestling.plotting.page import Chart, Section, html_page
 
 TITLES = {"hope": "Hope", "transformer": "Transformer++"}
 STARTS = {
-    "memory": "with the memory from the file",
+    "state": "with the state from the file",
     "recent": "having read only the {window} bytes before it",
-    "nothing": "without memory",
+    "nothing": "without state",
 }
 LOSS = "loss, nats per byte"
 
@@ -31,13 +31,13 @@ def show_training(trained: dict[str, Trained], settings: DemoSettings, console: 
 
 
 def show_reading(reading: Reading, settings: DemoSettings, console: Console) -> None:
-    """Loss against position, memory carried and reset."""
+    """Loss against position, state carried and reset."""
     columns, rows = _reading_table(reading, settings)
     _print(f"Reading {reading.document.name}: loss against position, nats per byte", columns, rows, console)
 
 
 def show_recall(recall: Recall, settings: DemoSettings, console: Console) -> None:
-    """Loss on the continuation with and without the memory."""
+    """Loss on the continuation with and without the state."""
     columns, rows = _recall_table(recall, settings)
     _print(f"The next {settings.continuation:,} bytes, read by process {recall.process}", columns, rows, console)
 
@@ -81,7 +81,7 @@ def _training_section(settings: DemoSettings, trained: dict[str, Trained]) -> Se
     return Section(
         "Training",
         [
-            f"Same text, same order, same optimizer. In training the memory is carried from one sequence of "
+            f"Same text, same order, same optimizer. In training the state is carried from one sequence of "
             f"{settings.sequence_length} bytes to the next: for Hope the fast weights, for the Transformer++ the keys "
             f"and values of the last {settings.sequence_length} bytes."
         ],
@@ -96,7 +96,7 @@ def _reading_section(settings: DemoSettings, reading: Reading) -> Section:
     modes = [(n, m) for n in reading.losses for m in ("carried", "reset")]
     lines = [
         _curve(
-            f"{TITLES[n]}, memory {m}",
+            f"{TITLES[n]}, state {m}",
             reading.losses[n][m],
             settings.bins,
             0 if n == "transformer" else 1,
@@ -109,33 +109,33 @@ def _reading_section(settings: DemoSettings, reading: Reading) -> Section:
         "Reading a text it has never seen",
         [
             f"The text is {reading.document.name}. The trained weights stay as they are; what changes while a model "
-            f"reads is its memory, carried from the first byte on or reset every {settings.sequence_length} bytes.",
+            f"reads is its state, carried from the first byte on or reset every {settings.sequence_length} bytes.",
             "Not all of the difference is long memory. After a reset a model begins again in the middle of a sentence, "
-            "and, trained with its memory carried, it has rarely seen a fresh one.",
+            "and, trained with its state carried, it has rarely seen a fresh one.",
         ],
         columns,
         rows,
-        [Chart(chart, "Loss against position in the unseen text, memory carried and reset", "Loss against position")],
+        [Chart(chart, "Loss against position in the unseen text, state carried and reset", "Loss against position")],
     )
 
 
 def _recall_section(settings: DemoSettings, recall: Recall) -> Section:
     columns, rows = _recall_table(recall, settings)
     lines = [
-        _curve(_start_label(name, settings), losses, settings.bins, 1 + i, dashed=name != "memory")
+        _curve(_start_label(name, settings), losses, settings.bins, 1 + i, dashed=name != "state")
         for i, (name, losses) in enumerate(recall.losses.items())
     ]
     chart = line_chart(lines, x_label="position in the continuation, bytes", y_label=LOSS)
     return Section(
         "Remembering in another process",
         [
-            f"Hope's memory after {recall.position:,} bytes was saved to {settings.memory_file.name} "
-            f"({recall.bytes / 1024:,.0f} KiB). A new process (id {recall.process}) loaded the model and the memory "
+            f"Hope's state after {recall.position:,} bytes was saved to {settings.state_file.name} "
+            f"({recall.bytes / 1024:,.0f} KiB). A new process (id {recall.process}) loaded the model and the state "
             f"and read the next {settings.continuation:,} bytes."
         ],
         columns,
         rows,
-        [Chart(chart, "Loss on the continuation with and without the memory file", "Loss on the continuation")],
+        [Chart(chart, "Loss on the continuation with and without the state file", "Loss on the continuation")],
     )
 
 
@@ -145,7 +145,7 @@ def _training_table(trained: dict[str, Trained], settings: DemoSettings) -> tupl
         "parameters",
         "bytes trained on",
         "minutes",
-        "validation, memory carried",
+        "validation, state carried",
         f"reset every {settings.sequence_length}",
     ]
     rows = [

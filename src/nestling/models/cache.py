@@ -1,4 +1,4 @@
-"""The state of a whole model: what Hugging Face calls `past_key_values`, and what a user saves as a memory."""
+"""The state of a whole model: what Hugging Face calls `past_key_values`, and what a user saves as a state."""
 
 from __future__ import annotations
 

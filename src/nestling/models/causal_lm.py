@@ -29,7 +29,7 @@ IGNORE = -100
 class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
     """A causal language model whose blocks may learn while they read.
 
-    The memory of what was read is `past_key_values`, a `ModelState`. It does not hold the text it comes from, and a
+    What was read is in `past_key_values`, a `ModelState`. It does not hold the text it comes from, and a
     fast weight cannot be cropped to an earlier token, so a state continues with new tokens only: with
     `past_key_values`, `input_ids` holds the tokens that come next. `generate` also takes all tokens from the start, as
     for other models of transformers, and reads those that the state has not read (`continuation.tokens_to_read`).
