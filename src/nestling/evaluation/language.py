@@ -1,4 +1,4 @@
-"""Loss of a language model on held-out text: per token, per byte, and against position, with the state kept or reset."""
+"""Loss of a language model on held-out text: per token, per byte, and against position, the state kept or reset."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def read_text(
     segment: int = 512,
     on_segment: Callable[[int], None] | None = None,
 ) -> tuple[Float[Tensor, " n"], Any]:
-    """Read a whole text with the state kept: losses as `token_losses` gives them, and the state after the last token."""
+    """Read a whole text with the state kept: losses as `token_losses` has them, and the state after the last token."""
     losses, state = token_losses(model, token_ids, segment=segment, state=state, on_segment=on_segment)
     last = torch.as_tensor(np.asarray(token_ids)[-1:], dtype=torch.long)[None]
     with torch.no_grad():

@@ -30,7 +30,7 @@ from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
 from nestling.continual.stream.documents import Document, DocumentLog
-from nestling.continual.stream.scoring import Reader, learned_positions, learning, own_modes
+from nestling.continual.stream.scoring import Reader, check_context, learning, own_modes
 
 C = TypeVar("C", bound=Component)
 
@@ -45,10 +45,9 @@ class Learner:
     on how the tokens are divided into calls (to float rounding), and a call that brings whole chunks reads every one
     once.
 
-    Callers need not think of torch's modes: under `no_grad`, `inference_mode` or `autocast` it learns as ever.
-
-    While attached, the model has the learned weights, for `generate` too. One learner can be attached to a model at a
-    time; `detach` gives the model its base weights back, to the last bit, and `with learner:` attaches for a while.
+    While attached, the model has the learned weights, for `generate` too. A model takes one learner at a time; `detach`
+    gives it its base weights back, to the last bit, and `with learner:` attaches for a while. A caller's `no_grad`,
+    `inference_mode` or `autocast` changes nothing.
 
     Costs, beside the forward and backward pass of `(context + piece) / 2` to `context` tokens a piece: one copy of the
     learned parameters (the base), their gradients, the optimizer's state (two more for AdamW), one gradient sum for
@@ -69,7 +68,7 @@ class Learner:
         options: everything else.
 
     Raises:
-        ValueError: settings that do not fit the model or each other, or a model that another learner is attached to.
+        ValueError: settings that do not fit the model or each other, or a model that another learner is on.
     """
 
     @own_modes()
@@ -90,12 +89,7 @@ class Learner:
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
         chunk = next(iter(self.settings.levels.values())).period
         self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
-        if self.stream.size >= context:
-            raise ValueError(
-                f"pieces of {self.stream.size} tokens do not fit a context of {context}: each needs one token before it"
-            )
-        if (most := learned_positions(model)) is not None and context > most:
-            raise ValueError(f"a context of {context} tokens is more than the model's {most} positions")
+        check_context(model, context)
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
@@ -298,8 +292,8 @@ class Learner:
         Raises:
             ValueError: as of `Learner` itself.
         """
-        rates = {"lr": made.lr, "rate_exponent": made.rate_exponent}
-        return cls(model, made.levels, made.optimizer, context=made.context, options=made.options, **rates)
+        more = {"lr": made.lr, "rate_exponent": made.rate_exponent}
+        return cls(model, made.levels, made.optimizer, context=made.context, options=made.options, **more)
 
     @classmethod
     def restore(cls, model: PreTrainedModel, memory: Memory) -> Learner:
@@ -340,7 +334,7 @@ class Learner:
         return average is not None and average.read
 
     def component(self, kind: type[C]) -> C | None:
-        """The component of this kind, where the options ask for it."""
+        """The one of this kind, if the options ask for it."""
         return next((each for each in self.components.values() if isinstance(each, kind)), None)
 
     def weights_replaced(self) -> None:
@@ -354,10 +348,7 @@ class Learner:
 
     def _score(self, new: int) -> Float[Tensor, " new"]:
         """Losses of the chunk's last tokens."""
-        wanted = []
-        for piece, own in self.stream.last(new):
-            late = torch.arange(len(piece)) >= len(piece) - own
-            wanted.append(Piece(piece.ids, piece.start, piece.scored & late))
+        wanted = self.stream.last(new)
         with learning(self.model, ()):
             work = batches(wanted, self.settings.options.batch_tokens)
             found = [self.reader.scores(batch).cpu().float() for batch in work]
@@ -405,6 +396,5 @@ class Learner:
         self._refused += 1
         check_not_diverged(self._everything, self._refused, self.settings.options.patience, reason)
         self.counters.skipped += self.stream.chunk
-        note = f"{self.stream.chunk} tokens were not learned from: {reason}"
-        notes.append(note)
-        warnings.warn(note, LearningWarning, stacklevel=5)
+        notes.append(f"{self.stream.chunk} tokens were not learned from: {reason}")
+        warnings.warn(notes[-1], LearningWarning, stacklevel=5)

@@ -62,10 +62,17 @@ class Stream:
         size: tokens of a piece at most.
         context: tokens that a piece is read with at most, its own included; more than a piece has, since its first
             token needs one to follow.
+
+    Raises:
+        ValueError: a context that has no room for a piece and one token before it.
     """
 
     def __init__(self, chunk: int, size: int, context: int) -> None:
         self.chunk, self.size, self.context = chunk, min(size, chunk), context
+        if self.size >= context:
+            raise ValueError(
+                f"pieces of {self.size} tokens do not fit a context of {context}: each needs one token before it"
+            )
         self.pieces: list[Piece] = []
         self.history = torch.empty(0, dtype=torch.int64)
         self.open = False
@@ -111,13 +118,14 @@ class Stream:
         """Begin an empty chunk in the same document."""
         self.pieces, self.open = [], False
 
-    def last(self, tokens: int) -> list[tuple[Piece, int]]:
-        """The pieces that hold the chunk's last `tokens` tokens, in order, each with how many of them it holds."""
-        found: list[tuple[Piece, int]] = []
+    def last(self, tokens: int) -> list[Piece]:
+        """The pieces that hold the chunk's last `tokens` tokens, in order, with no other tokens scored."""
+        found: list[Piece] = []
         for piece in reversed(self.pieces):
             if tokens <= 0:
                 break
-            found.append((piece, min(len(piece), tokens)))
+            late = torch.arange(len(piece)) >= len(piece) - tokens
+            found.append(Piece(piece.ids, piece.start, piece.scored & late))
             tokens -= len(piece)
         return found[::-1]
 

@@ -134,3 +134,9 @@ def learned_positions(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     return None if rotary else getattr(config, "max_position_embeddings", None)
+
+
+def check_context(model: nn.Module, context: int) -> None:
+    """Raises ValueError for more tokens than a model has positions."""
+    if (most := learned_positions(model)) is not None and context > most:
+        raise ValueError(f"a context of {context} tokens is more than the model's {most} positions")
