@@ -173,7 +173,17 @@ class AttentionHeads(nn.Module):
 
 
 class SoftmaxAttention(AttentionHeads, SequenceLayer):
-    """Multi-head attention with rotary positions, grouped queries, an optional window and a key-value cache."""
+    """Multi-head attention with rotary positions, grouped queries, an optional window and a key-value cache.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.attention import AttentionConfig, SoftmaxAttention
+        >>> layer = SoftmaxAttention(AttentionConfig(32, num_heads=2, window=8))
+        >>> y, state = layer(torch.randn(1, 20, 32))
+        >>> y, state = layer(torch.randn(1, 1, 32), state)  # decoding
+        >>> y.shape
+        torch.Size([1, 1, 32])
+    """
 
     def run(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, AttentionState]:
         """See `SequenceLayer.run`."""

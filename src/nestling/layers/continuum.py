@@ -249,6 +249,14 @@ class ContinuumMemory(SequenceLayer):
     Variants: sequential, the levels in a chain; nested, the same chain where a level starts again from an initial state
     at the end of every period of the level above it, which moves that initial state towards what the level had learned
     (a first-order meta-gradient, Eq. 72); headwise, all levels on the same x and a learnable weighted sum (Eq. 74).
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
+        >>> layer = ContinuumMemory(ContinuumConfig(hidden_size=32, intermediate_size=48, periods=(4, 16, None)))
+        >>> y, state = layer(torch.randn(2, 20, 32))
+        >>> y.shape
+        torch.Size([2, 20, 32])
     """
 
     def __init__(self, config: ContinuumConfig) -> None:

@@ -160,6 +160,15 @@ class LinearMemory(SequenceLayer):
 
     that is the rule of `nestling.ops` with g = -v and e = a beta, l = beta, or e = 0, l = 1. q, k and v are
     projections of x through a short convolution and the feature map; y is the projection of the normalised and gated o.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+        >>> layer = LinearMemory(LinearMemoryConfig(hidden_size=32, num_heads=2))  # Gated DeltaNet
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # left padding
+        >>> y, state = layer(torch.randn(2, 5, 32), mask=mask)
+        >>> bool(y[0, :2].any())
+        False
     """
 
     def __init__(self, config: LinearMemoryConfig) -> None:

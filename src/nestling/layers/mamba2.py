@@ -107,6 +107,14 @@ class Mamba2(SequenceLayer):
         y = W_out RMSNorm((W_t C_t + D x_t) * silu(z_t))
 
     The middle line is the rule of `nestling.ops` with g = -x, keys B, queries C, l = dt and no erase.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.mamba2 import Mamba2, Mamba2Config
+        >>> layer = Mamba2(Mamba2Config(hidden_size=32, num_heads=2, state_size=16))
+        >>> y, state = layer(torch.randn(1, 20, 32))
+        >>> y.shape
+        torch.Size([1, 20, 32])
     """
 
     def __init__(self, config: Mamba2Config) -> None:

@@ -18,6 +18,16 @@ class NeuralMemory(SequenceLayer):
 
     Titans sections 3.1, 4.3 ("memory without attention") and 4.4. Every token reads the memory after its own write;
     its gradient was taken at the memory of its chunk's start. `objective="lp"` is Moneta's and "huber" Yaad's (Miras).
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.neural_memory import NeuralMemory
+        >>> from nestling.layers.neural_memory_config import NeuralMemoryConfig
+        >>> layer = NeuralMemory(NeuralMemoryConfig(hidden_size=32, num_heads=2, depth=2))
+        >>> bounds = torch.tensor([0, 12, 20])  # two documents in one row
+        >>> y, state = layer(torch.randn(1, 20, 32), cu_seqlens=bounds)
+        >>> state.batch_size
+        2
     """
 
     def __init__(self, config: NeuralMemoryConfig) -> None:

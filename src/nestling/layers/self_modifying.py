@@ -53,6 +53,15 @@ class SelfModifyingTitans(SequenceLayer):
     with k, v and q of length 1. From a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias),
     `rates.chunk_rates` makes e_t and l_t, which stay in their stable range whatever the memories say. An MLP's layers
     before the last use a learnable share of e_t.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
+        >>> layer = SelfModifyingTitans(SelfModifyingConfig(hidden_size=32, num_heads=2, memory="mlp", momentum=True))
+        >>> y, state = layer(torch.randn(2, 70, 32))
+        >>> y, state = layer(torch.randn(2, 5, 32), state)  # as if the 75 tokens had come at once
+        >>> y.shape
+        torch.Size([2, 5, 32])
     """
 
     def __init__(self, config: SelfModifyingConfig) -> None:

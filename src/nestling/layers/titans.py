@@ -69,6 +69,15 @@ class MemoryAsContext(SequenceLayer):
 
     y is normalised once, with a learnable vector, before it is written, queried with and gated. The queries of both
     reads share W_Q. Rotary positions count the concatenation, so they start again with every segment.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.neural_memory_config import MemoryAsContextConfig
+        >>> from nestling.layers.titans import MemoryAsContext
+        >>> layer = MemoryAsContext(MemoryAsContextConfig(hidden_size=32, num_heads=2, segment_size=64))
+        >>> y, state = layer(torch.randn(1, 100, 32))
+        >>> y.shape
+        torch.Size([1, 100, 32])
     """
 
     def __init__(self, config: MemoryAsContextConfig) -> None:
@@ -167,6 +176,14 @@ class MemoryAsGate(SequenceLayer):
 
     The persistent tokens are a chunk of their own at the memory, so that the document's chunks start with its first
     token, and have no position in the attention (`SoftmaxAttention.mix`).
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.neural_memory_config import MemoryAsGateConfig
+        >>> from nestling.layers.titans import MemoryAsGate
+        >>> y, state = MemoryAsGate(MemoryAsGateConfig(hidden_size=32, num_heads=2, window=8))(torch.randn(1, 20, 32))
+        >>> y.shape
+        torch.Size([1, 20, 32])
     """
 
     def __init__(self, config: MemoryAsGateConfig) -> None:
@@ -211,6 +228,14 @@ class MemoryAsLayer(SequenceLayer):
     The memory reads p_1 .. p_P before the document, and what it says to them is what the attention sees of them; token
     t's y comes from the memory after its own write. The attention sees the tokens only through the memory: there is
     no residual between the two, as in the equations.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.neural_memory_config import MemoryAsLayerConfig
+        >>> from nestling.layers.titans import MemoryAsLayer
+        >>> y, state = MemoryAsLayer(MemoryAsLayerConfig(hidden_size=32, num_heads=2, window=8))(torch.randn(1, 20, 32))
+        >>> y.shape
+        torch.Size([1, 20, 32])
     """
 
     def __init__(self, config: MemoryAsLayerConfig) -> None:

@@ -55,6 +55,15 @@ class TTTLayer(SequenceLayer):
     model; a read of an MLP is a cascade of two. D in the rate makes the inner loss a mean over channels, as in the
     authors' code. Nothing is forgotten, yet the fast weights settle: LN(z) does not change when z grows, so gradients
     are orthogonal to z, every step makes z longer, and gradients shrink with its length.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.layers.ttt import TTTLayer
+        >>> from nestling.layers.ttt_config import TTTConfig
+        >>> layer = TTTLayer(TTTConfig(hidden_size=32, num_heads=2, inner="mlp"))
+        >>> y, state = layer(torch.randn(1, 20, 32))
+        >>> y.shape
+        torch.Size([1, 20, 32])
     """
 
     def __init__(self, config: TTTConfig) -> None:

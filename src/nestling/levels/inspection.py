@@ -31,6 +31,14 @@ def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: 
 
     Raises:
         ValueError: the optimizer has parameters that are not the model's.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.levels import inspect
+        >>> model = torch.nn.Linear(8, 4)
+        >>> system = inspect(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        >>> [[component.kind for component in level.components] for level in system.levels]
+        [['optimizer state'], ['parameters']]
     """
     names = {id(p): name for name, p in model.named_parameters()}
     parts = [] if optimizer is None else find_optimizer_parts(optimizer)

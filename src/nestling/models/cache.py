@@ -36,6 +36,17 @@ class ModelState(State):
         layers: a `BlockState` per block.
         digest: of the tokens read (`nestling.models.digest`), by which `generate` knows them again. None where they are
             not known: after `inputs_embeds`, and in files of version 0.1.
+
+    Examples:
+        >>> import torch
+        >>> from nestling import NestlingForCausalLM, presets
+        >>> from nestling.models import ModelState
+        >>> model = NestlingForCausalLM(presets.hope_linear(hidden_size=32, num_layers=1, num_heads=2))
+        >>> state = model(torch.randint(3, 259, (1, 40)), use_cache=True).past_key_values.detach()
+        >>> state.save("read.state", model)
+        >>> two = ModelState.load("read.state", model).select([0, 0])  # one row for each way to go on
+        >>> model(torch.tensor([[5], [6]]), past_key_values=two).logits.shape
+        torch.Size([2, 1, 259])
     """
 
     position: Int[Tensor, " N"]

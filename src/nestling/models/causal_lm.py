@@ -34,6 +34,17 @@ class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
     `past_key_values`, `input_ids` holds the tokens that come next. `generate` also takes all tokens from the start, as
     for other models of transformers, and reads those that the state has not read (`continuation.tokens_to_read`).
     train() and eval() compute the same.
+
+    Examples:
+        >>> import torch
+        >>> from nestling import NestlingForCausalLM, presets
+        >>> model = NestlingForCausalLM(presets.hope(hidden_size=32, num_layers=1, num_heads=2))
+        >>> ids = torch.randint(3, 259, (2, 40))
+        >>> out = model(ids, labels=ids, use_cache=True)
+        >>> out.loss.backward()  # through the memory's own learning
+        >>> more = model(ids, past_key_values=out.past_key_values.detach())  # goes on where that ended
+        >>> more.logits.shape
+        torch.Size([2, 40, 259])
     """
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (Hugging Face's name and type)

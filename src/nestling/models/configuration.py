@@ -100,6 +100,15 @@ class NestlingConfig(PretrainedConfig):
         ValueError: `blocks` is missing, a kind is unknown, a spec is wrong, a size is out of range, or `levels` are not
             those of the blocks.
         TypeError: a field nobody knows.
+
+    Examples:
+        >>> from nestling import NestlingConfig
+        >>> channel = {"kind": "feed_forward", "intermediate_size": 64}
+        >>> memory = {"mixer": {"kind": "neural_memory", "num_heads": 2}, "channel": channel}
+        >>> attention = {"mixer": {"kind": "attention", "num_heads": 2}, "channel": channel}
+        >>> config = NestlingConfig(blocks=[memory, attention], hidden_size=32)
+        >>> [block["mixer"]["kind"] for block in config.blocks]
+        ['neural_memory', 'attention']
     """
 
     model_type = "nestling"

@@ -62,6 +62,18 @@ def convert(model: PreTrainedModel, levels: Mapping[str, int], assignment: Assig
 
     Warns:
         ConversionWarning: the model holds something else than its configuration says, and that was taken.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestling.models import convert
+        >>> shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+        >>> llama = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape)).eval()
+        >>> model = convert(llama, {"fast": 256, "slow": 1024})
+        >>> ids = torch.randint(100, (1, 20))
+        >>> torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=0, atol=1e-4)
+        >>> model.config.levels
+        {'fast': 256, 'slow': 1024}
     """
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment is one of {', '.join(ASSIGNMENTS)}; got {assignment!r}")

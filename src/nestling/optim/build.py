@@ -70,6 +70,13 @@ def build(
 
     Raises:
         ValueError: an unknown name, and the message lists the known ones; or no parameter to train.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import build
+        >>> model = torch.nn.Linear(8, 4)
+        >>> type(build("delta_momentum", model, lr=0.1)).__name__
+        'DeltaMomentum'
     """
     if name not in NAMES:
         raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}")

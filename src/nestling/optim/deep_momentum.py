@@ -44,6 +44,14 @@ class DeepMomentum(MemoryOptimizer):
     (out * in)` = `12 width / out` bytes (0.38 for 1,024 rows), less than any momentum of the parameter's shape. Every
     process of a sharded model holds it in full. Sparse gradients and complex parameters are refused. With
     `output=NewtonSchulz()` what is no matrix takes AdamW's step (8 bytes).
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import DeepMomentum
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> optimizer = DeepMomentum(layer.parameters(), lr=0.01)
+        >>> layer(torch.randn(5, 8)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -42,6 +42,14 @@ class DeltaGradientDescent(InputOptimizer):
     Several processes: C is the mean over the tokens of all of them. Under FSDP2 build it after `fully_shard`; under
     DistributedDataParallel give `process_group`. A loss that is a sum must be multiplied by the number of processes,
     since both average the gradients.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import DeltaGradientDescent
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = DeltaGradientDescent(model.parameters(), lr=0.1, model=model)  # it sees the layers' inputs
+        >>> model(torch.randn(5, 8)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

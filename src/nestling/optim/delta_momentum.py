@@ -42,6 +42,17 @@ class DeltaMomentum(MemoryOptimizer):
 
     Shapes: all, 0-d and empty ones included. Sparse gradients and complex parameters are refused. State per parameter:
     one tensor, 4 bytes (float32 for half-precision parameters).
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import DeltaMomentum
+        >>> w = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = DeltaMomentum([w], lr=0.1)
+        >>> w.square().sum().backward()
+        >>> optimizer.step()
+        >>> w.detach()
+        tensor([[0.8000, 0.8000, 0.8000],
+                [0.8000, 0.8000, 0.8000]])
     """
 
     def __init__(

@@ -21,6 +21,14 @@ class FeatureMomentum(PreconditionedMomentum):
     tensors too. With `NewtonSchulz` as features or preconditioner, what is no matrix takes AdamW's step. Sparse
     gradients and complex parameters are refused. State per parameter: one tensor, 4 bytes (float32 for half-precision
     parameters), more if P keeps some.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import FeatureMomentum
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> optimizer = FeatureMomentum(layer.parameters(), lr=0.01)
+        >>> layer(torch.randn(5, 8)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -102,6 +102,14 @@ class GeneralizedGradientDescent(InputOptimizer):
 
     Several processes: as `DeltaGradientDescent`; the mean of Definition 5 is over the tokens of all of them, at the
     price of adding up T, and one slope of the weight's size an inner step.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import GeneralizedGradientDescent
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = GeneralizedGradientDescent(model.parameters(), lr=0.1, model=model)
+        >>> model(torch.randn(5, 8)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

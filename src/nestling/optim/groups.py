@@ -43,6 +43,13 @@ def matrix_groups(model: nn.Module, weight_decay: float = 0.0, heads: Iterable[n
     Returns:
         At most four groups with `params`, `kind` (see `nestling.optim.matrices.Kind`) and `weight_decay`; none is
         empty.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import matrix_groups
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 4))
+        >>> sorted({group["kind"] for group in matrix_groups(model, weight_decay=0.1)})
+        ['elementwise', 'matrices']
     """
     tables = _tables(model, heads)
     groups: dict[tuple[Kind, bool], list[nn.Parameter]] = {}

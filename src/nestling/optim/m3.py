@@ -53,6 +53,14 @@ class M3(MemoryOptimizer):
     State per parameter of a matrix: 16 bytes (M1, M2, O2, V; gradients are added to M2 as they come, so they need no
     buffer), 12 without second moment, 4 with alpha = 0 besides; 8 under AdamW's step. float32 for half-precision
     parameters.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import M3, matrix_groups
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 4))
+        >>> optimizer = M3(matrix_groups(model, weight_decay=0.1), lr=1e-3)
+        >>> model(torch.arange(10)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     adamw_for_rest = True

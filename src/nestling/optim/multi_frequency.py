@@ -100,6 +100,19 @@ class MultiFrequency(Optimizer):
     Raises:
         ValueError: no level, a level without parameters, a parameter in two levels, a period below 1, an unknown
             `reduce`; at a step, a sparse gradient in a level with a period above 1.
+
+    Examples:
+        >>> import torch
+        >>> from functools import partial
+        >>> from nestling.optim import MultiFrequency, OptimizerLevel
+        >>> fast, slow = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+        >>> sgd = partial(torch.optim.SGD, lr=0.1)
+        >>> often, rarely = OptimizerLevel([fast], optimizer=sgd), OptimizerLevel([slow], period=2, optimizer=sgd)
+        >>> optimizer = MultiFrequency({"fast": often, "slow": rarely})
+        >>> (fast + slow).sum().backward()
+        >>> optimizer.step()
+        >>> fast.detach(), slow.detach()  # the slow level waits for its second step
+        (tensor([0.9000, 0.9000]), tensor([1., 1.]))
     """
 
     def __init__(

@@ -29,6 +29,17 @@ class PreconditionedMomentum(MemoryOptimizer):
 
     State per parameter: one tensor, 4 bytes, and one more with a diagonal; two under AdamW's step. float32 for
     half-precision parameters.
+
+    Examples:
+        >>> import torch
+        >>> from nestling.optim import PreconditionedMomentum
+        >>> from nestling.optim.preconditioners import AdamDiagonal
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> adam = PreconditionedMomentum([w], lr=0.1, output=AdamDiagonal(), average=True, bias_correction=True)
+        >>> w.square().sum().backward()
+        >>> adam.step()
+        >>> w.detach()
+        tensor([0.9000, 0.9000, 0.9000])
     """
 
     def __init__(

@@ -88,6 +88,15 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     Raises:
         UserError: whatever the user can put right; before the first step nothing has been written.
         DivergenceError: the loss, a gradient or a parameter stopped being finite.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from nestling.training import TrainConfig, train
+        >>> text = Path("text.txt").write_text("The rain in Spain stays mainly in the plain. " * 40)
+        >>> model = {"preset": "hope_linear", "overrides": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}}
+        >>> rows = {"data": ("text.txt",), "batch_size": 2, "sequence_length": 32, "steps": 2}
+        >>> train(TrainConfig(out="run", **model, **rows, device="cpu", tensorboard=False, sample_tokens=0)).steps
+        2
     """
     began = time.perf_counter()
     console = console if console is not None and is_main_process() else Console(quiet=True)

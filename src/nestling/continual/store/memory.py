@@ -32,6 +32,18 @@ class Memory:
         tensors: what a `Learner` needs besides to go on exactly: optimizer states, gradient sums, tokens not yet
             learned from, the replay buffer, rehearsed text, the running mean. Empty in a memory that is only to be
             used.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestling.continual import Learner, Level, Memory
+        >>> shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
+        >>> with Learner(model, {"all": Level(8, ("*.mlp.*",))}, lr=0.01, context=16) as learner:
+        ...     seen = learner.observe(torch.arange(24))
+        ...     size = learner.memory().save("book.memory")
+        >>> with Memory.load("book.memory").applied(model):  # its base weights again afterwards, to the last bit
+        ...     logits = model(torch.tensor([[1, 2, 3]])).logits
     """
 
     fingerprint: str

@@ -36,6 +36,21 @@ class MemoryStore:
 
     Attributes:
         path: the directory.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestling.continual import Learner, Level, MemoryStore
+        >>> shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
+        >>> learner = Learner(model, {"all": Level(8, ("*.mlp.*",))}, lr=0.01, context=16)
+        >>> store = MemoryStore("book")
+        >>> for chapter in torch.arange(48).split(24):
+        ...     seen = learner.observe(chapter)
+        ...     with store.lock():
+        ...         saved = store.save(learner.memory())
+        >>> store.index().head
+        2
     """
 
     def __init__(self, path: str | Path) -> None:

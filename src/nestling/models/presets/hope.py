@@ -44,6 +44,12 @@ def hope(
 
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
+
+    Examples:
+        >>> from nestling import presets
+        >>> config = presets.hope(size="tiny", periods=(16, None))
+        >>> config.blocks[0]["mixer"]["kind"], config.blocks[0]["channel"]["periods"]
+        ('self_modifying', [16, None])
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = {"kind": "self_modifying", "memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}

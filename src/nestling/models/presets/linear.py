@@ -46,6 +46,11 @@ def linear_attention(
 
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
+
+    Examples:
+        >>> from nestling import presets
+        >>> presets.linear_attention(size="340m").hidden_size
+        1024
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory(

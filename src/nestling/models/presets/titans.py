@@ -48,6 +48,11 @@ def titans_lmm(
 
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
+
+    Examples:
+        >>> from nestling import NestlingForCausalLM, presets
+        >>> NestlingForCausalLM(presets.titans_lmm(size="tiny", num_layers=1)).config.blocks[0]["mixer"]["kind"]
+        'neural_memory'
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
     mixer = _memory("neural_memory", depth, chunk_size, momentum) | {"rates": rates}

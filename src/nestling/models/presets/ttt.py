@@ -41,6 +41,11 @@ def ttt_linear(
 
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
+
+    Examples:
+        >>> from nestling import presets
+        >>> presets.ttt_linear(size="tiny").blocks[0]["mixer"]["inner"]
+        'linear'
     """
     mixer = _mixer("linear", chunk_size, step, conv_size, output_gate)
     shape = shape_of(size, vocab_size, hidden_size, num_layers)
