@@ -37,6 +37,24 @@ ORDER = (
 )
 
 
+# Packages whose modules are used by calls, and what may read a part's weights all the same: by file, the function and
+# the expression. `reset_parameters` draws first values and may always.
+CALLED = ("layers", "memory", "models")
+OWN = ("self", "state", "config", "self.config")
+READ_WITH_REASON = {
+    ("modeling.py", "__init__: self.embed_tokens.weight"),  # made on the meta device or not
+    ("modeling.py", "_init_weights: module.weight"),  # first values
+    ("modeling.py", "_init_weights: self.norm.weight"),
+    ("conversion.py", "_config: attention.q_proj.bias"),  # of a model that is to be converted
+    ("conversion.py", "_config: attention.o_proj.bias"),
+    ("convertible.py", "has_own_head: cast(Any, m).weight"),
+    ("convertible.py", "_check_modules: cast(nn.Embedding, m).weight"),
+    ("self_modifying.py", "_memories: loop.run"),  # no module
+    ("long_term_memory.py", "_learn: loop.run"),
+    ("sequence.py", "_continue: self.run"),  # what a call of the layer does
+}
+
+
 def python_files() -> list[Path]:
     """Every Python file of the repository."""
     return sorted(p for folder in CODE for p in (ROOT / folder).rglob("*.py"))
@@ -106,6 +124,17 @@ def test_modules_do_not_import_each_other() -> None:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
+@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+def test_layers_are_called(path: Path) -> None:
+    """No layer's weight or bias is read from outside, and no `forward` or `run` is called in place of the layer.
+
+    Hooks, adapters, low ranks, rules that need inputs, quantized products and offloading act in the call alone.
+    """
+    if path.relative_to(ROOT / "src" / "nestling").parts[0] in CALLED:
+        passed_by = [found for found in _past_the_call(parse(path)) if (path.name, found) not in READ_WITH_REASON]
+        assert not passed_by, f"{name_of(path)} does not call the module in {', '.join(passed_by)}"
+
+
 @pytest.mark.parametrize("path", [*python_files(), *prose_files()], ids=name_of)
 def test_prose_has_no_long_dashes(path: Path) -> None:
     """A comma, a colon or a full stop says which of the three is meant."""
@@ -151,6 +180,20 @@ def _public(tree: ast.Module) -> list[tuple[str, ast.Module | ast.ClassDef | ast
             if isinstance(node, ast.ClassDef):
                 methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
                 found.extend((f"{node.name}.{m.name}", m) for m in methods if not _is_overload(m))
+    return found
+
+
+def _past_the_call(tree: ast.Module) -> list[str]:
+    """`function: expression` of every weight or bias read of another object, and every `forward` and `run`."""
+    found = []
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name != "reset_parameters":
+            for node in ast.walk(function):
+                called = isinstance(node, ast.Attribute) and node.attr in ("forward", "run")
+                read = isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")
+                owner = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""
+                if (called and owner != "super()") or (read and owner not in OWN):
+                    found.append(f"{function.name}: {ast.unparse(node)}")
     return found
 
 
