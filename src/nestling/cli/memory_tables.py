@@ -20,7 +20,7 @@ from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.learner.options import settings_from
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.memory_file import DTYPES, is_memory_file
-from nestling.continual.store.merge import Comparison, Weights
+from nestling.continual.store.merge import Comparison, Shares
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.snapshots import INDEX, Index
 from nestling.continual.store.summary import summarize
@@ -145,13 +145,13 @@ def print_losses(console: Console, measured: Measured, losses: Mapping[str, Sequ
     console.print(table)
 
 
-def parse_weights(weight: str, levels: Sequence[str]) -> tuple[Weights, dict[str, Weights]]:
+def parse_weights(weight: str, levels: Sequence[str]) -> tuple[Shares, dict[str, Shares]]:
     """`"0.7,0.3"`, and `["fast=1,0"]` by level.
 
     Raises:
         UserError: not of that form.
     """
-    found: dict[str, Weights] = {}
+    found: dict[str, Shares] = {}
     for entry in levels:
         name, equals, pair = entry.rpartition("=")
         if not equals or not name or name in found:
@@ -186,7 +186,7 @@ def check_export(path: Path, out: Path, dtype: str, overwrite: bool) -> None:
         raise UserError(f"there is already a memory at {out}; give a new path, or replace it with --overwrite")
 
 
-def _pair(option: str, entry: str, pair: str) -> Weights:
+def _pair(option: str, entry: str, pair: str) -> Shares:
     try:
         a, b = (float(part) for part in pair.split(","))
     except ValueError as error:

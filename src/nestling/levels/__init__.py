@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestling.levels.components import Component, Frequency, Level, Transfer
+from nestling.levels.components import Component, Frequency, SystemLevel, Transfer
 from nestling.levels.inspection import inspect
 from nestling.levels.problems import Problem, Runner, descent
 from nestling.levels.system import NestedSystem
@@ -10,10 +10,10 @@ from nestling.levels.system import NestedSystem
 __all__ = [
     "Component",
     "Frequency",
-    "Level",
     "NestedSystem",
     "Problem",
     "Runner",
+    "SystemLevel",
     "Transfer",
     "descent",
     "inspect",

@@ -76,7 +76,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Level:
+class SystemLevel:
     """The components that share a frequency and do not wait for one another.
 
     Attributes:

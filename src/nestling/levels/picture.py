@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from nestling.levels.components import Component, Level, TransferKind, count_text, state_text
+from nestling.levels.components import Component, SystemLevel, TransferKind, count_text, state_text
 from nestling.plotting.curves import COLORS, STYLE
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def system_figure(system: NestedSystem) -> Figure:
     return figure
 
 
-def _rows(level: Level) -> list[list[Component]]:
+def _rows(level: SystemLevel) -> list[list[Component]]:
     """The level's boxes, the largest first; what is beyond `MOST` is one box."""
     boxes = sorted(level.components, key=lambda c: -(c.parameters + c.state + c.growth))
     if len(boxes) > MOST:
@@ -131,7 +131,7 @@ def _band(axes: Axes, top: float, height: float, right: float, color: str) -> No
     axes.add_patch(FancyBboxPatch((0, top - height), right, height, boxstyle=shape, fc=color, ec="none", zorder=0))
 
 
-def _cycles(system: NestedSystem, level: Level) -> float:
+def _cycles(system: NestedSystem, level: SystemLevel) -> float:
     """Periods of a level's wave: the slowest of the system has one, every faster frequency twice as many."""
     if level.frequency.unit in ("never", "query"):
         return 0.0 if level.frequency.unit == "never" else 55.0
@@ -139,7 +139,7 @@ def _cycles(system: NestedSystem, level: Level) -> float:
     return 1.0 * 2.0 ** min(len(ranks) - 1 - ranks.index(level.frequency.rank), 5)
 
 
-def _clock(axes: Axes, level: Level, cycles: float, top: float, height: float) -> None:
+def _clock(axes: Axes, level: SystemLevel, cycles: float, top: float, height: float) -> None:
     """Index, frequency in words, and a wave."""
     middle = top - height / 2
     axes.text(0.18, middle + 0.34, f"Level {level.index}", fontsize=11, fontweight="bold", color=INK, va="center")

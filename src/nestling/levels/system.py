@@ -14,7 +14,7 @@ from rich.table import Table
 from nestling.levels.components import (
     Component,
     Frequency,
-    Level,
+    SystemLevel,
     Transfer,
     TransferKind,
     Unit,
@@ -42,7 +42,7 @@ class NestedSystem:
     """
 
     name: str
-    levels: tuple[Level, ...]
+    levels: tuple[SystemLevel, ...]
     transfers: tuple[Transfer, ...] = ()
     notes: tuple[str, ...] = ()
     runner: Runner | None = field(default=None, compare=False, repr=False)
@@ -71,7 +71,7 @@ class NestedSystem:
         levels = []
         for index, place in enumerate(order, 1):
             members = tuple(c for c in components if (c.frequency.rank, -heights[c.name]) == place)
-            levels.append(Level(index, members[0].frequency, members))
+            levels.append(SystemLevel(index, members[0].frequency, members))
         return cls(name, tuple(levels), tuple(dict.fromkeys(transfers)), tuple(dict.fromkeys(notes)), runner)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestling.continual.learner.options import Level, Settings
-from nestling.continual.learner.weights import FullWeights, LowRankWeights, Weights
+from nestling.continual.learner.weights import FullWeights, LevelWeights, LowRankWeights
 from nestling.levels.assignment import existing_names, named_levels, stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
 from nestling.optim.layer_inputs import InputOptimizer
@@ -85,9 +85,9 @@ def default_levels(model: nn.Module) -> dict[str, Level]:
     return {mlps: Level(DEFAULT_PERIOD, (mlps,))}
 
 
-def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
+def make_weights(model: nn.Module, settings: Settings) -> dict[str, LevelWeights]:
     """What every level learns, attached to the model."""
-    made: dict[str, Weights] = {}
+    made: dict[str, LevelWeights] = {}
     for index, (name, level) in enumerate(settings.levels.items()):
         rank = level.rank or settings.options.rank
         names = list(level.parameters)
@@ -99,7 +99,7 @@ def make_weights(model: nn.Module, settings: Settings) -> dict[str, Weights]:
     return made
 
 
-def make_optimizer(settings: Settings, weights: Mapping[str, Weights], reads_apart: bool) -> MultiFrequency:
+def make_optimizer(settings: Settings, weights: Mapping[str, LevelWeights], reads_apart: bool) -> MultiFrequency:
     """One inner optimizer a level, periods in chunks, gradients averaged over the period.
 
     The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
@@ -156,7 +156,7 @@ def rate(settings: Settings, level: Level, fastest: int) -> float:
     return settings.lr * (level.period / fastest) ** settings.rate_exponent if level.lr is None else level.lr
 
 
-def _factory(settings: Settings, level: Level, weights: Weights, fastest: int) -> Any:
+def _factory(settings: Settings, level: Level, weights: LevelWeights, fastest: int) -> Any:
     chosen = level.optimizer or settings.optimizer
     if not isinstance(chosen, str):
         return chosen

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from nestling.continual.store.records import LowRank, dense, shape_of
 
 
-class Weights(Protocol):
+class LevelWeights(Protocol):
     """The weights of one level."""
 
     @property

@@ -14,7 +14,8 @@ from nestling.continual.store.memory import Memory
 from nestling.continual.store.records import DocumentRecord, LowRank, dense, dot, shape_of, tensors_of
 from nestling.errors import UserError
 
-Weights = tuple[float, float]
+Shares = tuple[float, float]
+"""How much of each of two differences goes into their merge."""
 OTHER_LEVEL = "no level"
 
 
@@ -77,7 +78,7 @@ def compare(a: Memory, b: Memory) -> Comparison:
 
 
 def merge(
-    a: Memory, b: Memory, weights: Weights = (0.5, 0.5), level_weights: Mapping[str, Weights] | None = None
+    a: Memory, b: Memory, weights: Shares = (0.5, 0.5), level_weights: Mapping[str, Shares] | None = None
 ) -> Memory:
     """A memory whose difference is `weights[0] * A + weights[1] * B`, parameter by parameter.
 
@@ -128,7 +129,7 @@ def level_of(memory: Memory) -> dict[str, str]:
     return {name: level for level, names in memory.parameters.items() for name in names}
 
 
-def _weighted(x: Tensor | LowRank | None, y: Tensor | LowRank | None, weights: Weights) -> Tensor | LowRank:
+def _weighted(x: Tensor | LowRank | None, y: Tensor | LowRank | None, weights: Shares) -> Tensor | LowRank:
     """Two low ranks stay one, of the sum of the ranks."""
     if x is None or y is None:
         only, weight = (y, weights[1]) if x is None else (x, weights[0])
