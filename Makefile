@@ -7,6 +7,10 @@ BENCH  := $(VENV)/.stamp-bench
 DOCS   := $(VENV)/.stamp-docs
 JOBS   ?= 2
 ARGS   ?=
+# Threads that wait busily hold each other up (src/nestling/threads.py); what the user has set stays.
+ifeq ($(GOMP_SPINCOUNT)$(OMP_WAIT_POLICY)$(GOMP_CPU_AFFINITY)$(OMP_PROC_BIND)$(OMP_PLACES),)
+export GOMP_SPINCOUNT := 1000
+endif
 # One thread per test process: JOBS workers that each take every core only slow one another down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.breakdown import breakdown
+from benchmarks.contention import contention
 from benchmarks.decoding import decoding
 from benchmarks.learning import learning
 from benchmarks.mixers import against_naive, all_mixers
@@ -38,6 +39,7 @@ class Suite(StrEnum):
     NAIVE = "naive"
     OPTIMIZERS = "optimizers"
     LEARNING = "learning"
+    CONTENTION = "contention"
 
 
 def main(
@@ -64,6 +66,7 @@ def main(
         Suite.NAIVE: lambda: [against_naive(rounds, quick)],
         Suite.OPTIMIZERS: lambda: optimizers(rounds, quick),
         Suite.LEARNING: lambda: [learning(rounds, quick, threads)],
+        Suite.CONTENTION: lambda: contention(rounds, quick),
     }
     reports: list[Report] = []
     for suite in only or list(Suite):

@@ -15,6 +15,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         raise SystemExit(f"python -m reproductions NAME, of {', '.join(names)}; NAME --help has its options")
     name = sys.argv.pop(1)
+    importlib.import_module("nestling")  # settles how threads wait, before an experiment loads torch
     importlib.import_module(f"reproductions.{name}.run").main()
 
 

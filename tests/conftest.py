@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; `nestling.threads` says why
+
 import torch
 from transformers.utils import logging
 

@@ -20,6 +20,7 @@ ORDER = (
     "settings",
     "printing",
     "processes",
+    "threads",
     "plotting",
     "ops",
     "optim",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from nestling.threads import is_own_command, wait_briefly
+
+if is_own_command():
+    wait_briefly()  # before the next line, which loads torch
+
 from nestling.models import NestlingConfig, NestlingForCausalLM, presets
 
 __all__ = ["NestlingConfig", "NestlingForCausalLM", "__version__", "presets"]
