@@ -2,9 +2,9 @@
 
 After each product a thread waits for the next one in a busy loop, for milliseconds, before it sleeps. Where other work
 wants the same processors, whoever waits holds up whoever is waited for, and a run becomes tens of times slower.
-`python -m benchmarks --only contention` measures it; docs/threads.md has a table. The runtime reads its settings once,
-when it is loaded, so the package settles them before anything of it imports torch, and for this project's own command
-lines only: a program that merely imports the library decides for itself.
+`python -m benchmarks --only contention` measures it; docs/performance.md has its table. The runtime reads its settings
+once, when it is loaded, so the package settles them before anything of it imports torch, and for this project's own
+command lines only: a program that merely imports the library decides for itself.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from nestling.evaluation.language import (
     LossReport,
     evaluate_loss,
     loss_by_position,
-    next_token_loss,
     read_text,
     token_losses,
 )
@@ -104,12 +103,3 @@ def test_bad_arguments(model: NestlingForCausalLM) -> None:
         token_losses(model, IDS, state=two)
     with pytest.raises(ValueError, match="no losses"):
         loss_by_position(torch.zeros(0))
-
-
-def test_next_token_loss_is_float32() -> None:
-    logits = torch.randn(2, 3, 5, dtype=torch.bfloat16)
-    targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    loss = next_token_loss(logits, targets)
-    assert loss.dtype == torch.float32
-    expected = -logits.float().log_softmax(-1).gather(-1, targets[..., None]).mean()
-    assert float(loss) == pytest.approx(float(expected), abs=1e-6)

@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestling import presets
 from nestling.errors import UserError
-from nestling.evaluation.language import evaluate_loss, next_token_loss
+from nestling.evaluation.language import evaluate_loss
 from nestling.training import DivergenceError, NestlingTrainer, TrainConfig, train
-from nestling.training import trainer as trainer_module
 from nestling.training.build import build_model
 from nestling.training.checkpoint import checkpoints
 from nestling.training.corpus import prepare_data
+from nestling.training.layout import share_rows
 from nestling.training.records import read_metrics
 from nestling.training.rows import collate
-from nestling.training.trainer import batch_loss
+from nestling.training.trainer import training_arguments
 
 Make = Callable[..., TrainConfig]
 
@@ -50,6 +51,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, micro_step: int) -> None:
         return loss
 
     monkeypatch.setattr(NestlingTrainer, "training_step", step)
+
+
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats."""
+    return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def without_speed(out: str | Path) -> list[dict[str, Any]]:
@@ -183,13 +189,13 @@ def test_products_have_the_precision_asked_for_while_training_only(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[str] = set()
-    loss = trainer_module.batch_loss
+    loss = NestlingTrainer.compute_loss
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         seen.add(torch.get_float32_matmul_precision())
-        return loss(*args)
+        return loss(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "batch_loss", watched)
+    monkeypatch.setattr(NestlingTrainer, "compute_loss", watched)
     train(tiny_config(matmul_precision="medium", steps=1, sample_tokens=0))
     assert seen == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
@@ -248,14 +254,15 @@ def test_the_loss_is_the_mean_over_all_targets_also_in_chunks(tiny_config: Make)
     model = build_model(config, data.tokenizer)
     batch = collate([data.rows[i] for i in range(4)])
     with torch.no_grad():
-        loss, out = batch_loss(model, batch["input_ids"], batch["targets"], None, True)
         expected = next_token_loss(model(input_ids=batch["input_ids"]).logits, batch["targets"])
-    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
-    model.config.loss_chunk_size = 16
-    with torch.no_grad():
-        chunked, again = batch_loss(model, batch["input_ids"], batch["targets"], None, True)
-    assert float(chunked) == pytest.approx(float(expected), abs=1e-6)
-    assert again.logits.shape[1] == 1 and out.past_key_values.get_seq_length() == 32
+    losses = []
+    for chunk in (None, 16):
+        model.config.loss_chunk_size = chunk
+        trainer = NestlingTrainer(
+            model, training_arguments(config, share_rows(config)), data.rows, data.tokenizer, share_rows(config)
+        )
+        losses.append(float(trainer.compute_loss(model, batch).detach()))
+    assert losses == pytest.approx([float(expected)] * 2, abs=1e-6)
 
 
 def test_a_large_vocabulary_is_trained_in_chunks_and_saved_without(
@@ -326,17 +333,14 @@ def test_a_loss_that_breaks_stops_the_run(tiny_config: Make, monkeypatch: pytest
 
 
 def test_a_gradient_or_a_step_that_breaks_stops_the_run(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nestling.training import trainer
-
     with pytest.raises(DivergenceError, match=r"stopped at step \d+: .*(NaN|infinity)"):
         train(tiny_config(learning_rate=1e30, warmup_steps=0))
-    healthy = trainer.batch_loss
+    healthy = NestlingTrainer.compute_loss
 
-    def broken(*arguments: Any) -> Any:  # 0, but its derivative is not finite
-        loss, out = healthy(*arguments)
-        return (loss * 0.0).sqrt(), out
+    def broken(*args: Any, **kwargs: Any) -> Any:  # 0, but its derivative is not finite
+        return (healthy(*args, **kwargs) * 0.0).sqrt()
 
-    monkeypatch.setattr(trainer, "batch_loss", broken)
+    monkeypatch.setattr(NestlingTrainer, "compute_loss", broken)
     with pytest.raises(DivergenceError, match=r"stopped at step 1: the gradient of embed_tokens\.weight holds NaN"):
         train(tiny_config(out=tiny_config().out + "2"))
 

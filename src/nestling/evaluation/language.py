@@ -179,11 +179,6 @@ def loss_by_position(losses: Float[Tensor, " n"], bins: int = 12, window: int | 
     return found
 
 
-def next_token_loss(logits: Float[Tensor, "B T vocab"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross entropy in nats, in float32 whatever the logits' type."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 

@@ -17,16 +17,14 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from nestling.errors import UserError
-from nestling.evaluation.language import next_token_loss
 from nestling.levels.assignment import multi_frequency
 from nestling.levels.measures import LevelMeter
 from nestling.models.cache import ModelState
-from nestling.models.causal_lm import IGNORE, NestlingForCausalLM
+from nestling.models.causal_lm import NestlingForCausalLM
 from nestling.optim import build
 from nestling.processes import local_process_count
 from nestling.training.carried import load_carried, save_carried
@@ -90,20 +88,6 @@ def training_arguments(config: TrainConfig, layout: Layout) -> TrainingArguments
     _ = arguments.device  # counts the GPUs
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a process is a replica: no DataParallel, which cannot carry states
     return arguments
-
-
-def batch_loss(
-    model: nn.Module, input_ids: Tensor, targets: Tensor, state: ModelState | None, use_cache: bool
-) -> tuple[Tensor, Any]:
-    """Mean cross entropy of `targets` (the next tokens, `[B, L]`) and the model's output.
-
-    The model's own loss does all but the last column, so that its `loss_chunk_size` holds: labels are shifted inside
-    the model, and the target of a row's last token lies outside the row.
-    """
-    labels = F.pad(targets[:, :-1], (1, 0), value=IGNORE)
-    out = model(input_ids=input_ids, labels=labels, past_key_values=state, use_cache=use_cache, logits_to_keep=1)
-    length = targets.shape[1]
-    return (out.loss * (length - 1) + next_token_loss(out.logits, targets[:, -1:])) / length, out
 
 
 def _detach_state(module: nn.Module, args: Any, output: Any) -> Any:
@@ -226,8 +210,14 @@ class NestlingTrainer(Trainer):
             DivergenceError: the loss is not finite.
         """
         state = None if not self.carry_state or bool(inputs["fresh"].all()) else self.carried
-        loss, out = batch_loss(model, inputs["input_ids"], inputs["targets"], state, self.carry_state)
-        value = loss.item()
+        out = model(
+            input_ids=inputs["input_ids"],
+            shift_labels=inputs["targets"],
+            past_key_values=state,
+            use_cache=self.carry_state,
+            logits_to_keep=1,  # only the loss is used
+        )
+        loss, value = out.loss, out.loss.item()
         if not torch.isfinite(loss):
             where = locate_nonfinite(self.net, inputs["input_ids"], state)
             self._broken = f"the loss is {value}: {where}"
