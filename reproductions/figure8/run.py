@@ -41,6 +41,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.learner.guards import LearningDivergedError
+from nestling.continual.stream.scoring import read_frozen
 from nestling.evaluation.language import LossReport
 from nestling.evaluation.translation import EncodedPairs, encode_pairs, score_translations
 from nestling.models import NestlingForCausalLM, convert
@@ -50,7 +51,7 @@ from nestling.training.tokenization import byte_tokenizer
 from reproductions.figure8.report import write_report
 from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
 from reproductions.harness.result_file import ResultFile, Row, best_rate, tune_rate
-from reproductions.harness.stream_methods import METHODS, StreamModel, period_names, read_frozen
+from reproductions.harness.stream_methods import METHODS, StreamModel, period_names
 
 HERE = Path(__file__).parent
 NAMES = {"icl": "frozen", "level_1": "one_level", "level_2": "cms_2", "level_3": "cms_3"}

@@ -16,15 +16,13 @@ from transformers import PreTrainedModel
 
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
-from nestling.continual.stream.chunks import Stream, batches
-from nestling.continual.stream.scoring import Reader
+from nestling.continual.stream.scoring import read_frozen
 from nestling.levels.assignment import stream_levels
 from nestling.models import convert
 from nestling.models.conversion import Assignment
 from reproductions.harness.level_records import Record, record_levels
 from reproductions.harness.lora import add_lora
 
-BATCH_TOKENS = 2048
 STEP = 16
 """Chunks that a learner reads at a time; of no consequence for what it learns."""
 PERIODS = (1, 4, 16, 64)
@@ -109,27 +107,6 @@ def method_of(name: str) -> Method:
         change = ABLATIONS[option]
         method = replace(method, **change | {"options": replace(method.options, **change.get("options", {}))})
     return method
-
-
-def read_frozen(
-    model: PreTrainedModel, ids: Int[Tensor, " n"], context: int, piece: int | None = None
-) -> Float[Tensor, " n"]:
-    """Losses of a text under a model that learns nothing, read in pieces as a `Learner` does.
-
-    Args:
-        model: any causal language model.
-        ids: `[n]`, two or more.
-        context: tokens a piece is read with at most, its own included.
-        piece: tokens read together; None is half of `context`. Every token sees at least `context - piece` others.
-
-    Returns:
-        nats, float32, on the CPU; NaN for the first token.
-    """
-    stream = Stream(len(ids), piece or max(1, context // 2), context)
-    stream.add(ids, torch.ones(len(ids), dtype=torch.bool))
-    reader = Reader(model)
-    found = [reader.scores(batch).cpu().float() for batch in batches(stream.pieces, BATCH_TOKENS)]
-    return torch.cat([torch.full((1,), math.nan), *found])
 
 
 class StreamModel:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from nestling.continual.learner.learner import Learner
+from nestling.continual.stream.scoring import read_frozen
 from nestling.evaluation.choices import Question
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.harness import stream_methods
 from reproductions.harness.result_file import ResultFile
-from reproductions.harness.stream_methods import StreamModel, method_of, read_frozen
+from reproductions.harness.stream_methods import StreamModel, method_of
 from reproductions.reading import experiment, progress
 from reproductions.reading.run import Plan
 from tests.llamas import random_llama

@@ -33,6 +33,7 @@ from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.levels import resolve
 from nestling.continual.learner.options import Settings, settings_from
+from nestling.continual.replay.auxiliary_losses import base_weights
 from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.snapshots import Snapshot
@@ -101,7 +102,7 @@ class Session:
         if start:
             say(self.console, f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens")
         if self.measure:
-            with _base_weights(self.learner):
+            with base_weights(self.learner):
                 outcome.before = self._frozen(text)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(cell(Path(text.name).name), total=len(text.ids), completed=start)
@@ -290,12 +291,3 @@ def _check_given(settings: Flags[Settings], saved: Memory) -> None:
                 f"{settings.option(name)} {wanted}: this memory was begun with {values[name]}, and goes on with "
                 "that; leave the option out, or begin another memory"
             )
-
-
-@contextmanager
-def _base_weights(learner: Learner) -> Iterator[None]:
-    learner.detach()
-    try:
-        yield
-    finally:
-        learner.apply()

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.store import MemoryStore
-from nestling.continual.stream.chunks import Stream
+from nestling.continual.stream.chunks import Piece, Stream
+from nestling.continual.stream.scoring import Reader, learning, own_modes
 
 
 class Notes(Protocol):
@@ -162,14 +162,14 @@ def learn_text(
         on_step(Progress(len(ids), seen.losses, seen.notes))
 
 
-@torch.no_grad()
 def frozen_loss(
-    model: nn.Module, ids: Tensor, context: int = 512, on_window: Callable[[int], None] = lambda _: None
+    model: nn.Module, ids: Tensor, context: int = 512, on_window: Callable[[int], object] = lambda _: None
 ) -> float:
     """Mean loss of a text's tokens but the first, in nats, without learning; NaN for fewer than two tokens.
 
-    Read in windows of `context` tokens that overlap by half, as a `Learner` reads by default, so the three losses
-    before, while and after learning differ in the weights alone.
+    It is read in windows of `context` tokens that overlap by half, as a `Learner` reads by default, so the three losses
+    before, while and after learning differ in the weights alone. The last window is as long as the others, and so
+    overlaps more.
 
     Args:
         model: any causal language model of transformers.
@@ -177,20 +177,16 @@ def frozen_loss(
         context: tokens in a window.
         on_window: called with the tokens scored since the last call.
     """
-    was_training, total = model.training, 0.0
-    model.eval()
-    device = next(model.parameters()).device
-    stride, done = max(1, context // 2), 1
-    try:
+    reader, ids = Reader(model), ids.cpu().long()
+    stride, done, total = max(1, context // 2), 1, 0.0
+    with own_modes(), learning(model, ()):
         while done < len(ids):
             new = min(stride if done > 1 else context - 1, len(ids) - done)
-            window = ids[max(0, done + new - context) : done + new].to(device)
-            logits = model(input_ids=window[None], use_cache=False).logits[0, -new - 1 : -1]
-            total += float(F.cross_entropy(logits.float(), window[-new:].long(), reduction="sum"))
+            window = ids[max(0, done + new - context) : done + new]
+            piece = Piece(window, len(window) - new, torch.ones(new, dtype=torch.bool))
+            total += float(reader.scores([piece]).sum())
             done += new
             on_window(new)
-    finally:
-        model.train(was_training)
     return total / (len(ids) - 1) if len(ids) > 1 else float("nan")
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from nestling.continual.learner.options import Replay
+from nestling.continual.stream.scoring import read_frozen
 from reproductions.harness.level_records import levels_alike
 from reproductions.harness.stream_methods import (
     ABLATIONS,
@@ -16,7 +17,6 @@ from reproductions.harness.stream_methods import (
     StreamModel,
     method_of,
     period_names,
-    read_frozen,
 )
 from tests.llamas import random_llama
 

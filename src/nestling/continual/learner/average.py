@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestling.continual.component import Component
-from nestling.continual.learner.weights import exchange
+from nestling.continual.learner.weights import exchanged
 from nestling.continual.stream.chunks import Piece
 
 if TYPE_CHECKING:
@@ -55,13 +55,12 @@ class RunningMean(Component):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean where the learned weights are, on the model or apart, and these back afterwards, to the last bit."""
-        exchange(self._live, self.mean)
-        self.read = True
-        try:
-            yield
-        finally:
-            exchange(self._live, self.mean)
-            self.read = False
+        with exchanged(self._live, self.mean):
+            self.read = True
+            try:
+                yield
+            finally:
+                self.read = False
 
     def tensors(self) -> dict[str, Tensor]:
         """The mean by index, on the CPU."""

@@ -6,24 +6,22 @@ The paper names offline consolidation (NL section 1.1) and gives no equation; th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW
 
 from nestling.continual.learner.levels import rate
 from nestling.continual.learner.steps import retain
-from nestling.continual.learner.weights import exchange
+from nestling.continual.learner.weights import exchanged
 from nestling.continual.replay.buffer import ReplayBuffer
 from nestling.continual.replay.rehearsal import written_pieces
 from nestling.continual.stream.chunks import Piece, batches, decode
-from nestling.continual.stream.scoring import divergences, learning, target_ids
+from nestling.continual.stream.scoring import divergences, learning, losses_of
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
@@ -144,14 +142,6 @@ class _Teacher:
         self.learner, self.every = learner, every
         self.values = [p.detach().clone() for p in every]
 
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        exchange(self.every, self.values)
-        try:
-            yield
-        finally:
-            exchange(self.every, self.values)
-
     @torch.no_grad()
     def put_back(self) -> None:
         """Everything as it was."""
@@ -161,7 +151,7 @@ class _Teacher:
     @torch.no_grad()
     def logits(self, pieces: Sequence[Piece]) -> Float[Tensor, "targets vocab"]:
         """What the model said."""
-        with self._in_place():
+        with exchanged(self.every, self.values):
             return self.learner.reader.logits(pieces)
 
     @torch.no_grad()
@@ -170,7 +160,7 @@ class _Teacher:
         loss, divergence, count = 0.0, 0.0, 0
         for batch in batches(pieces, self.learner.settings.options.batch_tokens):
             said, says = self.logits(batch), self.learner.reader.logits(batch)
-            loss += float(F.cross_entropy(says, target_ids(batch).to(says.device), reduction="sum"))
+            loss += float(losses_of(says, batch).sum())
             divergence += float(divergences(said, says).sum())
             count += len(says)
         return loss / count, divergence / count

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -294,6 +295,16 @@ def exchange(here: Sequence[Tensor], there: Sequence[Tensor]) -> None:
         for pair in done:
             _exchange(*pair)
         raise
+
+
+@contextmanager
+def exchanged(here: Sequence[Tensor], there: Sequence[Tensor]) -> Iterator[None]:
+    """`exchange` for a block, however it ends."""
+    exchange(here, there)
+    try:
+        yield
+    finally:
+        exchange(here, there)
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:

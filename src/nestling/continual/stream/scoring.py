@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nestling.continual.stream.chunks import Piece
+from nestling.continual.stream.chunks import Piece, Stream, batches
 
 
 class Reader:
@@ -56,8 +57,7 @@ class Reader:
 
     def losses(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
         """Cross-entropy of every target of the pieces, in order, nats."""
-        logits = self.logits(pieces)
-        return F.cross_entropy(logits, target_ids(pieces).to(logits.device), reduction="none")
+        return losses_of(self.logits(pieces), pieces)
 
     @torch.no_grad()
     def scores(self, pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
@@ -65,6 +65,43 @@ class Reader:
         if not any(bool(piece.targets.any()) for piece in pieces):
             return torch.empty(0)
         return self.losses([piece for piece in pieces if bool(piece.targets.any())])
+
+
+def losses_of(logits: Float[Tensor, "targets vocab"], pieces: Sequence[Piece]) -> Float[Tensor, " targets"]:
+    """Cross-entropy of every target of the pieces, nats, from what a `Reader` says about them."""
+    return F.cross_entropy(logits, target_ids(pieces).to(logits.device), reduction="none")
+
+
+def read_frozen(
+    model: nn.Module,
+    ids: Int[Tensor, " n"],
+    context: int = 512,
+    piece: int | None = None,
+    batch_tokens: int = 2048,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> Float[Tensor, " n"]:
+    """Losses of a text under a model that learns nothing, read in pieces as a `Learner` does: so losses before, while
+    and after learning differ in the weights alone.
+
+    Args:
+        model: any causal language model of transformers.
+        ids: `[n]`.
+        context: tokens a piece is read with at most, its own included; 2 or more.
+        piece: tokens read together; None is half of `context`. Every token sees at least `context - piece` others.
+        batch_tokens: tokens of one forward pass over several pieces, padding included.
+        on_batch: called with the tokens scored since the last call.
+
+    Returns:
+        nats, float32, on the CPU; NaN for the first token.
+    """
+    stream = Stream(max(1, len(ids)), piece or max(1, context // 2), context)
+    stream.add(ids.cpu().long(), torch.ones(len(ids), dtype=torch.bool))
+    reader, found = Reader(model), [torch.full((min(1, len(ids)),), math.nan)]
+    with own_modes(), learning(model, ()):
+        for batch in batches(stream.pieces, batch_tokens):
+            found.append(reader.scores(batch).cpu().float())
+            on_batch(len(found[-1]))
+    return torch.cat(found)
 
 
 @contextmanager
