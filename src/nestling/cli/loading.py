@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling import NestlingForCausalLM
 from nestling.cli.states import hint
@@ -23,6 +23,8 @@ from nestling.models.pretrained import load_pretrained
 from nestling.tasks.text import Document
 from nestling.training.config import CONFIG_FILE, read_run
 from nestling.training.tokenization import encode_document, encode_text, load_tokenizer, start_token
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 
 def load_model(directory: str | Path) -> tuple[NestlingForCausalLM, PreTrainedTokenizerBase]:
@@ -41,18 +43,10 @@ def load_model(directory: str | Path) -> tuple[NestlingForCausalLM, PreTrainedTo
                 "give one of its checkpoint directories"
             )
         raise UserError(f"{directory} holds no model (no config.json); give the --out directory of nestling train")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(path))
-    except Exception as error:  # damaged files fail in every layer of the libraries underneath
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the model in {directory} cannot be loaded ({reason}); train it again or restore it"
-        ) from error
+    model, _ = load_pretrained(path)
     if not isinstance(model, NestlingForCausalLM):
         raise UserError(f"{directory} holds a {type(model).__name__}, not a nestling model")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)  # type: ignore[call-arg, arg-type]  # transformers wraps it and loses the signature
-    return model.eval(), load_tokenizer(path)
+    return _placed(model), load_tokenizer(path)
 
 
 def load_causal_lm(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -68,9 +62,13 @@ def load_causal_lm(source: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
     if (path / CONFIG_FILE).exists():
         return load_model(path)
     model, tokenizer = load_pretrained(source)
+    return _placed(model), tokenizer
+
+
+def _placed(model: M) -> M:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it and loses the signature
-    return model.eval(), tokenizer
+    return model
 
 
 def load_saved(model: PreTrainedModel, memory: Sequence[Path], state: Path | None) -> ModelState | None:
