@@ -134,6 +134,11 @@ def test_relatives_with_scales_of_their_own_are_refused(model: Callable[[], Any]
         convert(model(), {"a": 4})
 
 
+def test_what_stands_around_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="a DataParallel cannot be converted; give the transformers model itself"):
+        convert(nn.DataParallel(llama()), {"a": 4})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_head_of_its_own_under_a_tied_flag_is_kept_and_told(family: str, tmp_path: Path) -> None:
     original = pretrained(family)

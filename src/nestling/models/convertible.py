@@ -29,6 +29,8 @@ def check_convertible(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the architecture, or the setting of its configuration, and what is supported.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} cannot be converted; give the transformers model itself")
     c = model.config
     if c.model_type == "nestling":
         raise ValueError("the model is nestling's already; give the pre-trained model it was made from")

@@ -107,8 +107,14 @@ def test_weights_that_cannot_be_learned_are_named() -> None:
         with torch.inference_mode():
             layer.weight = nn.Parameter(torch.zeros(48, 32))
 
+    memory = learner(random_llama()).memory()
+    for change in (lambda layer: layer.to("meta"), make_in_inference_mode):
+        model = random_llama()
+        change(model.model.layers[1].mlp.up_proj)
+        with pytest.raises(ValueError, match=r"up_proj\.weight (is offloaded|was made under torch\.inference_mode)"):
+            memory.apply(model)
     refused(quantize, "is uint8, a quantized weight, which cannot be learned")
-    refused(lambda layer: layer.to("meta"), "is offloaded, so it cannot be learned")
+    refused(lambda layer: layer.to("meta"), "is offloaded, so its values are not at hand")
     refused(lambda layer: layer.half(), "is float16, in which small steps are lost")
     refused(make_in_inference_mode, r"was made under torch\.inference_mode")
 

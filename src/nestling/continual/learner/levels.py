@@ -136,7 +136,7 @@ def make_optimizer(settings: Settings, weights: Mapping[str, LevelWeights], read
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
-    """Raises ValueError for values that steps are lost in, that are not there, or that cannot be stepped."""
+    """Raises ValueError for values that steps are lost in, or that cannot be stepped."""
     kind = str(weight.dtype).removeprefix("torch.")
     if not weight.is_floating_point():
         raise ValueError(f"{name} is {kind}, a quantized weight, which cannot be learned; load the model in float32")
@@ -145,10 +145,6 @@ def _check_weight(name: str, weight: Tensor) -> None:
             f"{name} is {kind}, in which small steps are lost: load the model with dtype=torch.float32; "
             "Options(bfloat16=True) runs the forward pass in bfloat16 all the same"
         )
-    if weight.is_meta:
-        raise ValueError(f"{name} is offloaded, so it cannot be learned; load the model without offloading")
-    if weight.is_inference():
-        raise ValueError(f"{name} was made under torch.inference_mode and cannot be learned; load the model outside it")
 
 
 def rate(settings: Settings, level: Level, fastest: int) -> float:

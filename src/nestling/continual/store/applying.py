@@ -58,6 +58,8 @@ def put_in(
     if (attached := getattr(model, LEARNER, None)) is not None:
         what = f"this is {COPIED}" if attached == COPIED else "a learner is attached to the model"
         raise MemoryUseError(f"{what}; call the learner's detach() first" + ", then copy" * (attached == COPIED))
+    if (reason := _in_the_way(model)) is not None:
+        raise MemoryUseError(reason)
     owner, record = identity(differences), held_by(model)
     if record is not None and record.owner is not None:
         again = "this memory" if record.owner == owner else "another memory"
@@ -113,9 +115,8 @@ def held_by(model: nn.Module) -> Applied | None:
 
 def check_free(model: nn.Module, learner: object) -> None:
     """Raises ValueError for a model that another learner than this one, or a memory, is on, and for a wrapped one."""
-    for wrapped in ("module", "_orig_mod"):  # by DistributedDataParallel, by torch.compile
-        if isinstance(getattr(model, wrapped, None), nn.Module) and not hasattr(type(model), "from_pretrained"):
-            raise ValueError(f"a {type(model).__name__} stands around the model; give the model itself, its .{wrapped}")
+    if (reason := _in_the_way(model)) is not None:
+        raise ValueError(reason)
     attached = getattr(model, LEARNER, learner)
     if attached == COPIED:
         raise ValueError(
@@ -126,6 +127,19 @@ def check_free(model: nn.Module, learner: object) -> None:
         raise ValueError("another learner is attached to this model; call its detach() first")
     if (held := held_by(model)) is not None and held.owner is not None:
         raise ValueError("a memory is applied to this model; remove it first, and load it into the learner")
+
+
+def _in_the_way(model: nn.Module) -> str | None:
+    """Why neither a memory nor a learner can be put on this model, whatever it holds."""
+    for wrapped in ("module", "_orig_mod"):  # by DistributedDataParallel, by torch.compile
+        if isinstance(getattr(model, wrapped, None), nn.Module) and not hasattr(type(model), "from_pretrained"):
+            return f"a {type(model).__name__} stands around the model; give the model itself, its .{wrapped}"
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            return f"{name} is offloaded, so its values are not at hand; load the model without offloading"
+        if p.is_inference():
+            return f"{name} was made under torch.inference_mode and cannot be changed; load the model outside it"
+    return None
 
 
 def _check_base(model: nn.Module, fingerprint: str, record: Applied | None) -> None:
