@@ -5,9 +5,9 @@ if (location.protocol === "file:") {
       super()
       const frame = document.createElement("iframe")
       frame.hidden = true
-      // In the frame, what the worker posts to itself goes to the page, and scripts that it imports become tags.
+      // In the frame, what the worker posts goes to the page, and scripts that it imports become tags.
       frame.srcdoc =
-        "<script>postMessage = message => parent.postMessage(message, '*');" +
+        "<script>receive = postMessage; postMessage = message => parent.postMessage(message, '*');" +
         "importScripts = (...urls) => urls.forEach(url => document.write('<script src=\"' + url + '\"></' + 'script>'))" +
         "</" + "script><script src=\"" + new URL(script, location.href) + "\"></" + "script>"
       this.frame = frame
@@ -19,7 +19,7 @@ if (location.protocol === "file:") {
       document.body ? attach() : addEventListener("DOMContentLoaded", attach)
     }
     postMessage(message) {
-      this.loaded.then(() => this.frame.contentWindow.postMessage(message, "*"))
+      this.loaded.then(() => this.frame.contentWindow.receive(message, "*"))
     }
     terminate() {
       this.frame.remove()

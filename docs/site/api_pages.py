@@ -16,12 +16,12 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def page(root: Path, path: str) -> str:
-    """The page's Markdown: the package's own words, then each module."""
+    """The page's Markdown: the package's own words, then each module. In a search the guides come first."""
     name = path.removeprefix("api/").removesuffix(".md")
     folder = root / "src" / name.replace(".", "/")
     init = folder / "__init__.py"
     words = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) if init.exists() else None
-    lines = [f"# {name} {{#{name}}}", "", words or "", ""]
+    lines = ["---", "search:", "  boost: 0.3", "---", "", f"# {name} {{#{name}}}", "", words or "", ""]
     for file in sorted(folder.glob("*.py")):
         if public(file) and file.name != "__init__.py":
             lines += [f"::: {name}.{file.stem}", ""]
