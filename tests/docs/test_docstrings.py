@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINTS = [
     "nestling.models.causal_lm.NestlingForCausalLM",
+    "nestling.models.modeling.NestlingModel",
     "nestling.models.cache.ModelState",
     "nestling.models.configuration.NestlingConfig",
     "nestling.models.conversion.convert",
@@ -40,6 +41,7 @@ ENTRY_POINTS = [
     "nestling.optim.multi_frequency.MultiFrequency",
     "nestling.optim.preconditioned_momentum.PreconditionedMomentum",
     "nestling.levels.inspection.inspect",
+    "nestling.continual.learner.learner.Learner",
     "nestling.continual.store.memory.Memory",
     "nestling.continual.store.store.MemoryStore",
     "nestling.training.run.train",

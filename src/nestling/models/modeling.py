@@ -271,12 +271,14 @@ class NestlingPreTrainedModel(PreTrainedModel):
 class NestlingModel(NestlingPreTrainedModel):
     """The backbone: embeddings, blocks and the last norm, without a head. `AutoModel` gives it.
 
-    ```python
-    from transformers import AutoModel
-
-    backbone = AutoModel.from_pretrained("runs/hope/model")  # a checkpoint of NestlingForCausalLM
-    hidden = backbone(input_ids).last_hidden_state  # [B, T, hidden]
-    ```
+    Examples:
+        >>> import torch
+        >>> from transformers import AutoModel
+        >>> from nestling import NestlingForCausalLM, presets
+        >>> NestlingForCausalLM(presets.hope(hidden_size=32, num_layers=1, num_heads=2)).save_pretrained("saved")
+        >>> backbone = AutoModel.from_pretrained("saved")
+        >>> backbone(torch.randint(3, 259, (2, 10))).last_hidden_state.shape
+        torch.Size([2, 10, 32])
     """
 
     def __init__(self, config: NestlingConfig) -> None:

@@ -42,17 +42,11 @@ class Learner:
     in pieces of at most `options.piece` tokens, each with up to `context - piece` earlier tokens of its document, and
     its gradient is that of the mean loss over all its targets. Tokens are scored when they come; those of a chunk that
     is not full wait for the rest and are then read again, with gradients. So losses, weights and updates do not depend
-    on how the tokens are divided into calls (to float rounding), and a call that brings whole chunks reads every one
-    once.
+    on how tokens are divided into calls (to rounding), and a call that brings whole chunks reads each once.
 
-    While attached, the model has the learned weights, for `generate` too. A model takes one learner at a time; `detach`
-    gives it its base weights back, to the last bit, and `with learner:` attaches for a while. A caller's `no_grad`,
-    `inference_mode` or `autocast` changes nothing.
-
-    Costs, beside the forward and backward pass of `(context + piece) / 2` to `context` tokens a piece: one copy of the
-    learned parameters (the base), their gradients, the optimizer's state (two more for AdamW), one gradient sum for
-    every level but the fastest, with an `UpdateLimit` one more copy during a step, and with an average one more copy.
-    With ranks these are of the factors' size.
+    While attached, the model has the learned weights, for `generate` too. A model takes one learner at a time;
+    `detach` gives it its base weights back, to the last bit, and `with learner:` attaches for a while. A caller's
+    `no_grad`, `inference_mode` or `autocast` changes nothing. docs/continual.md has the costs.
 
     Args:
         model: any causal language model of transformers, with its base weights.
@@ -60,15 +54,21 @@ class Learner:
             all its MLPs, as `nestling learn` does. Parameters of no level stay as they are.
         optimizer: a name of `nestling.optim.NAMES`, or what makes an optimizer from a list of parameters (its rate is
             its own), for the levels that name none.
-        lr: rate of the fastest level. 1e-4 is where to start with AdamW, a model of 135M parameters and chunks of 256
-            tokens; see `nestling.optim.build` for the others' sizes.
-        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent. With -0.5 slow levels
-            forget less and learn a later text less than one level does (reproductions/reading).
+        lr: rate of the fastest level; 1e-4 is where to start with AdamW (see `nestling.optim.build` for the others).
+        rate_exponent: a level's rate is lr * (period / fastest period)^rate_exponent; below 0 slow levels move less.
         context: tokens that a piece is read with at most, its own included.
         options: everything else.
 
     Raises:
         ValueError: settings that do not fit the model or each other, or a model that another learner is on.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestling.continual import Learner
+        >>> shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> learner = Learner(LlamaForCausalLM(LlamaConfig(vocab_size=99, **shape)), lr=1e-3)
+        >>> len(learner.observe([1, 2, 3] * 100).updated)  # one level, after its first 256 tokens
+        1
     """
 
     @own_modes()
