@@ -65,12 +65,14 @@ def stay_on(cpus: int) -> None:
 
     OpenMP counted the processors when it was loaded and knows nothing of it, as in a container with a quota.
     """
+    if not ALL:
+        return
     chosen = sorted(ALL)[:cpus]
     for task in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(task.name), chosen)
 
 
-ALL = os.sched_getaffinity(0)
+ALL = os.sched_getaffinity(0) if sys.platform == "linux" else set()  # elsewhere a process cannot be kept to some
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ import pytest
 
 from nestling.errors import UserError
 from nestling.training import TrainConfig
-from nestling.training.config import CONFIG_FILE, differences, read_run
+from nestling.training.config import CONFIG_FILE, begun_with, differences, read_run
 
 
 def test_budget_and_rate_are_resolved() -> None:
@@ -43,6 +43,9 @@ def test_json_round_trip() -> None:
         ({"carry_tokens": 256}, "no effect without --carry-state"),
         ({"carry_tokens": 100, "carry_state": True}, "no multiple of the sequence length 256"),
         ({"streaming": True}, "--streaming needs exactly one --data"),
+        ({"log_every": 2.5}, "log_every is 2.5, but must be a whole number, at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, but must be a number, positive"),
+        ({"tensorboard": "no"}, "tensorboard is no, but must be true or false"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -62,3 +65,21 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         read_run(tmp_path)
+
+
+def test_the_number_of_processes_a_run_began_with(tmp_path: Path) -> None:
+    """As recorded; of version 0.1, which did not, by the files of its newest checkpoint."""
+    record = {"config": TrainConfig(out="r").to_dict(), "data": {}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record | {"processes": 4}))
+    assert begun_with(tmp_path, None) == 4
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record))
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "rng_state.pth").touch()
+    assert begun_with(tmp_path, None) == begun_with(tmp_path, checkpoint) == 1
+    for process in range(3):
+        (checkpoint / f"rng_state_{process}.pth").touch()
+    assert begun_with(tmp_path, checkpoint) == 3
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record | {"processes": "many"}))
+    with pytest.raises(UserError, match="is damaged \\(it names 'many' processes\\)"):
+        begun_with(tmp_path, None)
