@@ -16,7 +16,7 @@ endif
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format bench docs freeze clean
+.PHONY: help setup demo test test-slow lint types format bench docs check-wheel freeze clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ docs: $(DOCS) ## build the documentation site strictly into site/, with nothing 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@$(BIN)/python docs/site/check_site.py site
 	@echo "open site/index.html"
+
+check-wheel: $(DEV) ## build wheel and sdist; install and use the wheel in clean environments of Python 3.11 to 3.13
+	@.ci/check_wheel $(PYTHONS)
 
 freeze: $(BENCH) $(DOCS) $(COMPAT) ## write what is installed to constraints.txt
 	@{ head -2 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new

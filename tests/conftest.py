@@ -10,6 +10,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; `nest
 import torch
 from transformers.utils import logging
 
+from tests.shapes import check_shapes, switch
+
+check_shapes()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_single_threaded() -> None:
@@ -25,3 +29,11 @@ def _seeded() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shapes are checked, but where a test gives wrong ones to see what a user would."""
+    switch["on"] = request.node.get_closest_marker("any_shapes") is None
+    yield
+    switch["on"] = True

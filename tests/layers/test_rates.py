@@ -81,6 +81,7 @@ def test_tokens_that_are_not_there_have_no_rate(rule: RateRule) -> None:
         assert bool((rate[absent] == 0).all()) and bool((rate[~absent] > 0).all())
 
 
+@pytest.mark.any_shapes
 @pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
 def test_gates_of_another_shape_are_refused() -> None:
     gates, scales, _ = made(2, True, False, False)

@@ -224,6 +224,7 @@ def test_states_are_independent(model: NestlingForCausalLM, ids: Tensor) -> None
     torch.testing.assert_close(a, b[1:2])
 
 
+@pytest.mark.any_shapes
 def test_bad_inputs_are_refused(model: NestlingForCausalLM, ids: Tensor) -> None:
     state = model.init_state(2)
     for call, message in [

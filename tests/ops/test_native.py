@@ -216,6 +216,7 @@ def test_nan_is_not_swallowed(where) -> None:
     assert any(t.isnan().any() for t in state.main.running)
 
 
+@pytest.mark.any_shapes
 @pytest.mark.parametrize("conv", [1, 4])
 def test_a_state_of_other_shape_is_refused(conv) -> None:
     """Compiled code reads raw memory: a state of fewer rows must end in a sentence, not in a crash."""

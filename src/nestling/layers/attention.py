@@ -132,7 +132,7 @@ class AttentionHeads(nn.Module):
         state: AttentionState,
         lengths: Tensor | None,
         prefix: Float[Tensor, "N P hidden"] | None = None,
-    ) -> tuple[Float[Tensor, "N L hidden"], AttentionState]:
+    ) -> tuple[Float[Tensor, "N L inner"], AttentionState]:
         """The heads' answers without the output projection.
 
         Args:
@@ -217,7 +217,7 @@ class WindowAttention(AttentionHeads):
         state: AttentionState,
         rows: Aligned,
         prefix: Float[Tensor, "N P hidden"] | None,
-    ) -> tuple[Float[Tensor, "N L hidden"], AttentionState]:
+    ) -> tuple[Float[Tensor, "N L inner"], AttentionState]:
         """See `AttentionHeads.mix`."""
         return self.mix(x, state, rows.lengths, prefix)
 
@@ -225,12 +225,12 @@ class WindowAttention(AttentionHeads):
 def attend(
     q: Float[Tensor, "N T H D"],
     k: Float[Tensor, "N S G D"],
-    v: Float[Tensor, "N S G D"],
+    v: Float[Tensor, "N S G V"],
     window: int | None = None,
     unseen: Int[Tensor, " N"] | None = None,
     prefix: int = 0,
     scale: float | None = None,
-) -> Float[Tensor, "N T H D"]:
+) -> Float[Tensor, "N T H V"]:
     """Causal attention of the last T of S tokens, each to at most `window` tokens that end with itself.
 
     A windowed attention goes block by block, so its cost and memory grow with `T * window`, not with `T * S`.

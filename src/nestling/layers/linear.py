@@ -147,7 +147,7 @@ class LinearMemoryState(State):
     """
 
     weight: Float[Tensor, "N H V K"]
-    conv: Float[Tensor, "N W-1 D"] | None
+    conv: Float[Tensor, "N past D"] | None
     position: Int[Tensor, " N"] | None
 
 
@@ -291,7 +291,7 @@ class LinearMemory(SequenceLayer):
             rate = strength if valid is None else strength * valid
         return rate, log_a
 
-    def _normalised(self, o: Float[Tensor, "N H L V"]) -> Float[Tensor, "N L H V"]:
+    def _normalised(self, o: Float[Tensor, "N H L columns"]) -> Float[Tensor, "N L H V"]:
         c = self.config
         if c.denominator:
             # Without a single matching key both are 0.

@@ -40,8 +40,8 @@ class LongTermState(State):
     """
 
     bank: BankState
-    conv: Float[Tensor, "N W-1 3*hidden"]
-    rates: Float[Tensor, "N gates*H"] | None
+    conv: Float[Tensor, "N past streams"]
+    rates: Float[Tensor, "N logits"] | None
     position: Int[Tensor, " N"]
 
 
@@ -55,7 +55,7 @@ class Retrieval(State):
     """
 
     weights: list[Tensor]
-    conv: Float[Tensor, "N W-1 hidden"]
+    conv: Float[Tensor, "N past hidden"]
 
 
 class LongTermMemory(nn.Module):

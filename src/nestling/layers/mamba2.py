@@ -96,7 +96,7 @@ class Mamba2State(State):
     """
 
     weight: Float[Tensor, "N H P S"]
-    conv: Float[Tensor, "N W-1 D"]
+    conv: Float[Tensor, "N past D"]
 
 
 class Mamba2(SequenceLayer):

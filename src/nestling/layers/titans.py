@@ -46,7 +46,7 @@ class ContextState(State):
 
     memory: LongTermState
     before: list[Tensor] | None
-    tail: Float[Tensor, "N W-1 hidden"]
+    tail: Float[Tensor, "N past hidden"]
     keys: Float[Tensor, "N 2 C H D"]
     values: Float[Tensor, "N 2 C H D"]
 

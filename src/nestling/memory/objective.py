@@ -10,8 +10,8 @@ from nestling.memory.rule import Rule
 
 
 def output_gradient(
-    rule: Rule, output: Float[Tensor, "*batch V"], target: Float[Tensor, "*batch V"]
-) -> Float[Tensor, "*batch V"]:
+    rule: Rule, output: Float[Tensor, "*batch V"], target: Float[Tensor, "*#batch V"]
+) -> Float[Tensor, "*#batch V"]:
     """dL/dy of `rule.objective`, every coordinate clipped to +-`rule.clip`.
 
     "l2": y - v. "dot": -v. "lp": sign(y - v) |y - v|^(p-1) (Miras, Moneta). "huber": y - v clipped to +-delta (Miras,

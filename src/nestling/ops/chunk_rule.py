@@ -62,7 +62,7 @@ class Decay:
 def decay_products(
     log_retention: Float[Tensor, "*batch C"],
     log_momentum: Float[Tensor, "*batch C"] | None = None,
-    valid: Bool[Tensor, "*batch C"] | None = None,
+    valid: Bool[Tensor, "*#batch C"] | None = None,
 ) -> Decay:
     """A, A0 and, with momentum, D, d0 and the last rows of B, from the logarithms of a and b (both <= 0)."""
     if valid is not None:
@@ -110,7 +110,7 @@ class Writes:
 def chunk_writes(
     x: Float[Tensor, "*batch C K"],
     step: Float[Tensor, "*batch C V"],
-    erase: Float[Tensor, "*batch C"] | None,
+    erase: Float[Tensor, "*#batch C"] | None,
     decay: Decay,
     weight: Float[Tensor, "*batch V K"],
     surprise: Float[Tensor, "*batch V K"] | None = None,

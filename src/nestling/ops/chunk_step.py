@@ -19,7 +19,7 @@ class ChunkDecay:
 
     log_retention: Float[Tensor, "*batch C"]
     log_momentum: Float[Tensor, "*batch C"] | None = None
-    valid: Bool[Tensor, "*batch C"] | None = None
+    valid: Bool[Tensor, "*#batch C"] | None = None
 
     @cached_property
     def products(self) -> Decay:
@@ -28,24 +28,24 @@ class ChunkDecay:
 
 
 def chunk_step(
-    x: Float[Tensor, "*batch *M C K"],
-    g: Float[Tensor, "*batch *M C V"],
+    x: Float[Tensor, "*stack C K"],
+    g: Float[Tensor, "*stack C V"],
     inner_lr: Float[Tensor, "*batch C"],
     erase: Float[Tensor, "*batch C"] | None,
     decay: ChunkDecay,
-    weight: Float[Tensor, "*batch *M V K"],
-    surprise: Float[Tensor, "*batch *M V K"] | None = None,
+    weight: Float[Tensor, "*stack V K"],
+    surprise: Float[Tensor, "*stack V K"] | None = None,
     *,
-    recalled: Float[Tensor, "*batch *M C V"] | None = None,
+    recalled: Float[Tensor, "*stack C V"] | None = None,
     q: Float[Tensor, "*batch C K"] | None = None,
     answers: int = 0,
     normalise: bool = False,
     read_before: bool = False,
-) -> tuple[Float[Tensor, "*batch C answers"] | None, Tensor, Tensor | None]:
+) -> tuple[Float[Tensor, "*batch C Q"] | None, Tensor, Tensor | None]:
     """Write a chunk into a memory, or into M that share their rates, and read the (first) one at q.
 
     Args:
-        x: inputs of the weight.
+        x: inputs of the weight; `stack` is `batch`, and M after it where there are M memories.
         g: gradients at its output.
         inner_lr: l_t; 0 at tokens that are not there.
         erase: e_t, or None for no erase; 0 at tokens that are not there.

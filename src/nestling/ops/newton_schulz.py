@@ -68,12 +68,12 @@ def newton_schulz(
 
 
 def newton_schulz_many(
-    matrices: Sequence[Float[Tensor, "rows cols"]],
+    matrices: Sequence[Float[Tensor, "... _ _"]],
     steps: int = 5,
     coefficients: Coefficients | Sequence[Coefficients] = MUON,
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
-) -> list[Float[Tensor, "rows cols"]]:
+) -> list[Float[Tensor, "... _ _"]]:
     """`newton_schulz` of every matrix; those of one shape, up to a transposition, run as one batch.
 
     A stack of matrices is a batch of its own.

@@ -107,6 +107,7 @@ def test_an_interrupted_call_is_as_if_it_had_not_been(replay: Replay | None) -> 
     assert all(torch.equal(t, state(other)[n]) for n, t in state(learner).items())
 
 
+@pytest.mark.any_shapes
 def test_empty_and_absurd_input() -> None:
     learner = two_levels()
     learner.observe(text(5))

@@ -100,6 +100,7 @@ def test_hostile_settings(learned: Memory) -> None:
     assert tried > 300 and 0.6 * tried < refused < tried
 
 
+@pytest.mark.any_shapes
 def test_hostile_tensors(learned: Memory) -> None:
     refused = 0
     with warnings.catch_warnings():
