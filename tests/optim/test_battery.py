@@ -317,6 +317,44 @@ def test_refusals(subject: Subject) -> None:
 
 
 @everyone
+@pytest.mark.parametrize(("width", "out"), [(0, 3), (3, 0), (1, 1)])
+def test_layers_without_units(subject: Subject, width: int, out: int) -> None:
+    """Weights of no rows or no columns, and a batch of no rows."""
+    model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, out)).double()
+    optimizer = subject.make(model, 0.01)
+    for rows in (4, 0, 4):
+        optimizer.zero_grad()
+        model(torch.ones(rows, 5, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@everyone
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_rates_that_are_not_finite(subject: Subject, rate: float) -> None:
+    """Set by a scheduler, say: nothing moves."""
+    model = Network()
+    optimizer = subject.make(model, 0.01)
+    loss_of(model, batch(0)).backward()
+    before = weights(model)
+    optimizer.param_groups[-1]["lr"] = rate
+    with pytest.raises(ValueError, match="a group has the learning rate"):
+        optimizer.step()
+    assert_same(weights(model), before)
+
+
+@everyone
+def test_a_group_that_is_refused_is_not_there(subject: Subject) -> None:
+    model = Network()
+    optimizer = subject.make(model, 0.01)
+    groups = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="lr must be in"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0})
+    assert len(optimizer.param_groups) == groups
+    train(model, optimizer, range(1))
+
+
+@everyone
 def test_is_a_torch_optimizer(subject: Subject) -> None:
     """Groups may be added later, hooks run, and an optimizer can be copied with its state."""
     model = Network()

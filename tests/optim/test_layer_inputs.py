@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
 from nestling.optim.generalized_gradient_descent import DOT
@@ -181,3 +182,21 @@ def test_a_step_that_is_refused_forgets_its_period() -> None:
         train(model, optimizer, range(PERIOD, 2 * PERIOD))
         found.append(weights(model))
     same(*found, 0.0)
+
+
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_seen_once(kind: Any, reentrant: bool) -> None:
+    """A layer that is used twice, each time in a part that the backward pass runs again."""
+    found = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 3).double()
+        optimizer = kind(layer.parameters(), lr=LR, model=layer)
+        x = batch(1).requires_grad_()
+        for _ in range(2):
+            x = checkpoint(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
+        x.square().mean().backward()
+        optimizer.step()
+        found.append(weights(layer))
+    same(*found)

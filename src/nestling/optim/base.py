@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
@@ -55,7 +56,11 @@ class MemoryOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """As torch's, with the same checks as the constructor."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -67,7 +72,7 @@ class MemoryOptimizer(Optimizer):
 
         Raises:
             NonFiniteGradientError: a gradient holds NaN or infinity and `on_nonfinite="raise"`. Nothing has changed
-            then. ValueError: a gradient is sparse.
+            then. ValueError: a gradient is sparse, or a rate is NaN or infinite.
         """
         loss = None
         if closure is not None:
@@ -145,7 +150,9 @@ class MemoryOptimizer(Optimizer):
         """Called at the end of a step that took place."""
 
     def _may_step(self, work: list[tuple[Group, list[Tensor]]]) -> bool:
-        for _, parameters in work:
+        for group, parameters in work:
+            if not math.isfinite(rate := float(group["lr"])):
+                raise ValueError(f"a group has the learning rate {rate}; look at who sets it, a scheduler for instance")
             for p in parameters:
                 if p.grad is not None and p.grad.layout != torch.strided:
                     name = type(self).__name__

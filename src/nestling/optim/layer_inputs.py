@@ -163,7 +163,7 @@ class LayerInputs:
     @torch.no_grad()
     def _backward(self, weight: Tensor, x: Tensor, gradient: Tensor) -> None:
         dtype = working_dtype(weight.dtype)
-        x, gradient = x.flatten(0, -2) if x.dim() > 1 else x[None], gradient.reshape(-1, gradient.shape[-1])
+        x, gradient = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (x, gradient))
         counted = gradient.ne(0).any(-1)
         seen = self.seen.setdefault(weight, Seen())
         seen.tokens += int(counted.sum())
