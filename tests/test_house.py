@@ -143,6 +143,18 @@ def test_prose_has_no_long_dashes(path: Path) -> None:
         assert not re.search("[\u2013\u2014]", line), f"{name_of(path)}:{number} has an en or em dash"
 
 
+@pytest.mark.parametrize("path", [p for p in prose_files() if "reproductions" not in p.parts], ids=name_of)
+def test_prose_has_lines_that_a_diff_can_show(path: Path) -> None:
+    """At most 160 characters without links' targets; tables, code and generated reports are as wide as they are."""
+    fenced = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= line.lstrip().startswith("```")
+        if fenced or line.startswith(("    ", "\t", "|")):
+            continue
+        length = len(re.sub(r"\]\([^)]*\)", "]", line))
+        assert length <= 160, f"{name_of(path)}:{number} has {length} characters; break the line"
+
+
 @pytest.mark.parametrize("path", prose_files(), ids=name_of)
 def test_links_lead_somewhere(path: Path) -> None:
     """Relative links of Markdown files name files that exist."""
