@@ -1,23 +1,45 @@
-"""One command for all of them: `python -m reproductions NAME`; without a name it lists them."""
+"""One command for all reproductions.
+
+python -m reproductions                 lists them
+python -m reproductions NAME [OPTIONS]  runs one; --help has its options, --quick takes some seconds
+python -m reproductions --claims        writes docs/results.md, the table of the papers' claims
+python -m reproductions --convert FILE  makes results.jsonl of a results.json of version 0.1
+"""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from reproductions.harness import command
 
 
-def main() -> None:
-    """Run one, with its own options."""
-    names = sorted(path.parent.name for path in HERE.glob("*/run.py"))
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        raise SystemExit(f"python -m reproductions NAME, of {', '.join(names)}; NAME --help has its options")
-    name = sys.argv.pop(1)
-    importlib.import_module("nestling")  # settles how threads wait, before an experiment loads torch
-    importlib.import_module(f"reproductions.{name}.run").main()
+def main(words: list[str]) -> None:
+    """List, report, claims, convert or run.
+
+    Raises:
+        SystemExit: an unknown name, or what the reproduction refuses.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        for name in command.names():
+            print(f"{name:18} {command.about(name)}")
+    elif words == ["--report"]:
+        for name in command.names():
+            command.run(name, words)
+    elif words[0] == "--claims":
+        from reproductions.harness import claims
+
+        print(claims.write())
+    elif words[0] == "--convert" and len(words) == 2:
+        from reproductions.harness.old import convert
+
+        print(convert(Path(words[1])))
+    elif words[0] in command.names():
+        command.run(words[0], words[1:])
+    else:
+        raise SystemExit(f"no reproduction {words[0]!r}; there are {', '.join(command.names())}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

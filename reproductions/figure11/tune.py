@@ -1,60 +1,59 @@
-"""A grid of learning rates that grows until the best is inside, and seeds at the best; finished runs stay on disk."""
+"""Learning rates by a grid that goes on by factors of two, and seeds at the best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping, Sequence
 
-from reproductions.harness.result_file import ResultFile, Row
+from reproductions.harness.grid import best_rate, grow_rate, times
+from reproductions.harness.report import table
+from reproductions.harness.rows import Row, Rows
 
 SEEDS = (0, 1, 2)
+Train = Callable[[str, float, int], Row]
+"""`train(name, rate, seed)` gives a row with `validation` (lower is better) and `diverged`."""
 
 
-class Runs:
-    """Finished runs, a line each.
+def tune(rows: Rows, train: Train, names: Mapping[str, float], seeds: Sequence[int]) -> None:
+    """For every name seed 0 at half, once and twice its start, then on until the best is inside; all seeds there."""
 
-    Args:
-        path: where they are kept.
-        train: `train(name, rate, seed)` gives the row of a run, with `validation` (lower is better) and `diverged`.
-    """
-
-    def __init__(self, path: Path, train: Callable[[str, float, int], Row]) -> None:
-        self.results, self.train = ResultFile(path), train
-
-    def get(self, name: str, rate: float, seed: int) -> Row:
-        """The run, trained now unless it is there."""
-        rate = float(f"{rate:.6g}")
-
+    def get(name: str, rate: float, seed: int) -> Row:
         def run() -> Row:
-            row = self.train(name, rate, seed)
+            row = train(name, rate, seed)
             print(f"{name:30} lr {rate:.3g} seed {seed}: validation {row['validation']:.4f}", flush=True)
             return row
 
-        return self.results.get({"optimizer": name, "rate": rate, "seed": seed}, run)
+        return rows.get({"optimizer": name, "rate": rate, "seed": seed}, run)
 
-    def tune(self, name: str, start: float) -> list[Row]:
-        """Seed 0 at every rate tried, by rate: half, once and twice `start`, then on by factors of two."""
-        found = [self.get(name, start * factor, SEEDS[0]) for factor in (0.5, 1.0, 2.0)]
-        while (best := min(found, key=quality)) in (found[0], found[-1]):
-            up = best is found[-1]
-            more = self.get(name, best["rate"] * (2.0 if up else 0.5), SEEDS[0])
-            found = [*found, more] if up else [more, *found]
-        return found
-
-    def seeds(self, grid: list[Row]) -> list[Row]:
-        """All seeds at the best rate of a grid."""
-        best = min(grid, key=quality)
-        return [self.get(best["optimizer"], best["rate"], seed) for seed in SEEDS]
+    for name, start in names.items():
+        rates = [float(f"{start * factor:.6g}") for factor in (0.5, 1.0, 2.0)]
+        grid = grow_rate(lambda rate, n=name: quality(get(n, rate, SEEDS[0])), rates, times(2.0))  # type: ignore[misc]
+        for seed in seeds:
+            get(name, best_rate(grid), seed)
 
 
 def quality(row: Row) -> float:
     """Validation loss, infinite if the run diverged."""
-    return float("inf") if row["diverged"] else float(row["validation"])
+    return math.inf if row["diverged"] else float(row["validation"])
 
 
-def grid_table(grids: dict[str, list[Row]]) -> list[str]:
-    """Markdown: validation loss of seed 0 by learning rate."""
-    lines = ["| run (seed 0) | validation loss by lr |", "| --- | --- |"]
-    for name, rows in grids.items():
-        lines.append(f"| `{name}` | " + ", ".join(f"{r['rate']:.3g}: {r['validation']:.4f}" for r in rows) + " |")
-    return lines
+def grids(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows of seed 0 by rate, of every name that has some."""
+    found = {n: [r for r in rows if (r["optimizer"], r["seed"]) == (n, SEEDS[0])] for n in names}
+    return {n: sorted(own, key=lambda row: row["rate"]) for n, own in found.items() if own}
+
+
+def chosen(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]]:
+    """Of every name the rows at its best rate, by seed."""
+    best = {n: min(own, key=quality)["rate"] for n, own in grids(rows, names).items()}
+    found = {n: [r for r in rows if (r["optimizer"], r["rate"]) == (n, rate)] for n, rate in best.items()}
+    return {n: sorted(own, key=lambda row: row["seed"]) for n, own in found.items()}
+
+
+def grid_table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Validation loss of seed 0 by learning rate."""
+    lines = [
+        [f"`{name}`", ", ".join(f"{r['rate']:.3g}: {r['validation']:.4f}" for r in rows)]
+        for name, rows in found.items()
+    ]
+    return table(["run (seed 0)", "validation loss by lr"], lines)

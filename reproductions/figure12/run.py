@@ -1,22 +1,17 @@
 """Time of one optimizer step against the model's size (NL Figure 12): AdamW, Muon, AdaMuon, M3, delta momentum.
 
-    python -m reproductions figure12 [--sizes 2 10 40] [--threads 2] [--quick]
-
 The parameters are a Transformer++'s of about so many millions, the gradients random, and only `step()` is timed: on a
 real run the forward and backward pass come on top, the same for all. The optimizers take turns in every round, and a
 round's times are divided by AdamW's and Muon's of the same round; medians of the rounds. AdaMuon is
-pytorch_optimizer's, with its iteration in float32 as the others' is on a CPU. Writes results.json, table.md and
-steps.svg beside this file after every size; sizes measured before on the same machine stay.
+pytorch_optimizer's, with its iteration in float32 as the others' is on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from pytorch_optimizer.optimizer.muon import adamuon
@@ -27,9 +22,11 @@ from nestling.ops.newton_schulz import newton_schulz
 from nestling.optim import build
 from nestling.optim.groups import matrix_groups
 from nestling.plotting.curves import Series, line_chart
+from reproductions.harness.command import Reproduction
 from reproductions.harness.machine import processor_name
+from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.rows import Row, Rows
 
-HERE = Path(__file__).parent
 NAMES = ("adamw", "muon", "adamuon", "m3", "delta_momentum")
 WIDTHS = {0: (64, 1), 2: (192, 4), 10: (384, 6), 40: (640, 8), 140: (1024, 12)}
 
@@ -52,7 +49,7 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def measure(millions: int, rounds: int) -> dict[str, Any]:
+def measure(millions: int, rounds: int) -> Row:
     """Median milliseconds of a step and median ratio to AdamW's, for every optimizer."""
     model = model_of(millions)
     generator = torch.Generator().manual_seed(0)
@@ -70,64 +67,59 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
             for _ in range(steps):
                 optimizer.step()
             times[name].append(1e3 * (time.perf_counter() - start) / steps)
-    count = sum(p.numel() for p in model.parameters())
-    row: dict[str, Any] = {"parameters": count, "rounds": rounds}
+    row: Row = {}
     for name in NAMES:
         ratios = [a / b for a, b in zip(times[name], times["adamw"], strict=True)]
         over_muon = [a / b for a, b in zip(times[name], times["muon"], strict=True)]
         row[name] = {"ms": statistics.median(times[name]), "over_adamw": statistics.median(ratios),
                      "over_muon": statistics.median(over_muon), "range": [min(over_muon), max(over_muon)]}  # fmt: skip
-        print(f"{count:,} parameters, {name}: {row[name]['ms']:.1f} ms, {row[name]['over_muon']:.2f}x Muon", flush=True)
+        print(
+            f"{millions} million parameters, {name}: {row[name]['ms']:.1f} ms, {row[name]['over_muon']:.2f}x Muon",
+            flush=True,
+        )
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: milliseconds, and the ratio to Muon's step."""
-    lines = ["| parameters | " + " | ".join(f"`{n}`" for n in NAMES) + " |", "| --- " * (1 + len(NAMES)) + "|"]
-    for row in rows:
-        cells = [f"{row[n]['ms']:.1f} ms ({row[n]['over_muon']:.2f})" for n in NAMES]
-        lines.append(f"| {row['parameters']:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
+def run(args: argparse.Namespace, rows: Rows) -> None:
     """All sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for size in args.sizes:
+        key = {"parameters": sum(p.numel() for p in model_of(size).parameters()), "rounds": args.rounds}
+        key |= {"threads": args.threads, "torch": torch.__version__, "processor": processor_name()}
+        rows.get(key, lambda size=size: measure(size, args.rounds))
+
+
+def quick(args: argparse.Namespace, rows: Rows) -> None:
+    """The smallest size once."""
+    args.sizes, args.rounds = [0], 1
+    run(args, rows)
+
+
+def report(rows: Sequence[Row]) -> Report:
+    """Milliseconds, the ratio to Muon's step, and a picture."""
+    if not rows:
+        return Report({"results": EMPTY})
+    rows = sorted(rows, key=lambda row: row["parameters"])
+    lines = [
+        [f"{row['parameters']:,}", *(f"{row[n]['ms']:.1f} ms ({row[n]['over_muon']:.2f})" for n in NAMES)]
+        for row in rows
+    ]
+    slowest = sorted(NAMES, key=lambda name: -rows[-1][name]["ms"])
+    series = [
+        Series(name, [r["parameters"] / 1e6 for r in rows], [r[name]["ms"] for r in rows], NAMES.index(name))
+        for name in slowest
+    ]
+    text = table(["parameters", *(f"`{n}`" for n in NAMES)], lines)
+    labels = {"x_label": "million parameters", "y_label": "milliseconds a step"}
+    return Report(
+        {"results": f"{text}\n\n![milliseconds a step against parameters](steps.svg)"},
+        {"steps.svg": lambda: line_chart(series, **labels)},
+    )
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes and rounds."""
     parser.add_argument("--sizes", nargs="*", type=int, default=[2, 10, 40], choices=list(WIDTHS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="the smallest size once, nothing written")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.quick:
-        measure(0, 1)
-        return
-    machine = {"threads": args.threads, "torch": torch.__version__, "processor": processor_name()}
-    rows = known(machine)
-    for size in args.sizes:
-        new = measure(size, args.rounds)
-        rows = sorted([r for r in rows if r["parameters"] != new["parameters"]] + [new], key=lambda r: r["parameters"])
-        write(machine, rows)
-    print(table(rows))
 
 
-def known(machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured on this machine before."""
-    path = HERE / "results.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record["rows"] if all(record.get(key) == value for key, value in machine.items()) else []
-
-
-def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """results.json, table.md and steps.svg."""
-    (HERE / "table.md").write_text(table(rows))
-    (HERE / "results.json").write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
-    lines = [
-        Series(name, [r["parameters"] / 1e6 for r in rows], [r[name]["ms"] for r in rows], i)
-        for i, name in enumerate(NAMES)
-    ]
-    (HERE / "steps.svg").write_text(line_chart(lines, x_label="million parameters", y_label="milliseconds a step"))
-
-
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, report, quick, arguments, threads=2)

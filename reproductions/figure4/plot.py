@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -44,8 +44,12 @@ def ratio_chart(constants: Tensor, ratio: Tensor) -> str:
         figure = Figure(figsize=(8.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         shown = np.ma.masked_invalid(np.log2(grid.numpy()))
-        image = axes.imshow(shown, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -1.5, 1.5), aspect="auto")
-        image.cmap.set_bad("#dddddd")
+        axes.imshow(
+            shown,
+            cmap=colormaps["RdBu_r"].with_extremes(bad="#dddddd"),
+            norm=TwoSlopeNorm(0.0, -1.5, 1.5),
+            aspect="auto",
+        )
         for (i, j), value in np.ndenumerate(grid.numpy()):
             text = f"{value:.2f}" if math.isfinite(value) else "-"
             dark = math.isfinite(value) and abs(math.log2(value)) > 1

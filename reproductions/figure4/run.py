@@ -1,33 +1,29 @@
 """The valley of NL Eq. 53 under momentum and delta momentum (NL Figure 4), over a grid of what the paper leaves out.
 
-    python -m reproductions figure4 [--quick]
-
 psi(r, theta) = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2), whose minimum is (0, 0). The paper gives
 neither k, alpha and omega nor the rates. Every function of a grid is minimised by every method with every setting of
 the method's grid, in float64. Steps to convergence: after how many steps the point stays within 0.01 of the minimum.
 Each method is judged at its best setting for the function, at the one setting that is best for all functions, and
-beside momentum at equal settings. Writes results.json, table.md, valley.svg and ratios.svg beside this file; takes
-about ten minutes on one core.
+beside momentum at equal settings. Takes about ten minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestling.optim import DeltaMomentum
 from reproductions.figure4.plot import ratio_chart, valley_chart
+from reproductions.harness.command import Reproduction
+from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.rows import Row, Rows
 
-HERE = Path(__file__).parent
 START = (-3.5, 2.0)
 NEAR = 1e-2
 STIFFNESS, AMPLITUDE, FREQUENCY = (1.0, 3.0, 10.0, 30.0, 100.0), (0.0, 0.5, 1.0, 2.0), (1.0, 2.0, 4.0, 8.0)
@@ -97,38 +93,51 @@ def steps_to_stay(way: Tensor) -> Tensor:
     return torch.where(last < len(way), last.double(), math.inf)
 
 
-def sweep(constants: Tensor, steps: int) -> dict[str, Tensor]:
-    """Steps to convergence of every method, `[rates, momenta, functions]`."""
-    found = {}
+def sweep(method: Method, constants: Tensor, steps: int) -> Tensor:
+    """Steps to convergence of a method, `[rates x momenta, functions]`."""
+    return torch.stack([steps_to_stay(descend(method, lr, b, constants, steps)) for lr in RATES for b in MOMENTA])
+
+
+def summary(found: Tensor, base: Tensor, constants: Tensor) -> Row:
+    """A method beside momentum, each at its best setting for the function and at one setting for all functions."""
+    best, one = found.amin(0), found[_for_all(found)]
+    ratio = best / base.amin(0)
+    both = ratio.isfinite() & (ratio > 0)  # solved by both
+    either = (found.isfinite() | base.isfinite()).sum()
+    return {
+        "converged": int(best.isfinite().sum()),
+        "converged_one_setting": int(one.isfinite().sum()),
+        "one_setting": _setting(_for_all(found)),
+        "median_steps": _finite(best.median()),
+        "ahead": float((found < base).sum() / either),
+        "behind": float((found > base).sum() / either),
+        "median_ratio": _finite(ratio[both].median()) if both.any() else None,
+        "faster_by_tenth": int((ratio[both] < 0.9).sum()),
+        "slower_by_tenth": int((ratio[both] > 1.1).sum()),
+        "settings_that_converge": float(found.isfinite().double().mean()),
+        "best": [_best(c, found[:, i]) for i, c in enumerate(constants.tolist())],
+    }
+
+
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Every method, beside momentum."""
+    constants = functions()
+    base: Tensor | None = None
     for method in METHODS:
-        runs = [steps_to_stay(descend(method, lr, b, constants, steps)) for lr in RATES for b in MOMENTA]
-        found[method.name] = torch.stack(runs).view(len(RATES), len(MOMENTA), -1)
+        key = {"method": method.name, "limit": args.steps, "near": NEAR}
+        if rows.find(key) is not None:
+            continue
+        if base is None:
+            base = sweep(METHODS[0], constants, args.steps)
+        found = base if method is METHODS[0] else sweep(method, constants, args.steps)
+        rows.get(key, lambda f=found, b=base: summary(f, b, constants))
         print(f"{method.name}: done", flush=True)
-    return found
 
 
-def summary(steps: dict[str, Tensor]) -> dict[str, Any]:
-    """Ratios to momentum, each at its best setting for the function and at one setting for all functions."""
-    base = steps["momentum"].flatten(0, 1)
-    rows = {}
-    for name, found in steps.items():
-        flat = found.flatten(0, 1)
-        best, one = flat.amin(0), flat[_for_all(flat)]
-        ratio = best / base.amin(0)
-        both = ratio.isfinite() & (ratio > 0)  # solved by both
-        rows[name] = {
-            "converged": int(best.isfinite().sum()),
-            "converged_one_setting": int(one.isfinite().sum()),
-            "one_setting": _setting(_for_all(flat)),
-            "median_steps": _finite(best.median()),
-            "ahead": float((flat < base).sum() / (flat.isfinite() | base.isfinite()).sum()),
-            "behind": float((flat > base).sum() / (flat.isfinite() | base.isfinite()).sum()),
-            "median_ratio": _finite(ratio[both].median()),
-            "faster_by_tenth": int((ratio[both] < 0.9).sum()),
-            "slower_by_tenth": int((ratio[both] > 1.1).sum()),
-            "settings_that_converge": float(flat.isfinite().double().mean()),
-        }
-    return rows
+def quick(args: argparse.Namespace, rows: Rows) -> None:
+    """Eight steps."""
+    args.steps = 8
+    run(args, rows)
 
 
 def _for_all(flat: Tensor) -> int:
@@ -149,71 +158,69 @@ def _shown(value: float | None, digits: int) -> str:
     return "none" if value is None else f"{value:.{digits}f}"
 
 
-def _best(flat: Tensor) -> dict[str, float] | None:
-    """Steps and setting of the best run on one function, or None if no setting converges."""
-    steps = float(flat.min())
-    return {"steps": steps} | _setting(int(flat.argmin())) if math.isfinite(steps) else None
+def _best(constants: Sequence[float], steps: Tensor) -> Row:
+    """A function with steps and setting of the best run on it, steps None if no setting converges."""
+    found = float(steps.min())
+    name = dict(zip(("k", "alpha", "omega"), constants, strict=True))
+    return name | ({"steps": found} | _setting(int(steps.argmin())) if math.isfinite(found) else {"steps": None})
 
 
-def table(rows: dict[str, Any], count: int) -> str:
-    """Markdown."""
-    lines = [
-        f"| method | functions of {count} solved (one setting for all) | median steps | steps over momentum's, median "
-        "| 10% faster / slower | settings that converge | ahead / behind of momentum at equal lr and momentum |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+def report(rows: Sequence[Row]) -> Report:
+    """The table, two valleys with the ways of both methods at their best settings, and the ratios over the grid."""
+    own = {row["method"]: row for row in rows}
+    if not own:
+        return Report({"results": EMPTY})
+    head = [f"functions of {len(functions())} solved (one setting for all)", "median steps"]
+    head += ["steps over momentum's, median", "10% faster / slower", "settings that converge"]
+    head += ["ahead / behind of momentum at equal lr and momentum"]
+    text = table(["method", *head], [_line(name, row) for name, row in own.items()])
+    if not all(name in own for name in (METHODS[0].name, COMPARED)):
+        return Report({"results": text})
+    base, other = ([_steps(f) for f in own[name]["best"]] for name in (METHODS[0].name, COMPARED))
+    ratio = torch.tensor([o / b if b and o / b else math.nan for o, b in zip(other, base, strict=True)]).double()
+    pictures = {"ratios.svg": lambda: ratio_chart(functions(), ratio)}
+    both = [f for name in (METHODS[0].name, COMPARED) for f in own[name]["best"]]
+    if all(f["steps"] is not None for f in both if (f["k"], f["alpha"], f["omega"]) in SHOWN):
+        pictures["valley.svg"] = lambda: valley_chart([(shown, _ways(own, shown)) for shown in SHOWN])
+    text += "\n\n![ways in two valleys](valley.svg)\n\n![ratio over the grid](ratios.svg)"
+    return Report({"results": text}, pictures)
+
+
+def _steps(function: Row) -> float:
+    return math.inf if function["steps"] is None else float(function["steps"])
+
+
+def _line(name: str, row: Row) -> list[str]:
+    return [
+        name,
+        f"{row['converged']} ({row['converged_one_setting']})",
+        _shown(row["median_steps"], 0),
+        _shown(row["median_ratio"], 2),
+        f"{row['faster_by_tenth']} / {row['slower_by_tenth']}",
+        f"{row['settings_that_converge']:.0%}",
+        f"{row['ahead']:.0%} / {row['behind']:.0%}",
     ]
-    for name, r in rows.items():
-        lines.append(
-            f"| {name} | {r['converged']} ({r['converged_one_setting']}) | {_shown(r['median_steps'], 0)} | "
-            f"{_shown(r['median_ratio'], 2)} | {r['faster_by_tenth']} / {r['slower_by_tenth']} | "
-            f"{r['settings_that_converge']:.0%} | {r['ahead']:.0%} / {r['behind']:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
-def picture(constants: Tensor, steps: dict[str, Tensor], count: int) -> None:
-    """Two valleys with the ways of both methods at their best settings, and the ratios over the grid."""
-    panels = []
-    for shown in SHOWN:
-        index = constants.tolist().index(list(shown))
-        ways = {}
-        for method in METHODS:
-            if method.name not in (METHODS[0].name, COMPARED):
-                continue
-            flat = steps[method.name].flatten(0, 1)[:, index]
-            setting = _setting(int(flat.argmin()))
-            way = descend(method, setting["lr"], setting["momentum"], constants[index : index + 1], count)[:, 0]
-            label = f"{method.name}: {flat.min():.0f} steps (lr {setting['lr']:.2g}, {setting['momentum']:g})"
-            ways[label] = way[: int(min(flat.min(), count)) + 1]
-        panels.append((shown, ways))
-    (HERE / "valley.svg").write_text(valley_chart(panels))
-    ratio = steps[COMPARED].flatten(0, 1).amin(0) / steps[METHODS[0].name].flatten(0, 1).amin(0)
-    (HERE / "ratios.svg").write_text(ratio_chart(constants, ratio.masked_fill(ratio == 0, math.nan)))
+def _ways(rows: dict[str, Row], shown: tuple[float, float, float]) -> dict[str, Tensor]:
+    """The points of momentum's and the compared method's best runs on a function, by label."""
+    ways = {}
+    for method in METHODS:
+        if method.name not in (METHODS[0].name, COMPARED):
+            continue
+        best = next(f for f in rows[method.name]["best"] if (f["k"], f["alpha"], f["omega"]) == shown)
+        if best["steps"] is None:
+            continue
+        constants, steps = torch.tensor([shown], dtype=torch.float64), int(best["steps"])
+        way = descend(method, best["lr"], best["momentum"], constants, max(1, steps))[:, 0]
+        label = f"{method.name}: {steps} steps (lr {best['lr']:.2g}, {best['momentum']:g})"
+        ways[label] = way[: steps + 1]
+    return ways
 
 
-def main() -> None:
-    """Sweep, table, pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--quick", action="store_true", help="20 steps, nothing written")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    count = 20 if args.quick else args.steps
-    constants = functions()
-    steps = sweep(constants, count)
-    rows = summary(steps)
-    print(table(rows, len(constants)))
-    if args.quick:
-        return
-    record = {"steps": count, "near": NEAR, "rates": RATES, "momenta": MOMENTA, "methods": rows}
-    picture(constants, steps, count)
-    record["functions"] = [
-        dict(zip(("k", "alpha", "omega"), c, strict=True)) | {n: _best(s.flatten(0, 1)[:, i]) for n, s in steps.items()}
-        for i, c in enumerate(constants.tolist())
-    ]
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "table.md").write_text(table(rows, len(constants)))
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The limit."""
+    parser.add_argument("--steps", type=int, default=2000, help="at most")
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, report, quick, arguments)

@@ -2,7 +2,6 @@
 
     python -m reproductions figure6 --set clinc150 --data DIR --model PATH [--methods NAME ...] [--seeds 0 1 2]
     python -m reproductions figure6 --csv FILE --model PATH
-    python -m reproductions figure6 --quick
 
 Tasks of 15 classes (--classes) come one after the other; each training text is seen once, and after each task all
 classes seen are asked, without a hint at the task. Every class has --per-class training texts and --test-per-class
@@ -16,10 +15,8 @@ all texts at once, in one shuffled pass.
 `--measures N` measures the levels of the methods that have several (how alike their gradients are, how far they move)
 every N steps of one more pass over the first seed's test stream in which nothing is asked.
 
-Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
-stopped and continued and several processes may share the work (by --methods or --seeds). Features of the frozen model
-are kept in --cache. SET-table.md, SET-accuracy.svg and SET-matrix.svg are written from all results there are. `--quick`
-runs every method once on a tiny random model and a synthetic set, and writes nothing.
+Features of the frozen model are kept in --cache. `--quick` runs every method once on a tiny random model and a
+synthetic set.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nestling.evaluation.class_incremental.features import TextFeatures
 from nestling.evaluation.class_incremental.prompts import LabelPrompts
@@ -55,10 +51,13 @@ from nestling.tasks.classification import (
 )
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.figure6.methods import METHODS, PERIODS, Options, Setup
-from reproductions.figure6.report import write_report
+from reproductions.figure6.report import make_report
+from reproductions.harness.command import Reproduction
+from reproductions.harness.grid import grow, next_rate
 from reproductions.harness.level_records import record_levels
 from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
-from reproductions.harness.result_file import ResultFile, Row, next_rate
+from reproductions.harness.rows import Row, Rows
+from reproductions.harness.tiny import tiny_llama
 
 HERE = Path(__file__).parent
 VALIDATION_SEED = 1000
@@ -90,7 +89,7 @@ class Experiment:
     layers: list[int]
     blocks: int
     cache: Path
-    results: ResultFile
+    results: Rows
     greedy: bool = False
 
     def tasks(self, part: Any, seed: int) -> list[ClassTask]:
@@ -166,59 +165,36 @@ class Experiment:
 
         def quality(options: Options) -> tuple[float, float]:
             row = self.run(method, options, "validation", VALIDATION_SEED)
-            return row["final"], row["average"]
+            return -row["final"], -row["average"]
 
-        grid = list(METHODS[method].grid)
-        if len(grid) == 1:
-            return grid[0]
-        best = max(grid, key=quality)
-        while new := beyond(grid, best):
-            grid += new
-            before, best = best, max([best, *new], key=quality)
-            if best is before:
-                break
-        return best
+        if len(METHODS[method].grid) == 1:
+            return METHODS[method].grid[0]
+        return dict(grow(quality, METHODS[method].grid, neighbour).best)
 
 
-def beyond(tried: Sequence[Options], best: Options) -> list[Options]:
-    """The neighbours of `best` outside of what was tried: one setting is as many times larger than the largest as that
-    is than the next (or smaller, likewise), in 1, 3, 10, 30, ... where the steps are those. Shares stay below 1."""
-    found = []
-    for name, value in best.items():
-        values = sorted({options[name] for options in tried})
-        if len(values) == 1 or value not in (values[0], values[-1]):
-            continue
-        up = value == values[-1]
-        ratio = values[-1] / values[-2] if up else values[0] / values[1]
-        new = value * ratio if max(ratio, 1 / ratio) > 10 else next_rate(value, up)
-        if name != "shrinkage" or new < 1:
-            found.append({**best, name: new})
-    return found
+def neighbour(name: str, values: Sequence[float], up: bool) -> float | None:
+    """As many times larger than the largest as that is than the next (or smaller, likewise), in 1, 3, 10, 30, ... where
+    the steps are those. Shares stay below 1."""
+    ratio = values[-1] / values[-2] if up else values[0] / values[1]
+    edge = values[-1 if up else 0]
+    new = edge * ratio if max(ratio, 1 / ratio) > 10 else next_rate(edge, up)
+    return None if name == "shrinkage" and new >= 1 else new
 
 
-def quick(device: str) -> None:
+def quick(args: argparse.Namespace, rows: Rows) -> None:
     """Every method on a tiny random model."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
-    model.to(device)
     data = synthetic_set(6, 12)
     prompts = LabelPrompts(byte_tokenizer(), data.labels)
     sizes = {"classes": 2, "per_class": 6, "test_per_class": 2, "tune_tasks": 2}
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        made = Experiment(data, model, "tiny", prompts, sizes, [1], 3, cache, ResultFile(cache / "results.jsonl"))
-        for method in METHODS:
-            made.run(method, METHODS[method].grid[0], "test", 0)
-        made.measure("levels_memory", METHODS["levels_memory"].grid[0], 0, 2)
-        made.chosen("memory")
-        write_report(made.results.rows, data.name, cache)
-        print((cache / f"{data.name}-table.md").read_text())
+    made = Experiment(data, tiny_llama(4, args.device), "tiny", prompts, sizes, [1], 3, args.folder, rows)
+    for method in METHODS:
+        made.run(method, METHODS[method].grid[0], "test", 0)
+    made.measure("levels_memory", METHODS["levels_memory"].grid[0], 0, 2)
+    made.chosen("memory")
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The set, the model, the methods."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--set", choices=list(READERS))
     source.add_argument("--csv", type=Path, help="any set with the columns text and label")
@@ -234,16 +210,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="from the top, that hold levels (default: the upper third)")
     parser.add_argument("--max-tokens", type=int, default=48, help="of a text")
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--greedy", action="store_true", help="answer by greedy descent: cheaper with many labels")
     parser.add_argument("--measures", type=int, metavar="N", help="measure the levels every N steps, in a pass more")
-    parser.add_argument("--report", action="store_true", help="of what is finished, nothing runs")
     add_machine_arguments(parser)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if not args.quick and (args.model is None or (args.csv is None and (args.set is None or args.data is None))):
-        parser.error("--model PATH and either --csv FILE or --set NAME --data DIR are needed (or --quick)")
-    return args
 
 
 def check_blocks(methods: list[str], blocks: int, depth: int) -> None:
@@ -264,41 +233,28 @@ def check_blocks(methods: list[str], blocks: int, depth: int) -> None:
     )
 
 
-def main() -> None:
-    """Settings by validation, then all methods and seeds, then the report."""
-    args = parse()
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Settings by validation, then all methods and seeds."""
+    if args.model is None or (args.csv is None and (args.set is None or args.data is None)):
+        raise SystemExit("--model PATH and either --csv FILE or --set NAME --data DIR are needed (or --quick)")
     use_machine(args)
-    if args.quick:
-        quick(args.device)
-        return
     data = read_csv(args.csv) if args.csv else READERS[args.set](args.data)
     model, tokenizer = load_pretrained(args.model)
     model.to(args.device)
     depth = model.config.num_hidden_layers
     blocks = args.blocks or math.ceil(depth / 3)
-    if not args.report:
-        check_blocks(args.methods, blocks, depth)
+    check_blocks(args.methods, blocks, depth)
     sizes = {name: getattr(args, name) for name in ("classes", "per_class", "test_per_class", "tune_tasks")}
-    made = Experiment(
-        data,
-        model,
-        Path(args.model).name,
-        LabelPrompts(tokenizer, data.labels, args.max_tokens),
-        sizes,
-        args.layers or [round(0.27 * depth), round(0.4 * depth)],
-        blocks,
-        args.cache,
-        ResultFile(args.results),
-        args.greedy,
-    )
-    for method in [] if args.report else args.methods:
+    layers = args.layers or [round(0.27 * depth), round(0.4 * depth)]
+    prompts = LabelPrompts(tokenizer, data.labels, args.max_tokens)
+    name = Path(args.model).name
+    made = Experiment(data, model, name, prompts, sizes, layers, blocks, args.cache, rows, args.greedy)
+    for method in args.methods:
         options = made.chosen(method)
         for seed in args.seeds:
             made.run(method, options, "test", seed)
         if args.measures and args.seeds and method.startswith("levels"):
             made.measure(method, options, args.seeds[0], args.measures)
-    write_report(made.results.rows, data.name, args.results.parent)
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, make_report, quick, arguments)

@@ -3,7 +3,6 @@
     python -m reproductions figure8 --model PATH --flores DIR --measure [--kalamang FILE]
     python -m reproductions figure8 --model PATH --flores DIR --kalamang FILE --second NAME
         --validation NAME NAME [--tokens 6144] [--test 64] [--measures 8]
-    python -m reproductions figure8 --quick
 
 --measure says how well the frozen model knows each language of FLORES (and Kalamang): bits per byte of its sentences,
 to choose --second by (the paper's second language, Manchu, is not at hand).
@@ -20,25 +19,21 @@ chunks of 256 tokens, rates times period^-0.5, AdamW. The rate is the best of 3e
 best is inside) on two other languages of --validation, of FLORES dev, learned one after the other: the mean loss of
 both languages' English sides at the end, so that learning the second and keeping the first count equally.
 
-Every finished run is a line of results.jsonl beside this file; a second call skips what is there. table.md and
-languages.svg are written at the end, or from what is finished with --report. `--quick` is a tiny random model and
-invented languages, and writes nothing.
+`--quick` is a tiny random model and invented languages.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.stream.scoring import read_frozen
@@ -48,12 +43,14 @@ from nestling.models import NestlingForCausalLM, convert
 from nestling.models.pretrained import load_pretrained
 from nestling.tasks.translation import Pair, read_aligned_pairs, read_cldf_pairs, split_pairs
 from nestling.training.tokenization import byte_tokenizer
-from reproductions.figure8.report import write_report
+from reproductions.figure8.report import criterion, make_report
+from reproductions.harness.command import Reproduction
+from reproductions.harness.grid import best_rate, grow_rate
 from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
-from reproductions.harness.result_file import ResultFile, Row, best_rate, tune_rate
+from reproductions.harness.rows import Row, Rows
 from reproductions.harness.stream_methods import METHODS, StreamModel, period_names
+from reproductions.harness.tiny import tiny_llama
 
-HERE = Path(__file__).parent
 NAMES = {"icl": "frozen", "level_1": "one_level", "level_2": "cms_2", "level_3": "cms_3"}
 """Of the methods here, and in `METHODS`."""
 ENGLISH = "eng_Latn"
@@ -105,7 +102,7 @@ class Experiment:
         tokenizer: its own.
         name: of the model.
         sizes: see there.
-        results: finished runs.
+        rows: finished runs.
         measure_every: chunks between two records of the levels' measures.
         seed: of whatever a method draws.
     """
@@ -116,12 +113,12 @@ class Experiment:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         sizes: Sizes,
-        results: ResultFile,
+        rows: Rows,
         measure_every: int | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.name, self.sizes = model, tokenizer, name, sizes
-        self.results, self.measure_every, self.seed = results, measure_every, seed
+        self.rows, self.measure_every, self.seed = rows, measure_every, seed
 
     def key(self, part: str, method: str, rate: float, languages: list[Language]) -> dict[str, Any]:
         """What names a run."""
@@ -131,8 +128,8 @@ class Experiment:
     def get(self, part: str, method: str, rate: float, languages: list[Language]) -> Row:
         """The run, made now unless it is there."""
         key = self.key(part, method, rate, languages)
-        known = self.results.find(json.loads(json.dumps(key)))
-        row = self.results.get(key, lambda: self._run(part, method, rate, languages))
+        known = self.rows.find(key)
+        row = self.rows.get(key, lambda: self._run(part, method, rate, languages))
         if known is None:
             print(f"{part} {method} lr {rate:.3g}: {_told(row['scores'][-1])}, {row['seconds']:.0f} s", flush=True)
         return row
@@ -141,7 +138,7 @@ class Experiment:
         """The rate with the lowest mean loss of both validation languages after both."""
         if method == "icl":
             return 0.0
-        return best_rate(tune_rate(lambda rate: criterion(self.get("validation", method, rate, languages))))
+        return best_rate(grow_rate(lambda rate: criterion(self.get("validation", method, rate, languages))))
 
     def _run(self, part: str, method: str, rate: float, languages: list[Language]) -> Row:
         """Learn the languages in turn; after each all that were learned are asked for."""
@@ -179,15 +176,8 @@ class Experiment:
         return {"language": language.name, "examples_of": last.name} | asdict(found)
 
 
-def criterion(row: Row) -> float:
-    """Mean loss of all languages after the last."""
-    last = row["scores"][-1]
-    return float(sum(score["loss"] for score in last) / len(last))
-
-
-def measure(made: Experiment, sentences: dict[str, list[str]]) -> str:
-    """Bits per byte of every language's sentences under the frozen model, as a table by falling bits."""
-    rows = []
+def measure(made: Experiment, sentences: dict[str, list[str]]) -> None:
+    """Bits per byte of every language's sentences under the frozen model."""
     for name, lines in sentences.items():
         text = "\n".join(lines)
 
@@ -198,12 +188,7 @@ def measure(made: Experiment, sentences: dict[str, list[str]]) -> str:
             found = {"loss": report.loss, "tokens": report.tokens, "bits_per_byte": report.bits_per_byte}
             return found | {"hardware": hardware(made.model.device)}
 
-        key = {"part": "measure", "model": made.name, "language": name, "sentences": len(lines)}
-        rows.append(made.results.get(key, run))
-    lines = ["| language | bits per byte | nats a token | tokens |", "| --- | --- | --- | --- |"]
-    for row in sorted(rows, key=lambda r: -r["bits_per_byte"]):
-        lines.append(f"| {row['language']} | {row['bits_per_byte']:.3f} | {row['loss']:.3f} | {row['tokens']} |")
-    return "\n".join(lines) + "\n"
+        made.rows.get({"part": "measure", "model": made.name, "language": name, "sentences": len(lines)}, run)
 
 
 def make_language(made: Experiment, name: str, pairs: list[Pair], seed: int) -> Language:
@@ -225,56 +210,26 @@ def run_all(made: Experiment, methods: list[str], pair: list[Language], validati
         made.get("alone", method, rate, pair[1:])
 
 
-def report(made: Experiment, folder: Path, pair: list[Language], validation: list[Language]) -> str:
-    """Of what is finished."""
-    grids = {}
-    for method in NAMES:
-        key = made.key("validation", method, 0.0, validation)
-        del key["rate"]
-        rows = [row for row in made.results.rows if all(row.get(k) == v for k, v in key.items())]
-        grids[method] = {row["rate"]: criterion(row) for row in rows}
-    found = {}
-    for method, grid in grids.items():
-        if method != "icl" and not grid:
-            continue
-        rate = best_rate(grid) if grid else 0.0
-        rows = [
-            made.results.find(made.key(*x))
-            for x in (("sequence", method, rate, pair), ("alone", method, rate, pair[1:]))
-        ]
-        if rows[0] is not None and rows[1] is not None:
-            found[method] = (rows[0], rows[1])
-    return write_report(folder, found, {m: g for m, g in grids.items() if g})
-
-
-def quick(device: str) -> None:
+def quick(args: argparse.Namespace, rows: Rows) -> None:
     """Every method on a tiny random model and two invented languages, at one rate."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
-    model.to(device)
     sizes = Sizes(tokens=160, test=3, chunk=16, context=32, ask_context=64, max_tokens=4)
     words, draw = ["sun", "sea", "rain", "hill", "tree", "bird"], random.Random(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made = Experiment(model, byte_tokenizer(), "tiny", sizes, ResultFile(folder / "results.jsonl"), 2)
-        languages = []
-        for index, ending in enumerate(("ka", "mo", "ti", "lu")):
-            sentences = [draw.sample(words, 2) for _ in range(20)]
-            pairs = [Pair(" ".join(w[::-1] + ending for w in s), " ".join(s)) for s in sentences]
-            languages.append(make_language(made, f"language {index}", list(dict.fromkeys(pairs)), 0))
-        print(measure(made, {x.name: [p.source for p in x.test] for x in languages}))
-        for method in NAMES:
-            rate = 0.0 if method == "icl" else 1e-3
-            made.get("validation", method, rate, languages[2:])
-            made.get("sequence", method, rate, languages[:2])
-            made.get("alone", method, rate, languages[1:2])
-        print(report(made, folder, languages[:2], languages[2:]))
+    made = Experiment(tiny_llama(3, args.device), byte_tokenizer(), "tiny", sizes, rows, 2)
+    languages = []
+    for index, ending in enumerate(("ka", "mo", "ti", "lu")):
+        sentences = [draw.sample(words, 2) for _ in range(20)]
+        pairs = [Pair(" ".join(w[::-1] + ending for w in s), " ".join(s)) for s in sentences]
+        languages.append(make_language(made, f"language {index}", list(dict.fromkeys(pairs)), 0))
+    measure(made, {x.name: [p.source for p in x.test] for x in languages})
+    for method in NAMES:
+        rate = 0.0 if method == "icl" else 1e-3
+        made.get("validation", method, rate, languages[2:])
+        made.get("sequence", method, rate, languages[:2])
+        made.get("alone", method, rate, languages[1:2])
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the languages, the sizes."""
     parser.add_argument("--model", help="Hugging Face folder or name, or a GGUF file")
     parser.add_argument("--flores", type=Path, help="folder of NAME.dev and NAME.devtest")
     parser.add_argument("--kalamang", type=Path, help="the dictionary's examples, cldf_examples.csv")
@@ -290,45 +245,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the methods")
     add_machine_arguments(parser)
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Measure, or rates and runs."""
     wanted = ["model", "flores"] + ([] if args.measure else ["kalamang", "second", "validation"])
-    if not args.quick and (missing := [name for name in wanted if getattr(args, name) is None]):
-        parser.error(f"--{', --'.join(missing)} is needed (or --quick)")
-    return args
-
-
-def main() -> None:
-    """Measure, or rates, runs and report."""
-    args = parse()
+    if missing := [name for name in wanted if getattr(args, name) is None]:
+        raise SystemExit(f"--{', --'.join(missing)} is needed (or --quick)")
     use_machine(args)
-    if args.quick:
-        quick(args.device)
-        return
     model, tokenizer = load_pretrained(args.model)
     model.to(args.device)
     sizes = Sizes(tokens=args.tokens, test=args.test, ask_context=args.ask_context, scored=args.scored)
-    results = ResultFile(args.results)
-    made = Experiment(model, tokenizer, Path(args.model).name, sizes, results, args.measures, args.seed)
+    made = Experiment(model, tokenizer, Path(args.model).name, sizes, rows, args.measures, args.seed)
     if args.measure:
         names = sorted(path.stem for path in args.flores.glob("*.devtest"))
         sentences = {n: (args.flores / f"{n}.devtest").read_text(encoding="utf-8").splitlines() for n in names}
         if args.kalamang is not None:
             sentences["Kalamang"] = [pair.source for pair in read_cldf_pairs(args.kalamang)]
-        table = measure(made, {name: lines[: args.sentences] for name, lines in sentences.items()})
-        (args.results.parent / "languages.md").write_text(table)
-        print(table)
+        measure(made, {name: lines[: args.sentences] for name, lines in sentences.items()})
         return
     pair = [
         make_language(made, "Kalamang", read_cldf_pairs(args.kalamang), args.seed),
         make_language(made, args.second, flores(args.flores, args.second, "devtest"), args.seed),
     ]
     validation = [make_language(made, n, flores(args.flores, n, "dev"), args.seed) for n in args.validation]
-    if not args.report:
-        run_all(made, args.methods, pair, validation)
-    print(report(made, args.results.parent, pair, validation))
+    run_all(made, args.methods, pair, validation)
 
 
 def _told(scores: list[Row]) -> str:
@@ -336,5 +277,4 @@ def _told(scores: list[Row]) -> str:
     return "; ".join(f"{s['language']} loss {s['loss']:.3f}{c}" for s, c in zip(scores, chrf, strict=True))
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, make_report, quick, arguments)

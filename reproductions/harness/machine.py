@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
+
+import nestling
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,3 +43,26 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def stamp(command: str) -> dict[str, str | int]:
+    """What makes a row now: commit (with a + where files differ from it), machine, threads, torch, command."""
+    made: dict[str, str | int] = {"commit": commit(), "machine": processor_name(), "threads": torch.get_num_threads()}
+    return made | {"torch": torch.__version__, "command": command}
+
+
+@functools.cache
+def commit() -> str:
+    """The repository's commit, with a + where tracked files of the library or of the reproductions differ from it; the
+    library's version outside of a repository."""
+    here = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", ":(glob)reproductions/**/*.py")
+        return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {nestling.__version__}"

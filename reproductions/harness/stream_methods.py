@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nestling.continual.learner.average import RunningMean
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Gate, Level, Options, Rehearsal, Replay, UpdateLimit
 from nestling.continual.stream.scoring import read_frozen
@@ -195,7 +196,7 @@ class StreamModel:
     @contextmanager
     def averaged(self) -> Iterator[bool]:
         """The model with the running mean of its weights; whether the method keeps one."""
-        if self.learner is None or self.learner.average is None:
+        if self.learner is None or self.learner.component(RunningMean) is None:
             yield False
             return
         with self.learner.averaged():

@@ -1,45 +1,46 @@
-"""The table and the picture of finished trainings."""
+"""The tables and the picture of finished trainings."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from nestling.plotting.scatter import Point, scatter_chart
-from reproductions.harness.result_file import Row
+from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.rows import Row
 
 Groups = dict[tuple[str, str | None], list[Row]]
 
 
-def write_report(rows: list[Row], tasks: list[str], folder: Path) -> None:
-    """`table.md` and `recall.svg` in `folder`, from one rate for every preset and ablation.
+def make_report(rows: Sequence[Row], tasks: Sequence[str]) -> Report:
+    """Presets and ablations, from one rate for each; a picture of the presets.
 
-    Ablations stand under their unchanged preset, at the seeds they have.
+    Presets stand in the order of their accuracy; ablations under their unchanged preset, at the seeds they have.
     """
-    head = " | ".join(f"{task}: accuracy (seeds), state" for task in tasks)
+    head = [f"{task}: accuracy (seeds), state" for task in tasks]
     plain = _grouped(r for r in rows if r["ablation"] is None)
+    plain = dict(sorted(plain.items(), key=lambda item: -_overall(item[1])))
     ablated = _grouped(r for r in rows if r["ablation"] is not None)
     seeds = {r["seed"] for found in ablated.values() for r in found}
     bases = {preset: [r for r in plain.get((preset, None), ()) if r["seed"] in seeds] for preset, _ in ablated}
     ablated = {(preset, "nothing"): found for preset, found in bases.items() if found} | ablated
-    lines = [f"| preset | learning rate | {head} |", "| --- " * (2 + len(tasks)) + "|"]
-    lines += [f"| `{preset}` | {_line(found, len(tasks))}" for (preset, _), found in plain.items()]
-    if ablated:
-        lines += ["", f"| change | to | learning rate | {head} |", "| --- " * (3 + len(tasks)) + "|"]
-        lines += [
-            f"| {change} | `{preset}` | {_line(found, len(tasks))}" for (preset, change), found in ablated.items()
-        ]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    lines = [[f"`{preset}`", *_cells(found)] for (preset, _), found in plain.items()]
+    text = table(["preset", "learning rate", *head], lines) if lines else EMPTY
+    changes = [[str(change), f"`{preset}`", *_cells(found)] for (preset, change), found in ablated.items()]
+    more = table(["change", "to", "learning rate", *head], changes) if changes else EMPTY
     points = [
         Point(preset, task, found[0]["state_bytes"][i] / 1024, 100 * _mean(found, i))
         for (preset, _), found in plain.items()
         for i, task in enumerate(tasks)
     ]
-    if points:
-        chart = scatter_chart(points, x_label="state, KiB (logarithmic)", y_label="accuracy, %")
-        (folder / "recall.svg").write_text(chart)
-    print("\n".join(lines))
+    if not points:
+        return Report({"results": text, "ablations": more})
+    text += "\n\n![accuracy against the size of the state](recall.svg)"
+
+    def draw() -> str:
+        return scatter_chart(points, x_label="state, KiB (logarithmic)", y_label="accuracy, %")
+
+    return Report({"results": text, "ablations": more}, {"recall.svg": draw})
 
 
 def _grouped(rows: Iterable[Row]) -> Groups:
@@ -50,13 +51,18 @@ def _grouped(rows: Iterable[Row]) -> Groups:
     return groups
 
 
-def _mean(rows: list[Row], task: int) -> float:
+def _mean(rows: Sequence[Row], task: int) -> float:
     return statistics.mean(r["test"][task] for r in rows)
 
 
-def _line(rows: list[Row], tasks: int) -> str:
+def _overall(rows: Sequence[Row]) -> float:
+    """Mean accuracy of all tasks and seeds."""
+    return statistics.mean(value for row in rows for value in row["test"])
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
     cells = [f"{rows[0]['rate']:g}"]
-    for i in range(tasks):
+    for i in range(len(rows[0]["test"])):
         each = ", ".join(f"{r['test'][i]:.3f}" + (" diverged" if r["diverged"] else "") for r in rows)
         cells.append(f"{_mean(rows, i):.3f} ({each}), {rows[0]['state_bytes'][i] / 1024:,.0f} KiB")
-    return " | ".join(cells) + " |"
+    return cells

@@ -1,21 +1,16 @@
 """Multi-query associative recall (Zoology) for every preset: accuracy against the size of the state.
 
-    python -m reproductions mqar [--presets NAME ...] [--ablations [NAME ...]] [--quick]
-
 One training serves three difficulties: the first half of its steps are the easiest task, the rest the three in turn.
 Two layers of width 64. The learning rate of a preset is the one of the grid with the highest mean accuracy on
 validation sequences after a training of --tune-steps at seed 0. Accuracy is over all queries of 512 test sequences of
-each task. Every finished training
-is appended to results.jsonl beside this file, and a second call skips what is there, so a run can be stopped and
-continued, and several processes may share the work. `table.md` and `recall.svg` are written at the end from all results
-there are.
+each task.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,11 +19,12 @@ from torch.nn import functional as F
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.optim.groups import parameter_groups
 from nestling.tasks.associative_recall import IGNORE, RecallTask
-from reproductions.harness.result_file import ResultFile, Row
-from reproductions.mqar.report import write_report
+from reproductions.harness.command import Reproduction
+from reproductions.harness.grid import best_rate, fixed, grow_rate
+from reproductions.harness.report import EMPTY, Report
+from reproductions.harness.rows import Row, Rows
+from reproductions.mqar.report import make_report
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.jsonl"
 VOCABULARY = 128
 TASKS = {
     "4 pairs in 32": RecallTask(32, 4, VOCABULARY),
@@ -111,13 +107,13 @@ def state_bytes(model: NestlingForCausalLM, task: RecallTask) -> int:
     return int(model(tokens, use_cache=True).past_key_values.nbytes)
 
 
-def measure(results: ResultFile, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None) -> Row:
+def measure(rows: Rows, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None) -> Row:
     """One training, unless it is there already."""
     name = {"preset": preset, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
-    return results.get(name, lambda: _trained(name))
+    return rows.get(name, lambda: _trained(name, VALIDATION_ROWS, TEST_ROWS))
 
 
-def _trained(name: Row) -> Row:
+def _trained(name: Row, validation_rows: int, test_rows: int) -> Row:
     start = time.perf_counter()
     preset, seed, ablation = name["preset"], name["seed"], name["ablation"]
     model = build(preset, seed, ablation)
@@ -125,8 +121,8 @@ def _trained(name: Row) -> Row:
     row = {
         "taken": taken,
         "diverged": diverged,
-        "validation": [accuracy(model, t, VALIDATION_ROWS, VALIDATION_SEED) for t in TASKS.values()],
-        "test": [accuracy(model, t, TEST_ROWS, TEST_SEED) for t in TASKS.values()],
+        "validation": [accuracy(model, t, validation_rows, VALIDATION_SEED) for t in TASKS.values()],
+        "test": [accuracy(model, t, test_rows, TEST_SEED) for t in TASKS.values()],
         "state_bytes": [state_bytes(model, t) for t in TASKS.values()],
         "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - start, 1),
@@ -136,31 +132,50 @@ def _trained(name: Row) -> Row:
     return row
 
 
-def tuned(results: ResultFile, preset: str, steps: int) -> float:
+def tuned(rows: Rows, preset: str, steps: int) -> float:
     """The grid's best at seed 0 after `steps`. An ablation takes its preset's, so that it changes one thing."""
-    rows = [measure(results, preset, SEEDS[0], rate, steps) for rate in GRID]
-    return float(max(rows, key=_quality)["rate"])
+    return best_rate(
+        grow_rate(lambda rate: -quality(measure(rows, preset, SEEDS[0], rate, steps)), GRID, neighbour=fixed)
+    )
 
 
-def report(results: ResultFile, steps: int, tune_steps: int) -> None:
-    """The table and the picture of all trainings of `steps` steps at the rates that those of `tune_steps` chose."""
+def quality(row: Row) -> float:
+    """Mean validation accuracy."""
+    return float(sum(row["validation"]) / len(row["validation"]))
+
+
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Rates, then all presets or ablations and seeds."""
+    names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
+    if args.ablations is not None:
+        names = [(ABLATIONS[change][0], change) for change in args.ablations or ABLATIONS]
+    rates = {name: tuned(rows, name[0], args.tune_steps) for name in names}
+    for seed in args.seeds:
+        for (preset, ablation), rate in rates.items():
+            measure(rows, preset, seed, rate, args.steps, ablation)
+
+
+def quick(args: argparse.Namespace, rows: Rows) -> None:
+    """Two steps of one preset at one rate."""
+    name = {"preset": args.presets[0], "seed": SEEDS[0], "rate": GRID[0], "steps": 2, "ablation": None}
+    rows.get(name, lambda: _trained(name, 64, 64))
+
+
+def report(rows: Sequence[Row]) -> Report:
+    """Of the longest trainings there are, at the rates that the shortest chose."""
+    if not rows:
+        return Report({"results": EMPTY, "ablations": EMPTY})
+    steps, tune_steps = (choose(row["steps"] for row in rows) for choose in (max, min))
     tuning: dict[str, list[Row]] = {}
-    for row in results.rows:
+    for row in rows:
         if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row["ablation"] is None:
             tuning.setdefault(row["preset"], []).append(row)
-    rates = {preset: max(rows, key=_quality)["rate"] for preset, rows in tuning.items()}
-    kept = [r for r in results.rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
-    write_report(kept, list(TASKS), HERE)
+    rates = {preset: max(own, key=quality)["rate"] for preset, own in tuning.items()}
+    return make_report([r for r in rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])], list(TASKS))
 
 
-def _quality(row: Row) -> float:
-    """Mean validation accuracy."""
-    return sum(row["validation"]) / len(row["validation"])
-
-
-def main() -> None:
-    """Rates, then all tasks and seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which trainings."""
     parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=list(presets.PRESETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument(
@@ -168,30 +183,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--tune-steps", type=int, default=1000, help="of the trainings that choose the rate")
-    parser.add_argument("--report", action="store_true", help="of what is finished, nothing runs")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="2 steps of one preset, nothing written")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.quick:
-        model = build(args.presets[0], 0)
-        train(model, GRID[0], 2, 0)
-        easiest = next(iter(TASKS.values()))
-        print(f"{args.presets[0]}: accuracy {accuracy(model, easiest, 64, TEST_SEED):.3f} after 2 steps")
-        return
-    results = ResultFile(RESULTS)
-    names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
-    if args.ablations is not None:
-        names = [(ABLATIONS[change][0], change) for change in args.ablations or ABLATIONS]
-    if args.report:
-        report(results, args.steps, args.tune_steps)
-        return
-    rates = {name: tuned(results, name[0], args.tune_steps) for name in names}
-    for seed in args.seeds:
-        for (preset, ablation), rate in rates.items():
-            measure(results, preset, seed, rate, args.steps, ablation)
-    report(results, args.steps, args.tune_steps)
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, report, quick, arguments)

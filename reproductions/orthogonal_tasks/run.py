@@ -1,7 +1,5 @@
 """Tasks with orthogonal gradients, one after another (NL section 4.3, Eq. 45): what each optimizer forgets.
 
-    python -m reproductions orthogonal_tasks [--quick]
-
 Linear regression in 32 dimensions. Task i draws its inputs from a 4-dimensional subspace of its own, orthogonal to the
 others', so its gradient lives there and one matrix solves all eight tasks. They are trained in sequence, 100 steps
 each. `overlap` adds that much isotropic noise to the inputs, so that the subspaces are no longer orthogonal; with
@@ -9,22 +7,17 @@ each. `overlap` adds that much isotropic noise to the inputs, so that the subspa
 
 Learning rate and momentum of every optimizer are those with the lowest mean loss over all tasks at the end, on two
 validation seeds; a rate at an end of the grid makes the grid longer. The figures are of five other seeds. With
-orthogonal tasks the same is done at each momentum by itself. Losses are divided by the loss of zero weights. Writes
-results.json, table.md and forgetting.svg beside this file, and skips what is in results.json already; takes about
-forty minutes on one core.
+orthogonal tasks the same is done at each momentum by itself. Losses are divided by the loss of zero weights. Takes
+about forty minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +25,11 @@ from torch import Tensor
 from nestling.optim import M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum
 from nestling.optim.preconditioners import NewtonSchulz
 from nestling.plotting.curves import Series, line_chart
+from reproductions.harness.command import Reproduction
+from reproductions.harness.grid import best_rate, grow_rate
+from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.rows import Row, Rows
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 INPUTS, OUTPUTS, TASKS, RANK = 32, 8, 8, 4
 STEPS, BATCH, NOISE, TEST = 100, 16, 0.05, 256
 VALIDATION_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
@@ -143,29 +138,30 @@ def measures(found: list[list[float]]) -> dict[str, float]:
 
 def tuned(make: Make, setting: Setting, momenta: Sequence[float]) -> tuple[float, float, bool]:
     """Rate and momentum with the lowest loss on the validation seeds, and whether the rate is the grid's last."""
-    grid: dict[tuple[float, float], float] = {}
-    rates = list(RATES)
-    for _ in range(1 + EXTENSIONS):
-        for lr, b in itertools.product(rates, momenta):
-            if (lr, b) not in grid:
-                grid[lr, b] = statistics.mean(final(train(make, lr, b, setting, s)) for s in VALIDATION_SEEDS)
-        best = min(grid, key=grid.__getitem__)
-        if best[0] == rates[0]:
-            rates.insert(0, rates[0] / math.sqrt(10))
-        elif best[0] == rates[-1]:
-            rates.append(rates[-1] * math.sqrt(10))
-        else:
-            return *best, False
-    return *best, True
+    losses: dict[tuple[float, float], float] = {}
+
+    def at_best_momentum(rate: float) -> float:
+        for b in momenta:
+            losses[rate, b] = statistics.mean(final(train(make, rate, b, setting, s)) for s in VALIDATION_SEEDS)
+        return min(losses[rate, b] for b in momenta)
+
+    def beyond(name: str, rates: Sequence[float], up: bool) -> float | None:
+        if len(rates) >= len(RATES) + EXTENSIONS:
+            return None
+        return rates[-1] * math.sqrt(10) if up else rates[0] / math.sqrt(10)
+
+    grid = grow_rate(at_best_momentum, RATES, beyond)
+    rate = best_rate(grid)
+    return rate, min(momenta, key=lambda b: losses[rate, b]), rate in (min(grid), max(grid))
 
 
-def run(name: str, setting: Setting, momenta: Sequence[float] = MOMENTA) -> dict[str, Any]:
+def measure(name: str, setting: Setting, momenta: Sequence[float]) -> Row:
     """Tune on the validation seeds, then measure."""
     make = OPTIMIZERS[name]
     lr, b, edge = tuned(make, setting, momenta)
     runs = [train(make, lr, b, setting, s) for s in SEEDS]
     each = [measures(r) for r in runs]
-    row = {"optimizer": name, "setting": setting.name, "momenta": list(momenta), "lr": lr, "momentum": b, "edge": edge}
+    row: Row = {"lr": lr, "momentum": b, "edge": edge}
     for key in each[0]:
         row |= {key: statistics.mean(m[key] for m in each), f"{key}_spread": statistics.stdev(m[key] for m in each)}
     row["first_task"] = [statistics.mean(r[t][0] for r in runs) for t in range(TASKS + 1)]
@@ -173,56 +169,64 @@ def run(name: str, setting: Setting, momenta: Sequence[float] = MOMENTA) -> dict
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, in units of 0.001 of the loss of zero weights."""
-    lines = [
-        "| tasks | optimizer | lr, momentum | loss after its task | loss of all at the end | forgotten |",
-        "| --- | --- | --- | --- | --- | --- |",
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """All optimizers on all settings, and on orthogonal tasks at each momentum."""
+    wanted = [(name, setting, MOMENTA) for setting in SETTINGS for name in args.optimizers]
+    wanted += [(name, SETTINGS[0], (b,)) for name in args.optimizers for b in MOMENTA]
+    for name, setting, momenta in wanted:
+        if setting.name in args.settings and (len(momenta) > 1 or not args.no_single):
+            key = {"optimizer": name, "setting": setting.name, "momenta": list(momenta)}
+            rows.get(key, lambda n=name, s=setting, m=momenta: measure(n, s, m))
+
+
+def quick(args: argparse.Namespace, rows: Rows) -> None:
+    """One optimizer at one rate and seed."""
+    found = train(OPTIMIZERS["delta momentum"], 0.1, 0.9, SETTINGS[0], 0)
+    row = measures(found) | {f"{key}_spread": 0.0 for key in measures(found)}
+    row |= {"lr": 0.1, "momentum": 0.9, "edge": True, "first_task": [losses[0] for losses in found]}
+    rows.get({"optimizer": "delta momentum", "setting": SETTINGS[0].name, "momenta": list(MOMENTA)}, lambda: row)
+
+
+def report(rows: Sequence[Row]) -> Report:
+    """Orthogonal tasks with a picture; other tasks; orthogonal ones at each momentum."""
+    order = {name: i for i, name in enumerate(OPTIMIZERS)}
+    rows = sorted(rows, key=lambda r: order[r["optimizer"]])
+    every = [r for r in rows if len(r["momenta"]) > 1]
+    shown = [r for r in every if r["setting"] == SETTINGS[0].name]
+    others = [r for setting in SETTINGS[1:] for r in every if r["setting"] == setting.name]
+    single = [r for r in rows if len(r["momenta"]) == 1]
+    parts = {"results": lines_of(shown), "other-tasks": lines_of(others), "each-momentum": lines_of(single)}
+    if not shown:
+        return Report(parts)
+    parts["results"] += "\n\n![loss of the first task](forgetting.svg)"
+    ordered = sorted(shown, key=lambda r: -r["first_task"][-1])
+    series = [
+        Series(r["optimizer"], range(TASKS + 1), r["first_task"], i, dashed=i >= 6)
+        for r in ordered
+        for i in [order[r["optimizer"]]]
     ]
+    labels = {"x_label": "tasks trained", "y_label": "loss of the first task"}
+    return Report(parts, {"forgetting.svg": lambda: line_chart(series, height=4.6, **labels)})
+
+
+def lines_of(rows: Sequence[Row]) -> str:
+    """A table, in units of 0.001 of the loss of zero weights."""
+    if not rows:
+        return EMPTY
+    lines = []
     for r in rows:
         cells = [f"{1e3 * r[k]:.2f} ± {1e3 * r[f'{k}_spread']:.2f}" for k in ("learned", "final", "forgotten")]
         edge = " (edge of the grid)" if r["edge"] else ""
-        lines.append(
-            f"| {r['setting']} | {r['optimizer']} | {r['lr']:.2g}, {r['momentum']:g}{edge} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([r["setting"], r["optimizer"], f"{r['lr']:.2g}, {r['momentum']:g}{edge}", *cells])
+    head = ["tasks", "optimizer", "lr, momentum", "loss after its task", "loss of all at the end", "forgotten"]
+    return table(head, lines)
 
 
-def main() -> None:
-    """All optimizers on all settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short run, nothing written")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.quick:
-        print(measures(train(OPTIMIZERS["delta momentum"], 0.1, 0.9, SETTINGS[0], 0)))
-        return
-    found = {_key(r): r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    wanted = [(name, s, MOMENTA) for s in SETTINGS for name in OPTIMIZERS]
-    wanted += [(name, SETTINGS[0], (b,)) for name in OPTIMIZERS for b in MOMENTA]
-    for name, setting, momenta in wanted:
-        key = setting.name, name, momenta
-        if key not in found:
-            found[key] = run(name, setting, momenta)
-            RESULTS.write_text(json.dumps(list(found.values()), indent=1) + "\n")
-    ordered = [found[s.name, name, momenta] for name, s, momenta in wanted]
-    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    rows = [r for r in ordered if len(r["momenta"]) > 1]
-    single = [r for r in ordered if len(r["momenta"]) == 1]
-    text = f"{table(rows)}\nOrthogonal tasks, the rate tuned at each momentum:\n\n{table(single)}"
-    (HERE / "table.md").write_text(text)
-    shown = [r for r in rows if r["setting"] == SETTINGS[0].name]
-    series = [Series(r["optimizer"], range(TASKS + 1), r["first_task"], i, dashed=i >= 6) for i, r in enumerate(shown)]
-    chart = line_chart(series, x_label="tasks trained", y_label="loss of the first task")
-    (HERE / "forgetting.svg").write_text(chart)
-    print(text)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which rows."""
+    parser.add_argument("--optimizers", nargs="*", default=list(OPTIMIZERS), choices=list(OPTIMIZERS), metavar="NAME")
+    parser.add_argument("--settings", nargs="*", default=[s.name for s in SETTINGS], choices=[s.name for s in SETTINGS])
+    parser.add_argument("--no-single", action="store_true", help="not at each momentum by itself")
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, tuple[float, ...]]:
-    return row["setting"], row["optimizer"], tuple(row["momenta"])
-
-
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, report, quick, arguments)

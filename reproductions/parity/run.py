@@ -1,30 +1,29 @@
 """Parity of a bit string at every position: trained on windows of 40, tested at length 160.
 
-    python -m reproductions parity [--quick]
-
 `reset` trains on strings of 40. `carry` trains on windows of 40, four to a string, and hands the detached state on from
 one to the next (truncated backpropagation through time), so that gradients still never span more than 40 tokens.
-Writes results.json and table.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from nestling import NestlingForCausalLM, presets
+from reproductions.harness.command import Reproduction
+from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.rows import Row, Rows
 
-HERE = Path(__file__).parent
 WINDOW, WINDOWS, ROWS = 40, 4, 32
 TEST_LENGTHS = (40, 160, 640)
 TEST_ROWS = 256
 SEEDS = (0, 1, 2)
+TRAININGS = ("reset", "carry")
 RATE, WARMUP = 1e-2, 50
 PRESETS = {"hope_linear": presets.hope_linear, "hope": presets.hope}
 # No retention, since a state that fades cannot count. Gates that reach their ends, since 40 tokens do not tell a flip
@@ -74,55 +73,63 @@ def train(model: NestlingForCausalLM, steps: int, windows: int, generator: torch
 
 
 @torch.no_grad()
-def accuracy(model: NestlingForCausalLM, length: int, generator: torch.Generator) -> float:
+def accuracy(model: NestlingForCausalLM, rows: int, length: int, generator: torch.Generator) -> float:
     """Share of positions answered rightly."""
-    bits, parity = strings(TEST_ROWS, length, generator)
+    bits, parity = strings(rows, length, generator)
     return float((model(bits).logits.argmax(-1) == parity).float().mean())
 
 
-def run(preset: str, how: str, seed: int, steps: int) -> dict[str, Any]:
+def measure(preset: str, how: str, seed: int, steps: int, test_rows: int = TEST_ROWS) -> Row:
     """One training and its tests."""
     torch.manual_seed(seed)
     model = build(preset)
     loss = train(model, steps, WINDOWS if how == "carry" else 1, torch.Generator().manual_seed(seed))
     model.eval()
     tests = torch.Generator().manual_seed(1000)
-    found = {str(length): accuracy(model, length, tests) for length in TEST_LENGTHS}
+    found = {str(length): accuracy(model, test_rows, length, tests) for length in TEST_LENGTHS}
     print(f"{preset:12} {how:6} seed {seed}: loss {loss:.5f}, accuracy {found}", flush=True)
-    return {"preset": preset, "training": how, "seed": seed, "steps": steps, "loss": loss, "accuracy": found}
+    return {"loss": loss, "accuracy": found}
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: accuracy at every length, the mean of the seeds and each seed."""
-    lines = ["| preset | training | " + " | ".join(f"length {n}" for n in TEST_LENGTHS) + " |"]
-    lines.append("| --- " * (2 + len(TEST_LENGTHS)) + "|")
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Every preset and way of training that is asked for, at every seed."""
+    for preset in args.presets:
+        for how in args.trainings:
+            for seed in args.seeds:
+                key = {"preset": preset, "training": how, "seed": seed, "steps": args.steps}
+                key |= {"learning_rate": RATE, "rows": ROWS}
+                rows.get(key, lambda p=preset, h=how, s=seed: measure(p, h, s, args.steps))
+
+
+def quick(args: argparse.Namespace, rows: Rows) -> None:
+    """Ten steps and four strings."""
     for preset in PRESETS:
-        for how in ("reset", "carry"):
-            cells = []
-            for length in TEST_LENGTHS:
-                found = [r["accuracy"][str(length)] for r in runs if (r["preset"], r["training"]) == (preset, how)]
-                cells.append(f"{statistics.mean(found):.4f} ({', '.join(f'{v:.4f}' for v in found)})")
-            lines.append(f"| `{preset}` | {how} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.get({"preset": preset, "training": "carry", "seed": 0}, lambda p=preset: measure(p, "carry", 0, 10, 4))
 
 
-def main() -> None:
-    """All presets, both ways of training, three seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def report(rows: Sequence[Row]) -> Report:
+    """Accuracy at every length, the mean of the seeds and each seed."""
+    lines = []
+    for preset in PRESETS:
+        for how in TRAININGS:
+            own = sorted((r for r in rows if (r["preset"], r["training"]) == (preset, how)), key=lambda r: r["seed"])
+            if own:
+                cells = [_told([r["accuracy"][str(length)] for r in own]) for length in TEST_LENGTHS]
+                lines.append([f"`{preset}`", how, *cells])
+    head = ["preset", "training", *(f"length {n}" for n in TEST_LENGTHS)]
+    return Report({"results": table(head, lines) if lines else EMPTY})
+
+
+def _told(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which trainings."""
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=list(PRESETS))
+    parser.add_argument("--trainings", nargs="*", default=list(TRAININGS), choices=TRAININGS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="10 steps, one seed, nothing written")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    steps, seeds = (10, SEEDS[:1]) if args.quick else (args.steps, SEEDS)
-    runs = [run(p, how, seed, steps) for p in PRESETS for how in ("reset", "carry") for seed in seeds]
-    if args.quick:
-        return
-    record = {"torch": torch.__version__, "threads": args.threads, "learning_rate": RATE, "rows": ROWS, "runs": runs}
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "table.md").write_text(table(runs))
-    print(table(runs))
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, report, quick, arguments)

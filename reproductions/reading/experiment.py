@@ -25,8 +25,9 @@ from nestling.evaluation.choices import (
 from nestling.evaluation.language import loss_by_position
 from nestling.tasks.text import read_documents, strip_gutenberg
 from nestling.tasks.translation import as_text, read_cldf_pairs
+from reproductions.harness.grid import best_rate, fixed, grow_rate, next_rate
 from reproductions.harness.machine import hardware
-from reproductions.harness.result_file import ResultFile, Row, best_rate, next_rate, tune_rate
+from reproductions.harness.rows import Row, Rows
 from reproductions.harness.stream_methods import StreamModel, method_of
 from reproductions.reading.progress import Progress, State
 
@@ -152,7 +153,7 @@ class Experiment:
         name: str,
         sizes: Sizes,
         judges: Judges,
-        results: ResultFile,
+        results: Rows,
         measure_every: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -195,9 +196,9 @@ class Experiment:
 
         base, _, option = method.rpartition("+")
         if not base or option in OWN_RATES:
-            return best_rate(tune_rate(measure))
+            return best_rate(grow_rate(measure))
         best = self.chosen(base, first, second)
-        return best_rate({rate: measure(rate) for rate in (best, next_rate(best, up=True))})
+        return best_rate(grow_rate(measure, (best, next_rate(best, up=True)), fixed))
 
     def criterion(self, method: str, first: Text, second: Text) -> float:
         """Of the chosen rate."""
@@ -205,7 +206,7 @@ class Experiment:
 
     def _get(self, part: str, method: str, rate: float, texts: Sequence[Text]) -> Row:
         key = self.key(part, method, rate, texts)
-        known = self.results.find(json.loads(json.dumps(key)))
+        known = self.results.find(key)
         row = self.results.get(key, lambda: self._run(key, part, method, rate, texts))
         if known is None:
             told = " ".join(f"{half:.3f}" for half in row["second_halves"])

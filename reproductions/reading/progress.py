@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nestling.continual.store.memory import Memory
-from reproductions.harness.result_file import Row
+from reproductions.harness.rows import Row
 from reproductions.harness.stream_methods import StreamModel
 
 SECONDS = 600.0

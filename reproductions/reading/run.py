@@ -3,7 +3,6 @@
     python -m reproductions reading --model PATH --texts FILE ... --validation FILE FILE [--tokens 6144]
         [--wikitext FILE] [--lambada FILE] [--choices FILE ... --items 100] [--measures 8]
     python -m reproductions reading --model PATH --texts FILE ... --rate 1e-4 --methods NAME ...
-    python -m reproductions reading --quick
 
 Texts are UTF-8 files (of Project Gutenberg's books the text alone) or a dictionary's examples in CLDF (.csv), read as
 lines `sentence = translation`. --tokens of each are read, and those after them are held out. Losses are prequential:
@@ -28,38 +27,28 @@ the second. An option of an ablation has its base's rate or the next higher of t
 ranks and other rates of the slow levels have the whole grid. Of several options the rate is that of the last one with
 all before it as its base.
 
-Every finished run is a line of results.jsonl beside this file, and a second call skips what is there, so a run can be
-stopped and continued and several processes may share the work (by --methods and --parts). A run that is interrupted
-goes on from where it was ten minutes earlier at most (a file in the folder cache beside the results; not with
---measures). The report, table.md and a picture of every text, is written from what is finished with --report, which
-runs nothing, or at the end of a run.
-`--quick` is a tiny random model and invented texts, and writes nothing.
+A run that is interrupted goes on from where it was ten minutes earlier at most (a file in the folder cache beside the
+results; not with --measures). `--quick` is a tiny random model and invented texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestling.evaluation.choices import Question
 from nestling.models.pretrained import load_pretrained
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.harness.command import Reproduction
 from reproductions.harness.machine import add_machine_arguments, use_machine
-from reproductions.harness.result_file import ResultFile, Row
+from reproductions.harness.rows import Rows
 from reproductions.harness.stream_methods import ABLATIONS, METHODS, method_of
+from reproductions.harness.tiny import tiny_llama
 from reproductions.reading.experiment import Experiment, Judges, Sizes, Text, encode, make_judges, make_text
-from reproductions.reading.report import write_report
+from reproductions.reading.report import STACKS, make_report
 
-HERE = Path(__file__).parent
 PARTS = ("rates", "alone", "sequence", "ablations")
-STACKS = ("cms_2", "cms_3", "cms_4")
-DRAWN = ("frozen", "frozen_long", "one_level", "{best}", "lora", "full")
 
 
 class Plan:
@@ -101,22 +90,6 @@ class Plan:
                 method = f"{base}+{option}"
                 self.made.sequence(method, self._rate(method), *self.pair)
 
-    def report(self, folder: Path) -> str:
-        """Of what is finished."""
-        grids = {m: rows for m in self._names() if (rows := self._finished(m))}
-        gridded = {m: on for m, rows in grids.items() if (on := [row for row in rows if _on_grid(row["rate"])])}
-        rates = {m: 0.0 for m in METHODS if _still(m)} | {m: _best(rows) for m, rows in gridded.items()}
-        alone = {m: rows for m, rate in rates.items() if (rows := self._alone(m, rate))}
-        sequence = {}
-        for method, rate in rates.items():
-            if row := self.made.results.find(self.made.key("sequence", method, rate, self.pair)):
-                sequence[method] = row
-        stacks = {m: min(r["criterion"] for r in gridded[m]) for m in STACKS if m in gridded}
-        best = min(stacks, key=lambda m: stacks[m]) if stacks else STACKS[0]
-        shown = alone if "frozen" in alone else {}
-        drawn = [name.format(best=best) for name in DRAWN]
-        return write_report(folder, grids, shown, sequence if "frozen" in sequence else {}, drawn)
-
     def _rate(self, method: str) -> float:
         """The given one, measured on the validation stream like the others where there is one, or the best there."""
         if _still(method):
@@ -128,51 +101,13 @@ class Plan:
             self.made.validation(method, self.rate, *self.validation)
         return self.rate
 
-    def _names(self) -> list[str]:
-        """All methods that have a rate, options after what they are options of."""
-        found = {row["method"] for row in self.made.results.rows} - set(METHODS)
-        return [m for m in (*METHODS, *sorted(found, key=_order)) if not _still(m)]
-
-    def _finished(self, method: str) -> list[Row]:
-        if self.validation is None:
-            return []
-        key = self.made.key("validation", method, 0.0, self.validation)
-        del key["rate"]
-        return [row for row in self.made.results.rows if all(row.get(k) == v for k, v in key.items())]
-
-    def _alone(self, method: str, rate: float) -> list[Row]:
-        found = [self.made.results.find(self.made.key("alone", method, rate, [text])) for text in self.texts]
-        rows = [row for row in found if row is not None and not row["diverged"]]
-        return rows if len(rows) == len(self.texts) else []
-
 
 def _still(method: str) -> bool:
     return method_of(method).learned == "nothing"
 
 
-def _order(method: str) -> list[int]:
-    """By base method, then by options as they are listed."""
-    base, *options = method.split("+")
-    return [list(METHODS).index(base), *(list(ABLATIONS).index(option) for option in options)]
-
-
-def _on_grid(rate: float) -> bool:
-    """A rate that every method tries where its best is near, and not one of --rate between them."""
-    return f"{rate:.6e}".split("e")[0] in ("1.000000", "3.000000")
-
-
-def _best(rows: list[Row]) -> float:
-    return float(
-        min(rows, key=lambda r: (r["criterion"] if math.isfinite(r["criterion"]) else math.inf, r["rate"]))["rate"]
-    )
-
-
-def quick(device: str) -> None:
+def quick(args: argparse.Namespace, rows: Rows) -> None:
     """Every method and two options on a tiny random model, at one rate."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)).eval()
-    model.to(device)
     tokenizer = byte_tokenizer()
     sizes = Sizes(tokens=64, held=16, again=16, chunk=16, context=32, long=64)
     lines = ["the river ran past the mill and on to the sea. ", "ma tok konatnin. ", "kewe me leng. ", "rain fell. "]
@@ -181,24 +116,19 @@ def quick(device: str) -> None:
     ]
     question = Question(("rain",) * 2, ("fell.", "ran."), 0)
     judges = Judges(texts[2].held, [("the river ran past the", "mill")], {"questions": [question]})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        results = ResultFile(folder / "results.jsonl")
-        made = Experiment(model, tokenizer, "tiny", sizes, judges, results, measure_every=2)
-        plan = Plan(made, texts[:2], (texts[0], texts[1]), (texts[2], texts[3]), "cms_3")
-        for method in (*METHODS, "cms_3+gate", "cms_3+sleep"):
-            rate = 0.0 if _still(method) else 1e-3
-            made.validation(method, rate, *plan.validation)
-            made.sequence(method, rate, *plan.pair)
-            if method in ("frozen", "cms_3"):
-                for text in plan.texts:
-                    made.alone(method, rate, text)
-        print(plan.report(folder))
+    made = Experiment(tiny_llama(4, args.device), tokenizer, "tiny", sizes, judges, rows, measure_every=2)
+    plan = Plan(made, texts[:2], (texts[0], texts[1]), (texts[2], texts[3]), "cms_3")
+    for method in (*METHODS, "cms_3+gate", "cms_3+sleep"):
+        rate = 0.0 if _still(method) else 1e-3
+        made.validation(method, rate, texts[2], texts[3])
+        made.sequence(method, rate, *plan.pair)
+        if method in ("frozen", "cms_3"):
+            for text in plan.texts:
+                made.alone(method, rate, text)
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the texts, the judges, the methods."""
     parser.add_argument("--model", help="Hugging Face folder or name, or a GGUF file")
     parser.add_argument("--texts", nargs="+", type=Path, default=[])
     parser.add_argument("--sequence", nargs=2, type=Path, metavar="FILE")
@@ -224,40 +154,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measures", type=int, metavar="N", help="record the levels' measures every N chunks")
     parser.add_argument("--seed", type=int, default=0)
     add_machine_arguments(parser)
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """What a run needs.
+
+    Raises:
+        SystemExit: something of it is missing, or an unknown method.
+    """
     try:
         for name in (*args.methods, *(f"{args.ablate or STACKS[0]}+{option}" for option in args.options)):
             method_of(name)
     except ValueError as error:
-        parser.error(str(error))
-    if args.validation is None and args.rate is None and not args.quick:
-        parser.error("--validation FILE FILE is needed, which the rates are chosen on, or --rate (or --quick)")
-    if not args.quick and (args.model is None or not args.texts):
-        parser.error("--model PATH and --texts FILE ... are needed (or --quick)")
-    if args.validation is None and (args.report or args.parts == ["rates"]) and not args.quick:
-        parser.error("--validation FILE FILE is needed for --report and for the part rates")
-    if args.validation is None and args.ablate is None and "ablations" in args.parts and not args.quick:
-        parser.error("--ablate NAME is needed without --validation, which would choose it")
-    return args
+        raise SystemExit(str(error)) from None
+    if args.validation is None and args.rate is None:
+        raise SystemExit("--validation FILE FILE is needed, which the rates are chosen on, or --rate (or --quick)")
+    if args.model is None or not args.texts:
+        raise SystemExit("--model PATH and --texts FILE ... are needed (or --quick)")
+    if args.validation is None and args.parts == ["rates"]:
+        raise SystemExit("--validation FILE FILE is needed for the part rates")
+    if args.validation is None and args.ablate is None and "ablations" in args.parts:
+        raise SystemExit("--ablate NAME is needed without --validation, which would choose it")
 
 
-def main() -> None:
-    """Rates, runs, report."""
-    args = parse()
+def run(args: argparse.Namespace, rows: Rows) -> None:
+    """Rates and runs."""
+    check(args)
     use_machine(args)
-    if args.quick:
-        quick(args.device)
-        return
     model, tokenizer = load_pretrained(args.model)
     model.to(args.device)
     sizes = Sizes(args.tokens, args.held, args.held, args.chunk, args.context, args.long)
     judges = make_judges(tokenizer, args.wikitext, args.lambada, args.choices, args.wikitext_tokens, args.items)
-    made = Experiment(
-        model, tokenizer, Path(args.model).name, sizes, judges, ResultFile(args.results), args.measures, args.seed
-    )
+    made = Experiment(model, tokenizer, Path(args.model).name, sizes, judges, rows, args.measures, args.seed)
     pair = args.sequence or [args.texts[0], args.texts[-1]]
     known = {path: make_text(path, tokenizer, sizes) for path in dict.fromkeys([*args.texts, *pair])}
     rated = replace(sizes, tokens=args.validation_tokens or args.tokens)
@@ -265,11 +193,7 @@ def main() -> None:
     texts = [known[path] for path in args.texts]
     two = (validation[0], validation[1]) if validation else None
     plan = Plan(made, texts, (known[pair[0]], known[pair[1]]), two, args.ablate, args.rate)
-    if not args.report:
-        plan.run(args.methods, args.parts, args.options)
-    if two is not None:
-        print(plan.report(args.results.parent))
+    plan.run(args.methods, args.parts, args.options)
 
 
-if __name__ == "__main__":
-    main()
+REPRODUCTION = Reproduction(run, make_report, quick, arguments)

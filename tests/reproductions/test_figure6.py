@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nestling.training.tokenization import byte_tokenizer
+from reproductions.__main__ import main
 from reproductions.figure6 import run as figure6
 from tests.llamas import random_llama
 
@@ -21,28 +21,22 @@ def arguments(tmp_path: Path) -> list[str]:
     byte_tokenizer().save_pretrained(tmp_path / "model")
     rows = [f"about {topic} number {n},{topic}" for topic in ("tides", "boats", "sand") for n in range(6)]
     (tmp_path / "set.csv").write_text("\n".join(["text,label", *rows]))
-    places = ["--cache", str(tmp_path / "cache"), "--results", str(tmp_path / "results.jsonl")]
+    places = ["--cache", str(tmp_path / "cache"), "--folder", str(tmp_path)]
     return ["--csv", str(tmp_path / "set.csv"), "--model", str(tmp_path / "model"), *places]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """The command."""
-    monkeypatch.setattr(sys, "argv", ["figure6", *arguments])
-    figure6.main()
-
-
-def test_levels_need_a_block_each(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_need_a_block_each(arguments: list[str], tmp_path: Path) -> None:
     for more, error in (
         ([], "levels, levels_replay, levels_memory: 3 levels need at least 3 blocks, and 1 of the model's 3 layers"),
         (["--methods", "levels", "--blocks", "2"], "give --blocks 3 or more"),
         (["--blocks", "4"], "--blocks 4: the model has 3 layers"),
     ):
         with pytest.raises(SystemExit, match=error):
-            run(monkeypatch, *arguments, *more)
+            main(["figure6", *arguments, *more])
     assert not (tmp_path / "results.jsonl").exists()
     small = ["--classes", "1", "--per-class", "2", "--test-per-class", "1", "--tune-tasks", "1", "--seeds", "0"]
-    run(monkeypatch, *arguments, *small, "--methods", "nearest_mean")
-    run(monkeypatch, *arguments, *small, "--methods", "levels", "--blocks", "3")
+    main(["figure6", *arguments, *small, "--methods", "nearest_mean"])
+    main(["figure6", *arguments, *small, "--resume", "--methods", "levels", "--blocks", "3"])
     assert '"levels"' in (tmp_path / "results.jsonl").read_text()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reproductions.harness.result_file import ResultFile
 from reproductions.mqar import run as mqar
 
 
@@ -17,16 +15,14 @@ def training(rate: float, steps: int, seed: int, accuracy: float, ablation: str 
 
 
 @pytest.mark.parametrize("steps", [100, 300])
-def test_rates_are_those_of_the_short_trainings(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqar, "HERE", tmp_path)
-    results = ResultFile(tmp_path / "results.jsonl")
-    results.rows = [training(0.003, 100, 0, 0.2), training(0.01, 100, 0, 0.4)]
+def test_rates_are_those_of_the_short_trainings(steps: int) -> None:
+    rows = [training(0.003, 100, 0, 0.2), training(0.01, 100, 0, 0.4)]
     if steps == 300:  # at the other rate it would have been better
-        results.rows += [training(0.003, 300, 0, 0.9), training(0.01, 300, 0, 0.5), training(0.01, 300, 1, 0.7)]
-        results.rows += [training(0.01, 300, 0, 0.6, "chunk 1")]
-    mqar.report(results, steps, 100)
-    table = (tmp_path / "table.md").read_text()
-    assert "0.003" not in table
-    assert ("0.600 (0.500, 0.700), 1 KiB" if steps == 300 else "0.400 (0.400), 1 KiB") in table
-    assert ("| chunk 1 | `hope` | 0.01 |" in table) == (steps == 300)
-    assert ("| nothing | `hope` | 0.01 | 0.500 (0.500), 1 KiB" in table) == (steps == 300)  # at the ablation's seeds
+        rows += [training(0.003, 300, 0, 0.9), training(0.01, 300, 0, 0.5), training(0.01, 300, 1, 0.7)]
+        rows += [training(0.01, 300, 0, 0.6, "chunk 1")]
+    parts = mqar.report(rows).parts
+    assert "0.003" not in parts["results"]
+    assert ("0.600 (0.500, 0.700), 1 KiB" if steps == 300 else "0.400 (0.400), 1 KiB") in parts["results"]
+    assert ("| chunk 1 | `hope` | 0.01 |" in parts["ablations"]) == (steps == 300)
+    # at the ablation's seeds
+    assert ("| nothing | `hope` | 0.01 | 0.500 (0.500), 1 KiB" in parts["ablations"]) == (steps == 300)

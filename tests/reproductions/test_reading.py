@@ -12,9 +12,10 @@ from nestling.continual.stream.scoring import read_frozen
 from nestling.evaluation.choices import Question
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.harness import stream_methods
-from reproductions.harness.result_file import ResultFile
+from reproductions.harness.rows import Rows
 from reproductions.harness.stream_methods import StreamModel, method_of
 from reproductions.reading import experiment, progress
+from reproductions.reading.report import make_report
 from reproductions.reading.run import Plan
 from tests.llamas import random_llama
 
@@ -25,7 +26,7 @@ def second_half(losses: torch.Tensor) -> float:
     return float(losses[1:][len(losses[1:]) // 2 :].mean())
 
 
-def small(results: ResultFile) -> experiment.Experiment:
+def small(results: Rows) -> experiment.Experiment:
     sizes, judges = experiment.Sizes(**SIZES), experiment.Judges()
     return experiment.Experiment(random_llama(), byte_tokenizer(), "m", sizes, judges, results)
 
@@ -50,7 +51,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(progress, "SECONDS", 0.0)
 
     def row(folder: str) -> dict[str, object]:
-        results = ResultFile(tmp_path / folder / "rows.jsonl")
+        results = Rows(tmp_path / folder / "rows.jsonl")
         results.path.parent.mkdir(exist_ok=True)
         sizes, judges = experiment.Sizes(tokens=44, **SIZES), experiment.Judges(parts[3])
         made = experiment.Experiment(model, byte_tokenizer(), "m", sizes, judges, results)
@@ -84,7 +85,7 @@ def test_a_sequence_by_hand(tmp_path: Path) -> None:
     parts = [torch.randint(3, 259, (n,), generator=draw) for n in (24, 8, 16, 8)]
     first, second = experiment.Text("a", *parts[:2]), experiment.Text("b", *parts[2:])
     judges = experiment.Judges(parts[3], [("one", "two")], {"set": [Question(("q",) * 2, ("a", "b"), 1)]})
-    results = ResultFile(tmp_path / "rows.jsonl")
+    results = Rows(tmp_path / "rows.jsonl")
     made = experiment.Experiment(model, tokenizer, "m", experiment.Sizes(tokens=24, **SIZES), judges, results, seed=3)
 
     reader = StreamModel(model, method_of("cms_2"), 1e-2, chunk=8, context=16, long=32, seed=3)
@@ -111,14 +112,14 @@ def test_a_sequence_by_hand(tmp_path: Path) -> None:
 
     finished = len(results.rows)
     again_made = experiment.Experiment(
-        model, tokenizer, "m", experiment.Sizes(tokens=24, **SIZES), judges, ResultFile(results.path), seed=3
+        model, tokenizer, "m", experiment.Sizes(tokens=24, **SIZES), judges, Rows(results.path), seed=3
     )
     again_made.sequence("cms_2", 1e-2, first, second)
     assert len(again_made.results.rows) == finished == 3
 
 
 def test_rates_are_chosen_by_the_criterion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = ResultFile(tmp_path / "rows.jsonl")
+    results = Rows(tmp_path / "rows.jsonl")
     made = experiment.Experiment(
         random_llama(), byte_tokenizer(), "m", experiment.Sizes(**SIZES), experiment.Judges(), results
     )
@@ -139,7 +140,7 @@ def test_rates_are_chosen_by_the_criterion(tmp_path: Path, monkeypatch: pytest.M
 def test_a_given_rate_is_measured_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(3, 259, (24,), generator=torch.Generator().manual_seed(2))
     one, other = experiment.Text("a", ids[:16], ids[16:]), experiment.Text("b", ids[4:20], ids[20:])
-    results = ResultFile(tmp_path / "rows.jsonl")
+    results = Rows(tmp_path / "rows.jsonl")
     made = experiment.Experiment(
         random_llama(), byte_tokenizer(), "m", experiment.Sizes(**SIZES), experiment.Judges(), results
     )
@@ -149,4 +150,4 @@ def test_a_given_rate_is_measured_and_used(tmp_path: Path, monkeypatch: pytest.M
     learned = [("validation", "one_level", 2e-3), ("sequence", "one_level", 2e-3)]
     learned += [("validation", "cms_2+even+split", 2e-3), ("sequence", "cms_2+even+split", 2e-3)]
     assert [row for row in rows if row[1] != "frozen"] == learned
-    assert "`cms_2+even+split`" in plan.report(tmp_path)
+    assert "`cms_2+even+split`" in make_report(results.rows).parts["rates"]
