@@ -122,7 +122,7 @@ def _check_shape(position_ids: Tensor, shape: tuple[int, int]) -> Int[Tensor, "B
 
 def _counts_slots(positions: Tensor, state: ModelState | None) -> bool:
     """Whether the positions are 0 to T - 1 in every row, padding included: they say nothing then."""
-    return state is None and torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions))
+    return state is None and torch.equal(positions, torch.arange(positions.shape[1], device="cpu").expand_as(positions))
 
 
 def _split_where_positions_restart(positions: Tensor, mask: Tensor | None, rows: Rows | None) -> Rows | None:
@@ -141,8 +141,8 @@ def _check_positions(positions: Tensor, rows: Rows | None, state: ModelState | N
     if _counts_slots(positions, state) and (rows is None or len(rows.lengths) == len(positions)):
         return
     found = positions if rows is None else rows.pack(positions)
-    read = torch.zeros(len(found), dtype=torch.int64) if state is None else state.position
-    expected = read[:, None] + torch.arange(found.shape[1])
+    read = torch.zeros(len(found), dtype=torch.int64, device="cpu") if state is None else state.position
+    expected = read[:, None] + torch.arange(found.shape[1], device="cpu")
     wrong = found != expected
     if rows is not None:
         wrong &= rows.valid
