@@ -41,10 +41,10 @@ MATH = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Results, reproductions and the API join the navigation."""
     reproductions = [{_title(ROOT / path): place(path)} for path in _outside() if path.endswith("/RESULTS.md")]
-    results = [{"Results": "results.md"}] if (ROOT / "docs/results.md").exists() else []
     pages = [{name: path} for path, name in api_pages.pages(ROOT).items()]
     assert config.nav is not None
-    config.nav += [{"Results": [*results, *reproductions]}, {"API": [{"Where to begin": "api/index.md"}, *pages]}]
+    results = {"Results": [{"The papers' claims": "results.md"}, *reproductions]}
+    config.nav += [results, {"API": [{"Where to begin": "api/index.md"}, *pages]}]
     return config
 
 
