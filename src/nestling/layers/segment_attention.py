@@ -54,11 +54,12 @@ class SegmentAttention(AttentionHeads):
         c, fixed = self.config, persistent.shape[1]
         time, end, retrieved = x.shape[1], first + x.shape[1], fixed + first
 
-        def turn(start: int, count: int) -> tuple[Tensor, Tensor]:
-            position = torch.tensor([start], device="cpu")
-            return rotation(c.head_dim, c.rope_theta, position, count, x.device)
-
-        turn_p, turn_h, turn_x = turn(0, fixed), turn(retrieved, time), turn(retrieved + self.segment, time)
+        # One table for all three, a row each: at a single token making it costs as much as a product.
+        starts = torch.tensor([0, retrieved, retrieved + self.segment], device="cpu")
+        cos, sin = rotation(c.head_dim, c.rope_theta, starts, max(time, fixed), x.device)
+        turn_p, turn_h, turn_x = (
+            (cos[i : i + 1, :count], sin[i : i + 1, :count]) for i, count in enumerate((fixed, time, time))
+        )
         q = rotate(self.heads(x, self.query), *turn_x)
         k = torch.stack((rotate(self.heads(h, self.key), *turn_h), rotate(self.heads(x, self.key), *turn_x)), 1)
         v = torch.stack((self.heads(h, self.value), self.heads(x, self.value)), 1)
