@@ -6,6 +6,8 @@ once, and two different texts of a million tokens share one with a probability o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -32,6 +34,9 @@ def extend_digest(
         lengths: real tokens of every row; None when all have L.
     """
     time = tokens.shape[1]
+    if time == 1 and lengths is None:  # a step of decoding, where every microsecond is met again
+        point = _points(tokens.device)
+        return ((digest.to(tokens.device, torch.int64) * point + tokens + 1) % PRIME).to(torch.int32)
     # Power k at 1 + k; power -1 stands for what follows a row's length and counts as 0.
     powers = F.pad(_powers(time + 1), (0, 0, 1, 0)).to(tokens.device)
     if lengths is None:
@@ -43,6 +48,11 @@ def extend_digest(
     terms = (tokens.to(torch.int64) + 1)[..., None] * powers[following + 1] % PRIME
     kept = digest.to(device=tokens.device, dtype=torch.int64) * powers[count + 1] % PRIME
     return ((kept + terms.sum(1)) % PRIME).to(torch.int32)
+
+
+@cache
+def _points(device: torch.device) -> Int[Tensor, " 2"]:
+    return torch.tensor(POINTS, device=device)
 
 
 def _powers(count: int) -> Int[Tensor, "count 2"]:
