@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def run(name: str, words: Sequence[str]) -> None:
             print(path)
     else:
         args.folder = args.folder or RUNS / name
-        _run(made, args, ROOT / name, " ".join(["python -m reproductions", name, *_told(words)]))
+        _run(made, args, ROOT / name, f"python -m reproductions {shlex.join([name, *_told(words)])}")
 
 
 def _run(made: Reproduction, args: argparse.Namespace, committed: Path, command: str) -> None:

@@ -89,7 +89,7 @@ def provenance(rows: Sequence[Row]) -> str:
         seeds = sorted({row["seed"] for row in own if row.get("seed") is not None})
         shown = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
         lines.append(f"- {len(own)} row{'s' * (len(own) > 1)}{shown}: {commit}; {machine}")
-    text = f"{len(rows)} rows in [{NAME}]({NAME}):\n\n" + "\n".join(lines)
+    text = f"{len(rows)} row{'s' * (len(rows) > 1)} in [{NAME}]({NAME}):\n\n" + "\n".join(lines)
     commands = Counter(row["made"]["command"] for row in rows if row.get("made", {}).get("command"))
     if commands:
         told = "\n".join(_wrapped(command) for command, _ in commands.most_common(COMMANDS))
