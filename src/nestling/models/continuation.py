@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from nestling.models.cache import ModelState
@@ -12,7 +12,7 @@ from nestling.models.digest import empty_digest, extend_digest
 
 def tokens_to_read(
     input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, state: ModelState
-) -> Bool[Tensor, "B T"] | None:
+) -> Shaped[Tensor, "B T"] | None:
     """The attention mask of what is left to read.
 
     `input_ids` are either the tokens that come next, or all tokens from the start, those that the state has read
