@@ -23,7 +23,7 @@ help: ## list the targets
 
 setup: $(DEV) ## create .venv with the tested versions
 
-demo: $(DEV) ## train hope beside a transformer, read with memory, write demo/report.html (under 8 minutes)
+demo: $(DEV) ## train hope beside a transformer, read with its state, write demo/report.html (under 8 minutes)
 	@echo "Hope and a Transformer++ train on real text, read an unseen one, and remember it: under 8 minutes. Loading."
 	@$(BIN)/python -m nestling.demo $(ARGS)
 

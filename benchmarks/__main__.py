@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -22,6 +23,9 @@ from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, show, write_json
 from benchmarks.throughput import against_attention, against_public
 from benchmarks.timing import MIN_ROUNDS
+from nestling.errors import UserError
+from nestling.processes import refuse_several
+from nestling.threads import VARIABLE
 from reproductions.harness.machine import processor_name
 
 WIDTH = 120  # of the tables when the output is a file or a pipe
@@ -51,10 +55,16 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Also write all figures to this file.")] = None,
 ) -> None:
     """Speed and memory of the layers. Every verdict is a ratio of medians measured alternately in this run."""
+    try:
+        refuse_several("python -m benchmarks")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     torch.set_num_threads(threads)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(
-        f"{processor_name()}, {threads} threads, torch {torch.__version__}, {rounds} rounds\n", highlight=False
+        f"{processor_name()}, {threads} threads, torch {torch.__version__}, {rounds} rounds, "
+        f"{VARIABLE} {os.environ.get(VARIABLE, 'unset')}\n",
+        highlight=False,
     )
     suites: dict[Suite, Callable[[], list[Report]]] = {
         Suite.ATTENTION: lambda: [against_attention(rounds, quick)],

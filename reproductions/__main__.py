@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from nestling.errors import UserError
+from nestling.processes import refuse_several
 from reproductions.harness import command
 
 
@@ -42,4 +44,8 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        refuse_several("python -m reproductions")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     main(sys.argv[1:])

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
-import os
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; `nestling.threads` says why
+# Before torch is loaded, which the package would load: its module alone.
+_spec = importlib.util.spec_from_file_location("threads", Path(__file__).parents[1] / "src/nestling/threads.py")
+assert _spec is not None and _spec.loader is not None
+_threads = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_threads)
+_threads.wait_briefly()
 
-import torch
-from transformers.utils import logging
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
-from tests.shapes import check_shapes, switch
+from tests.shapes import check_shapes, switch  # noqa: E402
 
 check_shapes()
 

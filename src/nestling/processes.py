@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from nestling.errors import UserError
+
 
 def process_count() -> int:
     """Processes that were started together; 1 without a launcher."""
@@ -27,6 +29,15 @@ def is_main_process() -> bool:
 def local_process_count() -> int:
     """Those of them on this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", process_count()))
+
+
+def refuse_several(command: str) -> None:
+    """Raises UserError where a command that is one process was started as several."""
+    if process_count() > 1:
+        raise UserError(
+            f"{command} is one process, and {process_count()} were started (WORLD_SIZE); start it without torchrun, "
+            "only nestling train is made for several"
+        )
 
 
 def _number(name: str, default: int) -> int:

@@ -18,7 +18,7 @@ SPINS = "1000"
 """Rounds of the busy loop, some microseconds in all; unset they are 300,000."""
 SAID_BY_THE_USER = (VARIABLE, "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES")
 """With these a user says how threads wait, or where they run, so that others keep off their processors."""
-PROGRAMS = ("nestling", "reproductions")
+PROGRAMS = ("nestling", "reproductions", "benchmarks")
 
 
 def wait_briefly() -> None:

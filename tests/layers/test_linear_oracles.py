@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
-from nestling.layers.linear_parts import fixed_log_retention
+from nestling.layers.scalar_retention import fixed_log_retention
 from nestling.ops.chunk_rule import chunk_scan
 from tests.layers.battery import close, noise, weigh
 from tests.layers.reference_linear import ROWS, Tokens, finish, tokens_of

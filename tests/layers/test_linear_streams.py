@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
-from nestling.layers.linear_parts import data_log_retention
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.scalar_retention import data_log_retention
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_scan

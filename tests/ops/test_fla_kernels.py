@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.layers.linear_parts import scan_memory
+from nestling.layers.scalar_retention import scan_memory
 from nestling.ops import fla_kernels
 from nestling.ops.fla_kernels import fla_scan
 from tests.fake_fla import KERNELS, FakeKernels, error_ratio, fake_fla, skip_refused_triton

@@ -14,6 +14,7 @@ import typer
 from nestling import __version__
 from nestling.cli.convert_command import convert
 from nestling.cli.evaluate_command import evaluate
+from nestling.cli.flags import list_options
 from nestling.cli.generate_command import generate
 from nestling.cli.inspect_command import inspect
 from nestling.cli.learn_command import learn
@@ -22,9 +23,9 @@ from nestling.cli.read_command import read
 from nestling.cli.train_command import train
 from nestling.errors import UserError
 from nestling.printing import forgiving_output, printable
-from nestling.processes import is_main_process, process_count, process_index
+from nestling.processes import is_main_process, process_index, refuse_several
+from nestling.training.config import TrainConfig
 
-LIST_OPTIONS = ("--data", "--valid", "--set")
 FOR_SEVERAL_PROCESSES = ("train",)
 SECONDS_FOR_THE_FIRST = 5.0  # that other processes leave it to say what all of them found
 
@@ -63,11 +64,8 @@ def frame(
 ) -> None:
     """What holds for every command."""
     command = context.invoked_subcommand
-    if process_count() > 1 and command not in FOR_SEVERAL_PROCESSES:
-        raise UserError(
-            f"nestling {command} is one process, and {process_count()} were started (WORLD_SIZE); start it without "
-            f"torchrun, only nestling {' and '.join(FOR_SEVERAL_PROCESSES)} is made for several"
-        )
+    if command not in FOR_SEVERAL_PROCESSES:
+        refuse_several(f"nestling {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +98,12 @@ def spread_lists(arguments: list[str]) -> list[str]:
     """`train --data a b` as `--data a --data b`, so that shell patterns work. Other commands take positional paths."""
     if not arguments or arguments[0] != "train":
         return arguments
+    takes_many = list_options(TrainConfig)
     spread: list[str] = []
     option = ""
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in LIST_OPTIONS else ""
+            option = argument if argument in takes_many else ""
         elif option and spread[-1] != option:
             spread.append(option)
         spread.append(argument)

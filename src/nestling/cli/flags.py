@@ -93,6 +93,11 @@ def flag_values(made: Any) -> dict[str, Any]:
     return found
 
 
+def list_options(owner: type) -> frozenset[str]:
+    """The flags of a dataclass that may be given several times."""
+    return frozenset(flag.option for flag in _flags(owner) if flag.type == list[str] | None)
+
+
 @dataclass(frozen=True)
 class _Flag:
     """One flag: where its value goes, and what it is when it is not given."""

@@ -33,7 +33,6 @@ from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.levels import resolve
 from nestling.continual.learner.options import Settings, settings_from
-from nestling.continual.replay.auxiliary_losses import base_weights
 from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.snapshots import Snapshot
@@ -85,7 +84,7 @@ class Session:
                 bar.update(task, completed=done)
                 self.check()
 
-            self.learner.write_rehearsal(step)
+            written.write(step)
         seconds = time.monotonic() - began
         say(self.console, f"{total:,} tokens written in {seconds:.1f} s")
         if self.lines is not None:
@@ -102,7 +101,7 @@ class Session:
         if start:
             say(self.console, f"{text.name}: going on after {start:,} of {len(text.ids):,} tokens")
         if self.measure:
-            with base_weights(self.learner):
+            with self.learner.base_weights():
                 outcome.before = self._frozen(text)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(cell(Path(text.name).name), total=len(text.ids), completed=start)

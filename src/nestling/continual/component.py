@@ -45,7 +45,7 @@ class Bounds:
     chunk: float = -math.inf
 
 
-class Component:
+class LearnerComponent:
     """What a learner does besides stepping its levels. Every method does nothing unless a component has it.
 
     A component belongs to a field of `Options`, whose value is its settings: `component_field` names it there, and that
@@ -109,7 +109,7 @@ class Component:
         return self.replaced
 
 
-def component_field(kind: type[Component], declared: Any) -> Any:
+def component_field(kind: type[LearnerComponent], declared: Any) -> Any:
     """A field of `Options` with a component, which is made where the value is not the default.
 
     Args:
@@ -120,7 +120,7 @@ def component_field(kind: type[Component], declared: Any) -> Any:
     return declared
 
 
-def components_of(options: Any) -> dict[str, tuple[type[Component], Any]]:
+def components_of(options: Any) -> dict[str, tuple[type[LearnerComponent], Any]]:
     """The components an `Options` asks for by field, in the order of the fields, each with its settings."""
     asked = {f.name: f for f in fields(options) if KEY in f.metadata and getattr(options, f.name) != f.default}
     return {name: (_kind(found), getattr(options, name)) for name, found in asked.items()}
@@ -145,7 +145,7 @@ def strictest(bounds: Sequence[Bounds]) -> Bounds:
 
 
 @contextmanager
-def undone_on_error(components: Iterable[Component]) -> Iterator[None]:
+def undone_on_error(components: Iterable[LearnerComponent]) -> Iterator[None]:
     """Where the block fails, components are as before it."""
     undo = [component.undo() for component in components]
     try:
@@ -156,6 +156,6 @@ def undone_on_error(components: Iterable[Component]) -> Iterator[None]:
         raise
 
 
-def _kind(declared: Field[Any]) -> type[Component]:
-    kind: type[Component] = declared.metadata[KEY]
+def _kind(declared: Field[Any]) -> type[LearnerComponent]:
+    kind: type[LearnerComponent] = declared.metadata[KEY]
     return kind

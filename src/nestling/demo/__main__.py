@@ -13,6 +13,7 @@ from rich.console import Console
 from nestling.demo.settings import DemoSettings
 from nestling.errors import UserError
 from nestling.printing import forgiving_output
+from nestling.processes import refuse_several
 
 WIDTH = 110  # of the tables when the output is a file or a pipe
 
@@ -34,6 +35,7 @@ def main(
         highlight=False,
     )
     try:
+        refuse_several("the demo")
         run(settings, console)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

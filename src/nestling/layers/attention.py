@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nestling.layers.parts import NEW_FIELD
+from nestling.layers.heads import NEW_FIELD
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import MemoryDescription
 from nestling.memory.state import State

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.parts import fast_dtype
+from nestling.layers.heads import fast_dtype
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows

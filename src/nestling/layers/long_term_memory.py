@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
 from nestling.layers.chunks import Span, learn_chunk, scan_chunks
+from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
-from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.layers.sequence import Aligned
 from nestling.memory.bank import BankState, MemoryBank, Rates

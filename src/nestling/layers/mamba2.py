@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.linear_parts import (
+from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
+from nestling.layers.scalar_retention import (
     KERNELS,
     Kernel,
     data_log_retention,
@@ -20,7 +21,6 @@ from nestling.layers.linear_parts import (
     scan_memory,
     valid_tokens,
 )
-from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.state import State

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
 from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
-from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
+from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.layers.sequence import SequenceLayer

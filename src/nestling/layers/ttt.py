@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.parts import draw_filters, fast_dtype, free_of_weight_decay
+from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.ttt_config import TTTConfig
 from nestling.layers.ttt_inner import FIRST_DEVIATION, InnerModel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.chunks import Span, scan_chunks
-from nestling.layers.parts import free_of_weight_decay
+from nestling.layers.heads import free_of_weight_decay
 from nestling.layers.ttt_config import TTTConfig
 from nestling.memory.bank import BankState, InitialWeights
 from nestling.memory.grid import Grid

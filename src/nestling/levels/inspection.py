@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestling.levels.components import Component, Frequency, Transfer, TransferKind
-from nestling.levels.model_parts import MemoryPart, find_memories
+from nestling.levels.model_memories import MemoryPart, find_memories
 from nestling.levels.naming import group_parameters
-from nestling.levels.optimizer_parts import OptimizerPart, find_optimizer_parts
+from nestling.levels.optimizer_memories import OptimizerPart, find_optimizer_states
 from nestling.levels.system import NestedSystem
 
 
@@ -41,7 +41,7 @@ def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: 
         [['optimizer state'], ['parameters']]
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    parts = [] if optimizer is None else find_optimizer_parts(optimizer)
+    parts = [] if optimizer is None else find_optimizer_states(optimizer)
     strangers = [p for part in parts for p in part.parameters if id(p) not in names]
     if strangers:
         raise ValueError(

@@ -144,7 +144,7 @@ class LevelMeter:
 
         Args:
             model: with its first weights.
-            levels: names of every level's parameters (`levels.assign_levels`).
+            levels: names of every level's parameters (`levels.assignment.assign_levels`).
             counterparts: for every level which parameter has which role; None takes `roles`. See `roles_by_depth`.
         """
         parameters = dict(model.named_parameters())

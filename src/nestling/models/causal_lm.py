@@ -59,7 +59,8 @@ class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
     def base_model(self) -> NestlingModel:
         """The backbone, with this model's own embeddings, blocks and norm: `base_model(ids).last_hidden_state`.
 
-        It is made anew at every access, so that it holds whatever adapters put in a module's place.
+        It is made anew at every access, so that it holds whatever adapters put in a module's place: put hooks and
+        attributes on this model or its parts, since on the view they are lost.
         """
         backbone = NestlingModel.__new__(NestlingModel)
         PreTrainedModel.__init__(backbone, self.config)

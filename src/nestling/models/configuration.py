@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig, LeveledFeedForwardConfig, check_level_name
+from nestling.layers.heads import NEW_FIELD
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.neural_memory_config import (
@@ -20,7 +21,6 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
-from nestling.layers.parts import NEW_FIELD
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
 
@@ -93,7 +93,8 @@ class NestlingConfig(PretrainedConfig):
         eos_token_id: last token of a document; generation stops at it.
         levels: update periods, in tokens of the stream the model learns from, of the levels that the blocks'
             `leveled_feed_forward` channels name (NL Eq. 71); no two are equal, and they are kept fastest first. They
-            change nothing in a forward pass: who trains the model updates the levels (`levels.stream_levels`).
+            change nothing in a forward pass: who trains the model updates the levels
+            (`levels.assignment.stream_levels`).
         kwargs: the fields of `PretrainedConfig`.
 
     Raises:

@@ -70,8 +70,9 @@ class TrainConfig:
         matmul_precision: as `torch.set_float32_matmul_precision` takes it: `high` allows TF32; `medium` allows
             bfloat16, and PyTorch then makes the products on a CPU too, which pays where the processor has them in
             hardware (AMX, AVX512-BF16).
-        levels: update periods in optimizer steps (`levels.assign_levels` says what may be named); everything else has
-            period 1, and with an empty string there is one level. A slow level is updated with the sum of its gradients
+        levels: update periods in optimizer steps (`levels.assignment.assign_levels` says what may be named); everything
+            else has period 1, and with an empty string there is one level. A slow level is updated with the sum of its
+            gradients
             (NL Eq. 71), each clipped to `grad_clip` at its own step.
         level_rate_exponent: see `MultiFrequency`.
 

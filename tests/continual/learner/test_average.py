@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nestling.continual import Gate, Learner, LearningWarning, Level, Memory, Options, Rehearsal, Replay
 from nestling.continual.learner.weights import exchange
-from nestling.continual.replay.auxiliary_losses import base_weights
 from nestling.optim import NAMES
 from tests.continual.stream.stream_models import copy_of, equal, text, tiny_llama
 
@@ -67,7 +66,7 @@ def test_the_weights_come_back_whatever_happens_in_the_block() -> None:
     with pytest.raises(KeyError), learner.averaged():
         raise KeyError
     assert equal(copy_of(learner.model), live)
-    with pytest.raises(KeyError), base_weights(learner):
+    with pytest.raises(KeyError), learner.base_weights():
         assert equal(copy_of(learner.model), copy_of(tiny_llama()))
         raise KeyError
     assert equal(copy_of(learner.model), live)

@@ -69,7 +69,9 @@ def test_a_bad_chunk_changes_nothing_but_the_count_of_skipped_tokens(where: str,
     notes = [note for s in seen for note in s.notes]
     assert len(notes) == 1 and notes[0].startswith("8 tokens were not learned from")
     assert [w.category for w in caught] == [LearningWarning]
-    assert caught[0].filename == __file__
+    assert "src/nestling" not in caught[0].filename, (
+        "the caller's line is named, or that of the check of shapes around it"
+    )
     assert not any(s.updated for s in seen)
     assert learner.observe(ids[40:48]).updated == ("fast",)
     assert learner.observe(ids[48:56]).updated == ("fast", "slow")

@@ -44,9 +44,14 @@ def test_rehearsal_as_the_reference() -> None:
 
 def written_by(learner: Learner) -> Tensor | None:
     """The text that a learner's model wrote."""
+    return rehearsed_by(learner).ids
+
+
+def rehearsed_by(learner: Learner) -> RehearsedText:
+    """The learner's component."""
     rehearsed = learner.component(RehearsedText)
     assert rehearsed is not None
-    return rehearsed.ids
+    return rehearsed
 
 
 def test_rehearsed_text_is_the_base_models_whatever_was_loaded() -> None:
@@ -74,17 +79,20 @@ def test_writing_at_once_is_told_and_can_be_given_up() -> None:
     weights, numbers = copy_of(early.model), torch.get_rng_state()
     settings = early.model.generation_config
     with pytest.raises(KeyboardInterrupt):
-        early.write_rehearsal(give_up)
+        rehearsed_by(early).write(give_up)
     assert written_by(early) is None and early.model.generation_config is settings
     assert equal(copy_of(early.model), weights) and torch.equal(torch.get_rng_state(), numbers)
     told: list[int] = []
-    early.write_rehearsal(told.append)
+    rehearsed_by(early).write(told.append)
     assert told == [n * ROWS for n in range(2, 10)] + [9 * ROWS + 3 * n for n in range(2, 10)]
-    early.write_rehearsal(give_up)  # nothing to write any more
+    rehearsed_by(early).write(give_up)  # nothing to write any more
     early.observe(text(12))
     assert torch.equal(written_by(early), written_by(late))
     assert equal(copy_of(early.model), copy_of(late.model))
-    Learner(tiny_llama(), {"fast": Level(6, (TOP,))}, lr=0.3, context=12).write_rehearsal(give_up)
+    early.detach()
+    rehearsed_by(early).ids = None
+    with pytest.raises(RuntimeError, match="detached"):
+        rehearsed_by(early).write()
 
 
 def test_the_models_text_does_not_follow_its_generation_settings() -> None:

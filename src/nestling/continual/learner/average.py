@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestling.continual.component import Component
+from nestling.continual.component import LearnerComponent
 from nestling.continual.learner.weights import exchanged
 from nestling.continual.stream.chunks import Piece
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
 
 
-class RunningMean(Component):
+class RunningMean(LearnerComponent):
     """W_s <- W_s + r (W - W_s) after the n-th chunk, with r = max(chunk / horizon, 1 / (n + 1)).
 
     One step of gradient descent at rate r on 1/2 |W_s - W|^2: a level below the fast ones whose context flow is their

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestling.continual.component import Bounds, Component
+from nestling.continual.component import Bounds, LearnerComponent
 from nestling.continual.stream.chunks import Piece
 from nestling.settings import check, setting
 
@@ -46,7 +46,7 @@ class Gate:
         check(self)
 
 
-class SurpriseGate(Component):
+class SurpriseGate(LearnerComponent):
     """Which losses are learned from."""
 
     def __init__(self, settings: Gate, learner: Learner) -> None:

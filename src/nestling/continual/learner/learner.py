@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nestling.continual.component import Component, components_of, strictest, undone_on_error
+from nestling.continual.component import LearnerComponent, components_of, strictest, undone_on_error
 from nestling.continual.learner import consolidation
 from nestling.continual.learner.average import RunningMean
 from nestling.continual.learner.gradients import take_gradients
@@ -23,7 +23,7 @@ from nestling.continual.learner.levels import make_optimizer, make_weights, reso
 from nestling.continual.learner.observation import Counters, Observation
 from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
 from nestling.continual.learner.steps import retain
-from nestling.continual.replay.rehearsal import RehearsedText
+from nestling.continual.learner.weights import taken_off
 from nestling.continual.store import resume
 from nestling.continual.store.applying import COPIED, LEARNER, check_free
 from nestling.continual.store.fingerprint import base_fingerprint
@@ -32,7 +32,7 @@ from nestling.continual.stream.chunks import Piece, Stream, batches, check_token
 from nestling.continual.stream.documents import Document, DocumentLog
 from nestling.continual.stream.scoring import Reader, check_context, learning, own_modes
 
-C = TypeVar("C", bound=Component)
+C = TypeVar("C", bound=LearnerComponent)
 
 
 class Learner:
@@ -93,7 +93,7 @@ class Learner:
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
         self.weights = make_weights(model, self.settings)
-        self.components: dict[str, Component] = {}
+        self.components: dict[str, LearnerComponent] = {}
         self._learned = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
         try:
@@ -111,7 +111,7 @@ class Learner:
         self._check_live()
         options = self.settings.options
         self.components = {name: kind(value, self) for name, (kind, value) in components_of(options).items()}
-        apart = any(component.reads_apart for component in self.components.values())
+        apart = [name for name, component in self.components.items() if component.reads_apart]
         with learning(self.model, self._everything):
             self.optimizer = make_optimizer(self.settings, self.weights, apart)
         self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
@@ -147,7 +147,7 @@ class Learner:
                 nothing has changed then. LearningDivergedError: the weights themselves are no longer finite.
             RuntimeError: the learner is detached.
         """
-        self._check_at_work()
+        self.check_at_work()
         ids, targets = check_tokens(tokens, scored, self.vocabulary)
         if not len(ids):
             return Observation(torch.empty(0), notes=("no tokens: nothing was learned",))
@@ -172,19 +172,6 @@ class Learner:
         return Observation(losses, tuple(updated), tuple(notes))
 
     @own_modes()
-    def write_rehearsal(self, on_token: Callable[[int], object] | None = None) -> None:
-        """Write the text of `Options.rehearsal` now, and not with the first chunk. Nothing happens where there is some
-        already, or nothing to rehearse.
-
-        Args:
-            on_token: told after each step how many tokens there are, of `Rehearsal.pieces` times its length. What it
-                raises ends the writing, and nothing has changed then.
-        """
-        self._check_at_work()
-        rehearsed = self.component(RehearsedText)
-        if rehearsed is not None and rehearsed.ids is None:
-            rehearsed.write(on_token)
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model with the running mean of its weights (`Options.average`) for a `with` block, as a memory gives it;
@@ -193,10 +180,14 @@ class Learner:
         Raises:
             RuntimeError: the learner is detached, or the mean is on the model already.
         """
-        self._check_at_work()
+        self.check_at_work()
         average = self.component(RunningMean)
         with nullcontext() if average is None else average.in_place():
             yield
+
+    def base_weights(self) -> AbstractContextManager[None]:
+        """The model as it was before it learned, for a `with` block."""
+        return taken_off(self.weights.values())
 
     def end_document(self) -> None:
         """The present document is finished: what comes next has nothing before it. Pending tokens stay pending."""
@@ -261,7 +252,7 @@ class Learner:
 
         See `nestling.continual.learner.consolidation.consolidate`.
         """
-        self._check_at_work()
+        self.check_at_work()
         return consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
@@ -318,7 +309,8 @@ class Learner:
             raise
         return learner
 
-    def _check_at_work(self) -> None:
+    def check_at_work(self) -> None:
+        """Raises RuntimeError where the learner is detached, or the running mean is on the model."""
         if not self.attached:
             raise RuntimeError("this learner is detached from its model; call apply() first, or use `with learner:`")
         self._check_live()

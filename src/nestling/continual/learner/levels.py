@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -99,7 +99,9 @@ def make_weights(model: nn.Module, settings: Settings) -> dict[str, LevelWeights
     return made
 
 
-def make_optimizer(settings: Settings, weights: Mapping[str, LevelWeights], reads_apart: bool) -> MultiFrequency:
+def make_optimizer(
+    settings: Settings, weights: Mapping[str, LevelWeights], reads_apart: Sequence[str]
+) -> MultiFrequency:
     """One inner optimizer a level, periods in chunks, gradients averaged over the period.
 
     The mean and not Eq. 71's sum: Adam's step does not depend on the gradient's scale, and the step of SGD and of the
@@ -109,7 +111,7 @@ def make_optimizer(settings: Settings, weights: Mapping[str, LevelWeights], read
     Args:
         settings: of the learner.
         weights: of its levels.
-        reads_apart: something is read beside a chunk in passes of its own.
+        reads_apart: options with which something is read beside a chunk in passes of its own.
 
     Raises:
         ValueError: passes beside the chunk's, with an optimizer that learns from layer inputs.
@@ -130,7 +132,8 @@ def make_optimizer(settings: Settings, weights: Mapping[str, LevelWeights], read
             optimizer.close()
         raise ValueError(
             f"the optimizer of level {next(iter(watching))!r} learns from the layers' inputs, which have no weight: it "
-            "takes no rehearsal, and replay without projection or teacher only"
+            f"takes nothing that is read beside a chunk in passes of its own, as {' and '.join(reads_apart)} here "
+            "(replay without projection or teacher is not)"
         )
     return made
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nestling.continual.component import Component
+from nestling.continual.component import LearnerComponent
 from nestling.continual.learner.steps import limit_step, norm
 from nestling.settings import check, setting
 
@@ -41,7 +41,7 @@ class UpdateLimit:
         return min(absolute, math.inf if self.relative is None else self.relative * norm)
 
 
-class StepLimit(Component):
+class StepLimit(LearnerComponent):
     """Shortens the steps of levels that have a limit."""
 
     def __init__(self, settings: UpdateLimit | Mapping[str, UpdateLimit], learner: Learner) -> None:

@@ -60,7 +60,8 @@ class Level:
 class Options:
     """What a `Learner` does beside Eq. 71.
 
-    An option that does something around a chunk is a `Component`, named beside its field; see there how to add one.
+    An option that does something around a chunk is a `LearnerComponent`, named beside its field; see there how to add
+    one.
 
     Attributes:
         piece: tokens that are read together at most; None is half of `context`. Every token sees at least `context -
@@ -132,8 +133,9 @@ class Options:
                 raise ValueError(f"limit is an UpdateLimit, or one by level, not {shown(limit)}")
         if self.replay is not None and self.replay.teacher is not None and self.average is None:
             raise ValueError('a replay with teacher="average" needs the running mean: give average as well')
-        if self.seed < 0 and any(kind.draws for kind, _ in components_of(self).values()):
-            raise ValueError(f"seed is {self.seed}, but must be 0 or more with replay or rehearsal")
+        drawing = [name for name, (kind, _) in components_of(self).items() if kind.draws]
+        if self.seed < 0 and drawing:
+            raise ValueError(f"seed is {self.seed}, but must be 0 or more with {' and '.join(drawing)}")
         given: Any = self.betas
         if not isinstance(given, tuple | list) or len(given) != 2:
             raise ValueError(f"betas are two numbers, not {self.betas!r}")

@@ -6,8 +6,8 @@ Both kinds can be put on a model and taken off it again, exactly, so that severa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -230,7 +230,9 @@ class LowRankWeights:
         if not self.handles:
             # A partial, and no function made here: a copy of the model then has copies of the factors.
             hooks = {name: partial(_add, factors) for name, factors in self.factors.items()}
-            self.handles = [self.layers[name].register_forward_hook(hook) for name, hook in hooks.items()]
+            self.handles = [
+                self.layers[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()
+            ]
 
     def detach(self) -> None:
         """Hooks off."""
@@ -283,6 +285,16 @@ class LowRankWeights:
                 yield name, factors
 
 
+@contextmanager
+def taken_off(levels: Iterable[LevelWeights]) -> Iterator[None]:
+    """The model as it was before it learned, and as it is afterwards."""
+    with ExitStack() as back:
+        for weights in levels:
+            weights.detach()
+            back.callback(weights.attach)
+        yield
+
+
 @torch.no_grad()
 def exchange(here: Sequence[Tensor], there: Sequence[Tensor]) -> None:
     """The values of two lists of tensors change places: all of them, or none where it fails."""
@@ -318,8 +330,10 @@ def _exchange(a: Tensor, b: Tensor) -> None:
         raise
 
 
-def _add(factors: Factors, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + factors(arguments[0])
+def _add(
+    factors: Factors, layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor
+) -> Tensor:
+    return output + factors(arguments[0] if arguments else keywords["input"])
 
 
 def _difference(new: Tensor, old: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +15,6 @@ from nestling.continual.stream.scoring import divergences
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
-
-
-@contextmanager
-def base_weights(learner: Learner) -> Iterator[None]:
-    """The model as it was before it learned, and as it is afterwards."""
-    with ExitStack() as back:
-        for weights in learner.weights.values():
-            weights.detach()
-            back.callback(weights.attach)
-        yield
 
 
 def taught_by(

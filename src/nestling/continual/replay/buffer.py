@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestling.continual.component import LEARNING, Companion, Component
+from nestling.continual.component import LEARNING, Companion, LearnerComponent
 from nestling.continual.learner.average import RunningMean
 from nestling.continual.replay.auxiliary_losses import taught_by
 from nestling.continual.replay.reservoir import Reservoir
@@ -55,7 +55,7 @@ class Replay:
         check(self)
 
 
-class ReplayBuffer(Component):
+class ReplayBuffer(LearnerComponent):
     """A uniform sample of all pieces learned from, and what of it is read with a chunk."""
 
     draws = True

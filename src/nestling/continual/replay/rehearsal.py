@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from nestling.continual.component import LEARNING, Companion, Component
-from nestling.continual.replay.auxiliary_losses import base_weights, taught_by
+from nestling.continual.component import LEARNING, Companion, LearnerComponent
+from nestling.continual.replay.auxiliary_losses import taught_by
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import learning
 from nestling.settings import NO_FLAG, check, setting
@@ -56,7 +56,7 @@ class Rehearsal:
         check(self)
 
 
-class RehearsedText(Component):
+class RehearsedText(LearnerComponent):
     """Text of the pre-trained model, written when it is first asked for."""
 
     draws = True
@@ -73,18 +73,28 @@ class RehearsedText(Component):
 
     def companions(self) -> Sequence[Companion]:
         """A piece, taught by the base model."""
-        losses = taught_by(self.learner, lambda: base_weights(self.learner))
+        losses = taught_by(self.learner, self.learner.base_weights)
         return (Companion([self.piece(self.learner.counters.chunks)], self.weight, losses),)
 
     def piece(self, number: int) -> Piece:
         """The one that goes with the `number`-th chunk."""
-        ids = self.ids if self.ids is not None else self.write()
+        ids = self.write()
         row = np.random.default_rng((self.seed, REHEARSE, number)).integers(len(ids))
         return _whole(ids[int(row)])
 
     def write(self, on_token: Callable[[int], object] | None = None) -> Int[Tensor, "pieces length"]:
-        """Have the base model write it; `on_token` as in the function of this name."""
-        with base_weights(self.learner):
+        """Have the base model write it, where it has not yet.
+
+        Args:
+            on_token: as in the function of this name.
+
+        Raises:
+            RuntimeError: the learner is detached.
+        """
+        if self.ids is not None:
+            return self.ids
+        self.learner.check_at_work()
+        with self.learner.base_weights():
             self.ids = write(self.learner, *self.shape, self.seed, on_token)
         return self.ids
 

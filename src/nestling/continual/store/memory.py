@@ -22,7 +22,7 @@ class Memory:
     """The learned difference to a base model.
 
     Attributes:
-        fingerprint: of the base model, from `continual.fingerprint.base_fingerprint`.
+        fingerprint: of the base model, from `continual.store.fingerprint.base_fingerprint`.
         periods: update period of every level in tokens, fastest first.
         parameters: names of the base model's parameters in every level.
         differences: learned minus base by parameter name, float32, in the parameter's shape or `LowRank`. A parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nestling.layers.linear_parts import Kernel
+from nestling.layers.scalar_retention import Kernel
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.sizes import (
     BlockSpec,

@@ -1,4 +1,4 @@
-"""Small parts that many layers share: first values, weight decay, heads and their norm.
+"""What layers with heads share: heads and their norm, first values, weight decay.
 
 N rows, H heads, L tokens of a call, D width of a head.
 """

@@ -51,7 +51,7 @@ class OptimizerPart:
         return text
 
 
-def find_optimizer_parts(optimizer: Optimizer) -> list[OptimizerPart]:
+def find_optimizer_states(optimizer: Optimizer) -> list[OptimizerPart]:
     """One part for every level of a `MultiFrequency`, one for any other optimizer."""
     if not isinstance(optimizer, MultiFrequency):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
