@@ -25,6 +25,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 2**63 - 1
 """Of a whole number: what a tensor, a `deque` and a generator's seed can take."""
+MOST_EXPONENT = 8.0
+"""Of a rate that follows a period: far beyond any use, and no float's limit."""
 MOST_SHOWN = 80  # characters of a value in a message
 KEY = "setting"  # of the field's metadata
 NO_FLAG = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, GPTNeoConfig
 
 from nestling import NestlingForCausalLM
 from nestling.errors import UserError
@@ -151,3 +152,23 @@ def test_whole_other_parts_and_old_tables_are_left_out(source: Path) -> None:
     }
     save_file(load_file(file) | more, file, {"format": "pt"})
     assert load_pretrained(source)[0].config.num_hidden_layers == 4
+
+
+GPT = {
+    "gpt2": GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
+    ),
+    "gptj": GPTJConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+}
+
+
+@pytest.mark.parametrize("family", GPT)
+def test_masks_that_older_checkpoints_hold_are_left_out(source: Path, family: str) -> None:
+    """A model computes them."""
+    AutoModelForCausalLM.from_config(GPT[family]).save_pretrained(source)
+    attention = f"transformer.h.0.attn.{'attention.' if family == 'gpt_neo' else ''}"
+    masks = {f"{attention}bias": torch.ones(1, 1, 8, 8).tril(), f"{attention}masked_bias": torch.tensor(-1e4)}
+    file = source / "model.safetensors"
+    save_file(load_file(file) | masks, file, {"format": "pt"})
+    assert load_pretrained(source)[0].config.vocab_size == 300

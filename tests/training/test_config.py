@@ -67,7 +67,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_the_number_of_processes_a_run_began_with(tmp_path: Path) -> None:
+def test_the_number_of_processes_a_run_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As recorded; of version 0.1, which did not, by the files of its newest checkpoint."""
     record = {"config": TrainConfig(out="r").to_dict(), "data": {}}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(record | {"processes": 4}))
@@ -76,7 +76,9 @@ def test_the_number_of_processes_a_run_began_with(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "rng_state.pth").touch()
-    assert begun_with(tmp_path, None) == begun_with(tmp_path, checkpoint) == 1
+    assert begun_with(tmp_path, checkpoint) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert begun_with(tmp_path, None) == 2, "without a checkpoint it begins anew"
     for process in range(3):
         (checkpoint / f"rng_state_{process}.pth").touch()
     assert begun_with(tmp_path, checkpoint) == 3

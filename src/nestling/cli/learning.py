@@ -281,6 +281,8 @@ def _check_given(settings: Flags[Settings], saved: Memory) -> None:
     """
     own = settings_from(saved.settings["learner"])
     values = flag_values(own) | {"levels": {name: level.period for name, level in own.levels.items()}}
+    ranks = {own.options.rank if level.rank is None else level.rank for level in own.levels.values()}
+    values["options.rank"] = next(iter(ranks)) if len(ranks) == 1 else values["options.rank"]
     for name in sorted(settings.given):
         wanted = settings.values[name]
         if name == "levels":

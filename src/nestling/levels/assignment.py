@@ -15,6 +15,8 @@ from nestling.layers.continuum import ContinuumMemory
 from nestling.layers.feed_forward import LeveledFeedForward
 from nestling.optim import MultiFrequency, OptimizerLevel
 
+MOST_DIGITS = 19  # of a period: what 64 bits hold
+
 REST = "rest"
 """Name of the level of all parameters that no pattern names; its period is 1."""
 SHOWN = 16
@@ -39,8 +41,8 @@ def parse_levels(text: str, unit: str = "steps") -> dict[str, int]:
                 f"--levels: {entry.strip()!r} is no NAME=PERIOD; write for example --levels NAME=8,OTHER=64, NAME a "
                 "level of the model or a pattern of parameter names"
             )
-        if not (period.isascii() and period.isdigit()) or int(period) < 1:
-            raise UserError(f"--levels: the period of {name} is a number of {unit}, 1 or more, not {period!r}")
+        if not (period.isascii() and period.isdigit() and len(period) < MOST_DIGITS) or int(period) < 1:
+            raise UserError(f"--levels: the period of {name} is a number of {unit}, 1 or more, not {period[:40]!r}")
         if name in levels:
             raise UserError(f"--levels: {name} is given twice")
         levels[name] = int(period)

@@ -16,6 +16,8 @@ from nestling.models.gguf_file import check_header, complete, read_header, unuse
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 GGUF_MAGIC = b"GGUF"
 WEIGHTS = "*.safetensors"
+COMPUTED = re.compile(r"(inv_freq|\.masked_bias|attn(\.attention)?\.bias)$")
+"""Tensors that older checkpoints hold though models compute them: rotary frequencies and causal masks."""
 
 
 def load_pretrained(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -118,8 +120,9 @@ def _load_model(source: str | Path, place: dict[str, Any]) -> PreTrainedModel:
 def _misplaced(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     """Tensors that transformers left out though they belong to a module that the model has, or to a block more of its
     blocks; not those of whole other parts, such as the images' of a model of images and text."""
-    modules = {name for name, _ in model.named_modules()}
-    parents = {name: name.rpartition(".")[0] for name in sorted(unexpected) if not name.endswith("inv_freq")}
+    modules, buffers = {name for name, _ in model.named_modules()}, {name for name, _ in model.named_buffers()}
+    kept = (name for name in sorted(unexpected) if not COMPUTED.search(name) and name not in buffers)
+    parents = {name: name.rpartition(".")[0] for name in kept}
     blocks = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2].isdecimal()}
     return [n for n, parent in parents.items() if parent in modules or any(n.startswith(f"{b}.") for b in blocks)]
 

@@ -147,6 +147,10 @@ class MultiFrequency(Optimizer):
 
         Args:
             closure: computes the loss and the gradients again; called once.
+
+        Raises:
+            Exception: what an inner optimizer raises. Levels before it have then stepped, and the period's sums of this
+                one are gone: go on from what was last saved.
         """
         loss = None
         if closure is not None:

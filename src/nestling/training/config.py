@@ -13,7 +13,8 @@ from nestling.levels.assignment import parse_levels
 from nestling.models.presets import PRESETS, SIZES
 from nestling.optim.build import LIKE_ADAMW
 from nestling.optim.build import NAMES as OPTIMIZERS
-from nestling.settings import check, setting
+from nestling.processes import process_count
+from nestling.settings import MOST_EXPONENT, check, setting
 
 CONFIG_FILE = "train_config.json"
 MODEL, DATA, OPTIMISATION, RECORDS = "Model", "Data", "Optimisation", "Records"  # headings of the command's help
@@ -37,7 +38,7 @@ def parse_overrides(assignments: list[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: write NAME=VALUE, as in --set hidden_size=64")
         try:
             found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--set {assignment}: the value must be JSON (64, 0.5, true, null, [16, 64])") from error
     return found
 
@@ -137,12 +138,13 @@ class TrainConfig:
         panel=OPTIMISATION,
         flag="lr",
         above=0,
+        below=math.inf,
     )
     min_lr_ratio: float = setting(
         0.1, help="Last learning rate, as a part of the peak.", panel=OPTIMISATION, at_least=0, at_most=1
     )
     warmup_steps: int | None = setting(None, help="Default: a tenth of the run.", panel=OPTIMISATION, at_least=0)
-    weight_decay: float = setting(0.1, help="On matrices only.", panel=OPTIMISATION, at_least=0)
+    weight_decay: float = setting(0.1, help="On matrices only.", panel=OPTIMISATION, at_least=0, below=math.inf)
     beta1: float = setting(
         0.9,
         help="AdamW's; the momentum of optimizers that step like sgd.",
@@ -160,7 +162,11 @@ class TrainConfig:
         metavar="NAME=PERIOD,...",
     )
     level_rate_exponent: float = setting(
-        0.0, help="A level's learning rate is multiplied by PERIOD^this.", panel=OPTIMISATION
+        0.0,
+        help="A level's learning rate is multiplied by PERIOD^this.",
+        panel=OPTIMISATION,
+        at_least=-MOST_EXPONENT,
+        at_most=MOST_EXPONENT,
     )
     precision: str = setting(
         "float32", help="float32, or bf16 for autocast.", panel=OPTIMISATION, choices=("float32", "bf16")
@@ -289,8 +295,9 @@ def begun_with(out: str | Path, checkpoint: Path | None) -> int:
     """
     known = _read_record(out).get("processes")
     if known is None:
-        written = 0 if checkpoint is None else len(list(checkpoint.glob("rng_state_*.pth")))
-        return max(1, written)
+        if checkpoint is None:
+            return process_count()  # nothing has been trained: it begins anew, as it is started now
+        return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
     if not isinstance(known, int) or known < 1:
         raise _damaged(out, f"it names {known!r} processes")
     return known

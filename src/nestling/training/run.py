@@ -104,7 +104,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     checkpoint = last_checkpoint(out) if resume else None
     began_with = begun_with(out, checkpoint) if resume else process_count()
     config = config.resolved(began_with)
-    if not (resume and config.levels):  # a run that began needs what it began with no more
+    if checkpoint is None and not (resume and config.levels):  # a run that began needs what it began with no more
         config = with_own_levels(config, began_with)
     check_preset(config.preset, config.size, config.overrides)
     record = _check_resume(config) if resume else _check_new(out)
@@ -318,5 +318,10 @@ def _save_model(out: Path, model: NestlingForCausalLM, tokenizer: PreTrainedToke
 
 
 def _read_result(out: Path) -> TrainResult:
-    values = json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))
-    return TrainResult(**values | {"out": out, "validation": LossReport(**values["validation"])})
+    try:
+        values = json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))
+        return TrainResult(**values | {"out": out, "validation": LossReport(**values["validation"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{out / RESULT_FILE} is damaged ({str(error)[:100]}); remove it, and --resume finishes the run again"
+        ) from error

@@ -163,7 +163,7 @@ class NestlingTrainer(Trainer):
         if resume_from_checkpoint is not None:
             if checkpoint_step(Path(resume_from_checkpoint)) >= self.args.max_steps:
                 return self._load_from_checkpoint(resume_from_checkpoint)  # killed between the last step and the end
-            position = json.loads((Path(resume_from_checkpoint) / POSITION_FILE).read_text(encoding="utf-8"))
+            position = _read_position(Path(resume_from_checkpoint))
             if self.args.process_index == 0:  # the sums of all
                 # Version 0.1 counted micro-batches, all of one size.
                 rows = 1 if position.get("loss_of_rows") else self.layout.batch_size
@@ -326,3 +326,20 @@ class NestlingTrainer(Trainer):
             f"the checkpoint of step {self.state.global_step} could not be written ({reason}); {fallback}; free space "
             f"on the disk of {self.out}, then run the same command with --resume"
         )
+
+
+def _read_position(checkpoint: Path) -> dict[str, Any]:
+    """Where the data stood, and the losses since the last record.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        position: dict[str, Any] = json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+        float(position["loss_sum"]), int(position["loss_count"])
+        return position
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / POSITION_FILE} is damaged ({str(error)[:100]}); remove {checkpoint}, and --resume goes on "
+            "from the checkpoint before it"
+        ) from error

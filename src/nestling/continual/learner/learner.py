@@ -146,6 +146,9 @@ class Learner:
             ValueError: tokens that are no whole numbers or not in the vocabulary, or `scored` of another length;
                 nothing has changed then. LearningDivergedError: the weights themselves are no longer finite.
             RuntimeError: the learner is detached.
+
+        What interrupts a call (Ctrl-C, no memory left) leaves it as before the present chunk, unless it comes while the
+        levels step: then go on from the last saved memory.
         """
         self.check_at_work()
         ids, targets = check_tokens(tokens, scored, self.vocabulary)

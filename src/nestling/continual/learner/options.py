@@ -16,14 +16,11 @@ from nestling.continual.learner.limit import StepLimit, UpdateLimit
 from nestling.continual.replay.buffer import Replay, ReplayBuffer
 from nestling.continual.replay.rehearsal import Rehearsal, RehearsedText
 from nestling.optim import NAMES
-from nestling.settings import NO_FLAG, check, kinds_of, setting, shown
+from nestling.settings import MOST_EXPONENT, NO_FLAG, check, kinds_of, setting, shown
 
 __all__ = ["Factory", "Gate", "Level", "Options", "Rehearsal", "Replay", "Settings", "UpdateLimit", "settings_from"]
 
 Factory = Callable[[list[Any]], Optimizer]
-
-MOST_EXPONENT = 8.0
-"""Of a rate that follows the period: far beyond any use, and no float's limit."""
 
 
 @dataclass(frozen=True)
