@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def kernel() -> ctypes.CDLL:
     return found
 
 
+@cache
 def structures(function: str) -> tuple[Structure, ...]:
     """What a compiled function takes."""
     return tuple(declared()[name] for name in _FUNCTIONS[function])
@@ -156,7 +157,13 @@ def call(function: str, dtype: torch.dtype, back: bool, *given: Mapping[str, Any
 
 def call_packed(function: str, dtype: torch.dtype, back: bool, *packed: bytes) -> None:
     """`call` with the memory of its structures."""
-    getattr(kernel(), f"nestling_{function}")(*packed, int(dtype == torch.float64), int(back))
+    _compiled(function)(*packed, dtype is torch.float64, back)
+
+
+@cache
+def _compiled(function: str) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(kernel(), f"nestling_{function}")
+    return found
 
 
 def expect(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> None:
