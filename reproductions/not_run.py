@@ -53,8 +53,16 @@ CLAIMS = (
     _open("Titans Table 1", "language models and common sense, 340M to 760M parameters: Titans above its baselines"),
     _open("Titans Table 2", "single needles in a haystack to 16K tokens: Titans above recurrent baselines"),
     _open("Titans Table 3", "time series: the neural memory level with or above specialised models"),
-    _open("Titans Table 4", "DNA: the neural memory competitive on GenomicsBenchmarks"),
-    _open("Titans Table 5", "every part of Titans' memory matters, retention most"),
+    _open(
+        "Titans Table 4",
+        "DNA: the neural memory competitive on GenomicsBenchmarks",
+        "Enhancer Cohn 75.2, Based 74.6, HyenaDNA 74.2",
+    ),
+    _open(
+        "Titans Table 5",
+        "every part of Titans' memory matters, retention most",
+        "ppl 27.01; without retention 29.04, momentum 28.98, convolution 28.73, depth 28.49, persistent tokens 27.63",
+    ),
     _open("Titans Figure 6", "BABILong: Titans above larger models, in few-shot and after fine-tuning"),
     _open("Titans Figure 7", "a deeper memory has a lower perplexity, above all on long sequences"),
     _open("Titans Figure 8", "a deeper memory trains more slowly, linearly in its depth"),
