@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.ops.newton_schulz import CONVERGENT, MUON, newton_schulz, newton_schulz_many
+from nestling.ops.newton_schulz import CONVERGENT, MUON, gradient_step, newton_schulz, newton_schulz_many
 
 
 def with_singular_values(values: Tensor, rows: int, cols: int) -> Tensor:
@@ -102,3 +102,32 @@ def test_one_triple_a_step() -> None:
         newton_schulz(x, 4, [MUON] * 3)
     with pytest.raises(ValueError, match="matrices"):
         newton_schulz(torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (4, 9), (9, 4), (2, 4, 9)])
+def test_equation_44(shape: tuple[int, ...]) -> None:
+    """Gradient descent on 1/2 |O - G|^2 + 1/2 |O^T O - I|^2 from O = G, by autograd; without the pull today's cubic."""
+    torch.manual_seed(0)
+    g = torch.randn(shape, dtype=torch.float64)
+    g = g / g.norm(dim=(-2, -1), keepdim=True)
+    for zeta, pull in ((0.3, 1.0), (0.1, 1.0), (0.3, 0.0)):
+        o = g.clone()
+        for _ in range(6):
+            o = o.detach().requires_grad_()
+            short = o if shape[-2] > shape[-1] else o.mT  # the identity of the shorter side
+            inner = short.mT @ short - torch.eye(short.shape[-1], dtype=o.dtype)
+            loss = 0.5 * pull * (o - g).square().sum() + 0.5 * inner.square().sum()
+            o = o - zeta * torch.autograd.grad(loss, o)[0]
+        found = newton_schulz(3.0 * g, 6, gradient_step(zeta), zeta=pull * zeta)
+        torch.testing.assert_close(found, o.detach(), rtol=1e-12, atol=1e-12)
+        many = newton_schulz_many([g, g], 6, gradient_step(zeta), zeta=pull * zeta)
+        torch.testing.assert_close(many[1], found, rtol=1e-12, atol=1e-12)
+
+
+def test_the_pull_towards_the_start_moves_the_end() -> None:
+    """Singular values end at the root of 2 o^3 - o = s, as the docstring says, and not at 1."""
+    values = torch.tensor([1.0, 0.5, 0.1, 1e-3], dtype=torch.float64)
+    g = with_singular_values(values / values.norm(), 8, 4)
+    o = torch.linalg.svdvals(newton_schulz(g, 300, gradient_step(0.3), zeta=0.3))
+    torch.testing.assert_close(2 * o**3 - o, values / values.norm(), rtol=1e-9, atol=1e-9)
+    assert 0.7 < o.min() < o.max() < 1.0

@@ -25,11 +25,17 @@ def newton_schulz(
     coefficients: Coefficients | Sequence[Coefficients] = MUON,
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
+    zeta: float = 0.0,
 ) -> Float[Tensor, "*batch rows cols"]:
     """Bring the singular values of `x` near 1 and keep its singular vectors: U S V^T becomes about U V^T.
 
-    One step is X <- a X + (b A + c A^2) X with A = X X^T; it acts on every singular value s as a s + b s^3 + c s^5. NL
-    Eq. 44 is the cubic case (c = 0). `x` is divided by its Frobenius norm first, so its scale does not matter.
+    One step is X <- a X + (b A + c A^2) X - zeta (X - G) with A = X X^T and G the start; without `zeta` it acts on
+    every singular value s as a s + b s^3 + c s^5. `x` is divided by its Frobenius norm first, so its scale does not
+    matter.
+
+    NL Eq. 44 is `gradient_step(zeta)` as coefficients with the same `zeta`: gradient descent on 1/2 |O - G|^2 + 1/2
+    |O^T O - I|^2. The pull towards G is left out by default, as in Muon: with it, a singular value s of G ends at the
+    root of 2 o^3 - o = s, between 0.71 and 1, and not near 1.
 
     With the defaults every singular value of at least 1/300 of the Frobenius norm ends in [0.68, 1.21] (the polynomial
     itself gives that interval in exact arithmetic); smaller ones grow by 3.4445 a step, 485 times in all, and zero
@@ -42,6 +48,7 @@ def newton_schulz(
         eps: smallest norm that is divided by, so that a zero matrix gives zero.
         dtype: of the products. None: bfloat16 on an accelerator, as Muon; on a CPU that of `x`, at least float32, since
             most CPUs emulate bfloat16.
+        zeta: of the pull towards the start.
 
     Returns:
         The result in `dtype` (the caller casts).
@@ -59,10 +66,12 @@ def newton_schulz(
     y = y.mT if tall else y
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     add_product = torch.addmm if y.dim() == 2 else torch.baddbmm
-    flat = y.flatten(0, -3) if y.dim() > 3 else y
+    flat = start = y.flatten(0, -3) if y.dim() > 3 else y
     for a, b, c in polynomials:
         gram = flat @ flat.mT
-        flat = add_product(flat, add_product(gram, gram, gram, beta=b, alpha=c), flat, beta=a)
+        flat = add_product(flat, add_product(gram, gram, gram, beta=b, alpha=c), flat, beta=a - zeta)
+        if zeta:
+            flat = flat.add_(start, alpha=zeta)
     y = flat.view(y.shape)
     return y.mT if tall else y
 
@@ -73,6 +82,7 @@ def newton_schulz_many(
     coefficients: Coefficients | Sequence[Coefficients] = MUON,
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
+    zeta: float = 0.0,
 ) -> list[Float[Tensor, "... _ _"]]:
     """`newton_schulz` of every matrix; those of one shape, up to a transposition, run as one batch.
 
@@ -88,12 +98,22 @@ def newton_schulz_many(
         for start in range(0, len(indices), size):
             part = indices[start : start + size]
             if len(part) == 1:
-                results[part[0]] = newton_schulz(matrices[part[0]], steps, coefficients, eps, dtype)
+                results[part[0]] = newton_schulz(matrices[part[0]], steps, coefficients, eps, dtype, zeta)
                 continue
             wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in (matrices[i] for i in part)]
-            for i, y in zip(part, newton_schulz(torch.stack(wide), steps, coefficients, eps, dtype), strict=True):
+            found = newton_schulz(torch.stack(wide), steps, coefficients, eps, dtype, zeta)
+            for i, y in zip(part, found, strict=True):
                 results[i] = y.mT if matrices[i].shape[-2] > matrices[i].shape[-1] else y
     return results
+
+
+def gradient_step(zeta: float) -> Coefficients:
+    """The cubic of NL Eq. 44, O <- O - zeta (O - G + 2 O (O^T O - I)), for `newton_schulz(..., zeta=zeta)`.
+
+    Below zeta = 0.4 it settles for every G. A small singular value s grows by the factor 1 + zeta a step, and by zeta s
+    besides, so five steps do little for it.
+    """
+    return 1 + 2 * zeta, -2 * zeta, 0.0
 
 
 def triples(coefficients: Coefficients | Sequence[Coefficients], steps: int) -> list[Coefficients]:

@@ -78,6 +78,7 @@ class M3(MemoryOptimizer):
         eps: float | None = None,
         ns_steps: int = 5,
         ns_coefficients: Coefficients = MUON,
+        ns_zeta: float = 0.0,
         adjust_lr: AdjustLr = "match_rms_adamw",
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
@@ -97,7 +98,8 @@ class M3(MemoryOptimizer):
             second_moment: divide by the root of V; False leaves the factors as they are.
             eps: added to the root. None: 0.1 of V's root mean square, which bounds what the division can raise one
                 entry by ("average"), or 1e-8 ("algorithm").
-            ns_steps, ns_coefficients: of `nestling.ops.newton_schulz`.
+            ns_steps, ns_coefficients, ns_zeta: of `nestling.ops.newton_schulz`; Eq. 44 is `gradient_step(ns_zeta)` as
+                coefficients.
             adjust_lr: see `nestling.optim.matrices.lr_ratio`; not used by "algorithm", which has no such factor.
             weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
             adamw_betas, adamw_eps: of the AdamW step of what is no matrix.
@@ -116,7 +118,9 @@ class M3(MemoryOptimizer):
         if eps is not None and eps <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
         average = form == "average"
-        self.orthogonalizer = Orthogonalizer(ns_steps, ns_coefficients, adjust=adjust_lr if average else None)
+        self.orthogonalizer = Orthogonalizer(
+            ns_steps, ns_coefficients, adjust=adjust_lr if average else None, zeta=ns_zeta
+        )
         defaults = {
             **shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite),
             "betas": tuple(betas),

@@ -77,7 +77,7 @@ class Orthogonalizer:
     """Settings of a Newton-Schulz step on a list of parameters' memories.
 
     Attributes:
-        steps, coefficients, eps, dtype: of `nestling.ops.newton_schulz`.
+        steps, coefficients, eps, dtype, zeta: of `nestling.ops.newton_schulz`.
         adjust: see `lr_ratio`.
     """
 
@@ -86,6 +86,7 @@ class Orthogonalizer:
     eps: float = 1e-7
     adjust: AdjustLr = "match_rms_adamw"
     dtype: torch.dtype | None = None
+    zeta: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that cannot be."""
@@ -96,7 +97,7 @@ class Orthogonalizer:
         """Orthogonal factors of the memories whose local parts are given, times `lr_ratio`; local parts again."""
         fulls = [whole(part, p) for part, p in zip(parts, parameters, strict=True)]
         matrices = [as_matrix(full, kind) for full, kind in zip(fulls, kinds, strict=True)]
-        found = newton_schulz_many(matrices, self.steps, self.coefficients, self.eps, self.dtype)
+        found = newton_schulz_many(matrices, self.steps, self.coefficients, self.eps, self.dtype, self.zeta)
         results = []
         for full, y, parameter in zip(fulls, found, parameters, strict=True):
             y = y.to(full.dtype) * lr_ratio(y.shape[-2], y.shape[-1], self.adjust)
