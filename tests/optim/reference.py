@@ -226,3 +226,117 @@ def m3_algorithm(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tens
     s["v"] = s.get("v", zero) + 0.95 * g * g
     o1 = polar(_matrix(s["m1"])).reshape(g.shape)
     return w - lr * (o1 + 0.25 * s["o2"]) / (s["v"].sqrt() + 1e-8)
+
+
+def _short_first(m: Tensor) -> Tensor:
+    a = _matrix(m)
+    return a.T if a.shape[0] > a.shape[1] else a
+
+
+def _as(y: Tensor, like: Tensor) -> Tensor:
+    a = _matrix(like)
+    return (y.T if a.shape[0] > a.shape[1] else y).reshape(like.shape)
+
+
+def full_matrix_adagrad(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 111: H^(-1/2) g on the shorter side, by a singular value decomposition; vectors by the diagonal."""
+    if g.dim() < 2 or call.table or not g.numel():
+        s["h"] = s.get("h", 0 * g) + g * g
+        return w - lr * g / (s["h"].sqrt() + 1e-10)
+    a = _short_first(g)
+    s["h"] = s.get("h", 0) + sum(torch.outer(column, column) for column in a.T)
+    u, h, _ = torch.linalg.svd(s["h"])
+    root = u @ torch.diag(torch.where(h > 1e-14 * h[0], 1 / h.sqrt(), 0)) @ u.T
+    return w - lr * _as(root @ a, g)
+
+
+def learned_preconditioner(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 41 on 1/2 mean |P g|^2 - log det P in the metric of P, and Eq. 47."""
+    if g.dim() < 2 or call.table:
+        return adamw_rest(w, g, s, lr)
+    if not g.numel():
+        return w
+    a = _short_first(g)
+    d, n = a.shape
+    p = s.get("p", torch.eye(d, dtype=g.dtype) / a.square().mean().sqrt())
+    c = sum(torch.outer(column, column) for column in a.T) / n
+    c = c + 1e-4 * torch.trace(c) / d * torch.eye(d, dtype=g.dtype)
+    # No entry of P g beyond 1 / sqrt(0.1) on average, and no step that turns an eigenvalue's sign.
+    p = p * min(1.0, float(d / (0.1 * torch.trace(p @ c @ p)))) ** 0.5
+    eigenvalues = torch.linalg.eigvalsh(p @ c @ p)
+    step = 0.1 / max(1.0, 0.1 * float((eigenvalues**4).sum() ** 0.25))
+    r = torch.eye(d, dtype=g.dtype) - step / 2 * (p @ c @ p - torch.eye(d, dtype=g.dtype))
+    p = r @ p @ r
+    s["p"] = p * min(1.0, 1 / math.sqrt(0.1 * float((p @ a).square().mean())))
+    s["m"] = 0.9 * s.get("m", 0 * g) + 0.1 * _as(s["p"] @ a, g)
+    return w - lr * s["m"]
+
+
+def learned_map(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 41 on Eq. 43, by its gradient written out, and Eq. 42 with the map in Newton-Schulz's place."""
+    if g.dim() < 2 or call.table:
+        return adamw_rest(w, g, s, lr)
+    if not g.numel():
+        return w
+    a = _short_first(g)
+    d, n = a.shape
+    eye = torch.eye(d, dtype=g.dtype)
+    u = a / a.square().mean().sqrt()
+    p = s.get("p", eye)
+    y = p @ u
+    slope = (y @ y.T / n - eye) @ y @ u.T / n
+    step = 0.1 * slope / float((torch.linalg.eigvalsh(u @ u.T / n) ** 4).sum() ** 0.25)
+    s["p"] = p - step * min(1.0, 0.1 * float(p.norm() / step.norm()))
+    s["m"] = 0.9 * s.get("m", 0 * g) + g
+    return w - lr * _as(s["p"] @ _short_first(s["m"]), g)
+
+
+def learned_features(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 51 with c learned by Eq. 41 on Eq. 43, on singular values, T_k(x) = cos(k arccos x)."""
+    if not g.numel():
+        return w
+    u, values, v = torch.linalg.svd(_matrix(g), full_matrices=False)
+    r = (values**4).sum() ** 0.25
+    basis = torch.stack([torch.cos(k * torch.arccos((values / r).clamp(max=1))) for k in (1, 3, 5)])
+    c = s.get("c", torch.tensor([1.0, 0.0, 0.0], dtype=g.dtype)).requires_grad_()
+    (slope,) = torch.autograd.grad(0.25 * ((c @ basis) ** 2 - 1).square().mean(), c)
+    c = c.detach()
+    s["c"] = c - 0.5 * slope / (basis.square().sum() / len(values) * (1 + 3 * c.abs().sum() ** 2))
+    s["m"] = 0.9 * s.get("m", 0 * g) - lr * (u @ torch.diag(r * (s["c"] @ basis)) @ v).reshape(g.shape)
+    return w + s["m"]
+
+
+def generalized_momentum(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Definition 5 for the momentum with L2 and the squared distance to 0.9 times each of the last four: closed."""
+    past = s.setdefault("past", [0 * g])
+    near = 0.9 * torch.stack(past[-4:]).mean(0)
+    rows = []
+    for m, row in zip(_rows(near), _rows(g), strict=True):
+        k = row / row.norm() if row.norm() > 0 else row
+        rows.append(m + 0.5 * (row.norm() - m @ k) * k)
+    past.append(torch.stack(rows).reshape(g.shape) if rows and g.numel() else g)
+    return w - lr * past[-1]
+
+
+def generalized_window(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 59 with L2 and the squared distance to each of the last three weights: five steps, written out."""
+    past = s.setdefault("past", [])
+    past.append(w)
+    near = torch.stack(past[-3:]).mean(0)
+    if call.x is None or call.dy is None:
+        return near - lr * g
+    n, w = len(call.x), near
+    rate = lr / (1 + lr * float(call.x.square().sum()) / n)
+    for _ in range(5):
+        w = w - rate * ((w @ call.x.T + n * call.dy.T) @ call.x / n + (w - near) / lr)
+    return w
+
+
+def oja(w: Tensor, g: Tensor, s: Memory, lr: float, call: Call) -> Tensor:
+    """Eq. 66-67 with u for the value, as the minimiser for a mean over tokens: the normal equations by an inverse."""
+    if call.x is None or call.dy is None:
+        return w - lr * g
+    surprises = -len(call.x) * call.dy
+    right = sum(torch.outer(u, x) for u, x in zip(surprises, call.x, strict=True)) / len(call.x) + w / lr
+    left = sum(torch.outer(u, u) for u in surprises) / len(call.x) + torch.eye(len(w), dtype=w.dtype) / lr
+    return torch.linalg.inv(left) @ right

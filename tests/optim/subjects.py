@@ -16,9 +16,14 @@ from nestling.optim import (
     DeltaMomentum,
     FeatureMomentum,
     GeneralizedGradientDescent,
+    GeneralizedMomentum,
+    OjaGradientDescent,
     PreconditionedMomentum,
     matrix_groups,
 )
+from nestling.optim.full_matrix import AdaGradMatrix
+from nestling.optim.learned_features import LearnedFeatures
+from nestling.optim.learned_preconditioner import LearnedMap, Whitening
 from nestling.optim.preconditioners import AdaGradDiagonal, AdamDiagonal, NewtonSchulz
 from tests.optim import reference as ref
 
@@ -82,6 +87,20 @@ SUBJECTS = [
         toy=0.1,
     ),
     Subject("momentum, sign", of(PreconditionedMomentum, momentum=0, output=lambda m: m.sign()), ref.sign, 0.005),
+    Subject(
+        "momentum, full-matrix AdaGrad",
+        by_role(PreconditionedMomentum, momentum=0, output=AdaGradMatrix()),
+        ref.full_matrix_adagrad,
+        0.1,
+        toy=0.3,
+    ),
+    Subject(
+        "momentum, whitening",
+        by_role(PreconditionedMomentum, preconditioner=Whitening(), average=True),
+        ref.learned_preconditioner,
+        toy=0.05,
+    ),
+    Subject("momentum, learned map", by_role(PreconditionedMomentum, output=LearnedMap()), ref.learned_map),
     Subject("delta momentum", of(DeltaMomentum), ref.delta_momentum, 0.1),
     Subject("delta momentum, matrix", of(DeltaMomentum, keys="matrix", scale="bounded"), ref.delta_momentum_matrix),
     Subject("deep momentum", of(DeepMomentum), ref.deep_momentum, toy=0.01),
@@ -92,9 +111,18 @@ SUBJECTS = [
         toy=0.1,
     ),
     Subject("feature momentum", of(FeatureMomentum), ref.feature_momentum, 0.01, toy=0.01),
+    Subject("feature momentum, learned", of(FeatureMomentum, features=LearnedFeatures()), ref.learned_features, 0.01),
+    Subject("generalized momentum", of(GeneralizedMomentum), ref.generalized_momentum, 0.1),
     Subject("delta gradient descent", watching(DeltaGradientDescent), ref.delta_gradient_descent, 0.1),
     Subject("delta gradient descent, step", watching(DeltaGradientDescent, solver="step"), ref.delta_step, 0.1),
     Subject("generalized", watching(GeneralizedGradientDescent), ref.generalized, 0.1),
+    Subject(
+        "generalized, window",
+        watching(GeneralizedGradientDescent, window=3),
+        ref.generalized_window,
+        0.1,
+    ),
+    Subject("Oja", watching(OjaGradientDescent), ref.oja, 0.1),
     Subject("M3", by_role(M3, frequency=3), ref.m3, toy=0.2),
     Subject("M3, algorithm", by_role(M3, frequency=3, form="algorithm"), ref.m3_algorithm, 0.01, toy=0.5),
 ]

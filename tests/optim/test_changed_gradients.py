@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, Optimizer
 
 from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
-from nestling.optim.generalized_gradient_descent import DOT, HUBER, L2
+from nestling.optim.objectives import DOT, HUBER, L2
 from tests.optim.models import Network, batch, loss_of
 from tests.optim.subjects import SUBJECTS, Subject
 

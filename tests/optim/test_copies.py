@@ -21,6 +21,7 @@ from nestling.optim import (
     DeltaGradientDescent,
     GeneralizedGradientDescent,
     MultiFrequency,
+    OjaGradientDescent,
     OptimizerLevel,
     build,
 )
@@ -28,7 +29,7 @@ from tests.optim.models import Network, batch, loss_of
 from tests.optim.subjects import SUBJECTS
 
 Make = Callable[[nn.Module], Optimizer]
-WATCHING = (DeltaGradientDescent, GeneralizedGradientDescent)
+WATCHING = (DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent)
 
 
 def levels(model: Network, make: Callable[[nn.Module, list[Tensor]], Optimizer]) -> MultiFrequency:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nestling.optim import DeltaGradientDescent, DeltaMomentum, GeneralizedGradientDescent
+from nestling.optim import DeltaGradientDescent, DeltaMomentum, GeneralizedGradientDescent, OjaGradientDescent
 from nestling.optim.delta_gradient_descent import delta_direction
-from nestling.optim.generalized_gradient_descent import DOT, L2, improved_output
+from nestling.optim.generalized_gradient_descent import improved_output
+from nestling.optim.objectives import DOT, L2
 
 
 def minimiser(w: Tensor, x: Tensor, u: Tensor, lr: float) -> Tensor:
@@ -81,7 +82,7 @@ def train_once(optimizer_of: Any, erase_padding: bool = False) -> Tensor:
     return layer.weight.detach()
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 def test_tokens_outside_the_loss_do_not_count(kind: Any) -> None:
     """Padding is the same as not being there."""
     make = lambda layer: kind(layer.parameters(), 0.3, model=layer)  # noqa: E731
@@ -124,7 +125,7 @@ def test_generalized_with_the_improved_output_has_the_loss_fixed_point() -> None
         optimizer.close()
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 def test_stale_inputs_are_forgotten(kind: Any) -> None:
     """Evaluation records nothing; a discarded gradient (the model's zero_grad, no step) takes its inputs with it."""
 

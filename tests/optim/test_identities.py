@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, lr_scheduler
 
 from nestling.optim import M3, DeltaMomentum, FeatureMomentum, PreconditionedMomentum
+from nestling.optim.full_matrix import AdaGradMatrix
 from nestling.optim.preconditioners import AdaGradDiagonal, AdamDiagonal, NewtonSchulz
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -52,6 +53,10 @@ IDENTITIES: dict[str, tuple[Make, Make]] = {
     ),
     "AdaGrad": (
         lambda p: PreconditionedMomentum(p, 0.1, 0.0, output=AdaGradDiagonal()),
+        lambda p: Adagrad(p, 0.1),
+    ),
+    "AdaGrad, beyond the full matrix's limit": (
+        lambda p: PreconditionedMomentum(p, 0.1, 0.0, output=AdaGradMatrix(limit=1)),
         lambda p: Adagrad(p, 0.1),
     ),
 }

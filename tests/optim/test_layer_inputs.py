@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
-from nestling.optim.generalized_gradient_descent import DOT
+from nestling.optim import (
+    DeltaGradientDescent,
+    GeneralizedGradientDescent,
+    MultiFrequency,
+    OjaGradientDescent,
+    OptimizerLevel,
+)
+from nestling.optim.objectives import DOT
 
 PERIOD, LR = 3, 0.5
 
@@ -85,7 +91,7 @@ def test_a_sum_is_the_mean_at_a_rate_times_the_period(settings: dict[str, Any]) 
     same(weights(model), whole_periods(2, LR * PERIOD, **settings))
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 @pytest.mark.parametrize("stop", range(1, 2 * PERIOD))
 def test_resumes_exactly_inside_a_period(stop: int, kind: Any) -> None:
     model = make_model()
@@ -105,7 +111,7 @@ def test_resumes_exactly_inside_a_period(stop: int, kind: Any) -> None:
     assert all(values.keys() == {"step"} for values in resumed.state_dict()["state"].values())  # no sums are left
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 @pytest.mark.parametrize("dropped", range(PERIOD))
 def test_gradients_that_were_dropped_leave_no_inputs(kind: Any, dropped: int) -> None:
     """A step whose gradients were set to None counts for the period and for nothing else."""
@@ -125,7 +131,7 @@ def test_gradients_that_were_dropped_leave_no_inputs(kind: Any, dropped: int) ->
     same(*found, 0.0)
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 @pytest.mark.parametrize("clear", ["zero", "model zero"])
 def test_gradients_that_were_set_to_zero_leave_no_inputs(kind: Any, clear: str) -> None:
     found = []
@@ -184,7 +190,7 @@ def test_a_step_that_is_refused_forgets_its_period() -> None:
     same(*found, 0.0)
 
 
-@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent])
+@pytest.mark.parametrize("kind", [DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_are_seen_once(kind: Any, reentrant: bool) -> None:
     """A layer that is used twice, each time in a part that the backward pass runs again."""

@@ -18,8 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from nestling.optim import DeltaGradientDescent, GeneralizedGradientDescent, MultiFrequency, OptimizerLevel
-from nestling.optim.generalized_gradient_descent import HUBER
+from nestling.optim import (
+    DeltaGradientDescent,
+    GeneralizedGradientDescent,
+    MultiFrequency,
+    OjaGradientDescent,
+    OptimizerLevel,
+)
+from nestling.optim.objectives import HUBER
 
 STEPS, PERIOD = 7, 3
 
@@ -69,6 +75,9 @@ KINDS: dict[str, Make] = {
     "delta, slow level": partial(slow, DeltaGradientDescent),
     "generalized": partial(plain, GeneralizedGradientDescent),
     "generalized, slow level": partial(slow, GeneralizedGradientDescent),
+    "generalized, window": partial(plain, GeneralizedGradientDescent, window=3),
+    "Oja": partial(plain, OjaGradientDescent),
+    "Oja, slow level": partial(slow, OjaGradientDescent),
     "generalized, Huber": partial(plain, GeneralizedGradientDescent, objective=HUBER),
 }
 
@@ -98,7 +107,7 @@ def work(rank: int, folder: Path) -> None:
         resumed.load_state_dict(saved[0])
         train(replica, resumed, rows, 4, STEPS)
         torch.save([p.detach() for p in model.parameters()], folder / f"{name}.{rank}.pt")
-    for kind in (DeltaGradientDescent, GeneralizedGradientDescent):
+    for kind in (DeltaGradientDescent, GeneralizedGradientDescent, OjaGradientDescent):
         alone = Branching()  # of this process: nobody waits for the other, who takes another number of steps
         train(alone, plain(kind, alone, None), rows, 0, 1 + rank)
         with pytest.raises(ValueError, match="give it process_group="):

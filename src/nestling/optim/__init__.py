@@ -8,9 +8,11 @@ from nestling.optim.delta_gradient_descent import DeltaGradientDescent
 from nestling.optim.delta_momentum import DeltaMomentum
 from nestling.optim.feature_momentum import FeatureMomentum
 from nestling.optim.generalized_gradient_descent import GeneralizedGradientDescent
+from nestling.optim.generalized_momentum import GeneralizedMomentum
 from nestling.optim.groups import matrix_groups
 from nestling.optim.m3 import M3
 from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
+from nestling.optim.oja import OjaGradientDescent
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "DeltaMomentum",
     "FeatureMomentum",
     "GeneralizedGradientDescent",
+    "GeneralizedMomentum",
     "MultiFrequency",
+    "OjaGradientDescent",
     "OptimizerLevel",
     "PreconditionedMomentum",
     "TrainerFactory",

@@ -13,13 +13,18 @@ from nestling.optim.deep_momentum import DeepMomentum
 from nestling.optim.delta_gradient_descent import DeltaGradientDescent
 from nestling.optim.delta_momentum import DeltaMomentum
 from nestling.optim.feature_momentum import FeatureMomentum
+from nestling.optim.full_matrix import AdaGradMatrix
 from nestling.optim.generalized_gradient_descent import GeneralizedGradientDescent
+from nestling.optim.generalized_momentum import GeneralizedMomentum
 from nestling.optim.groups import matrix_groups, parameter_groups
+from nestling.optim.learned_features import LearnedFeatures
+from nestling.optim.learned_preconditioner import Whitening
 from nestling.optim.m3 import M3
+from nestling.optim.oja import OjaGradientDescent
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 from nestling.optim.preconditioners import AdamDiagonal, NewtonSchulz
 
-LIKE_ADAMW = frozenset({"adamw", "m3", "muon", "preconditioned_momentum"})
+LIKE_ADAMW = frozenset({"adamw", "learned_preconditioner", "m3", "muon", "preconditioned_momentum"})
 """Names whose steps have AdamW's size, so that one learning rate serves them all; the others' have a gradient's."""
 
 NAMES = (
@@ -28,9 +33,14 @@ NAMES = (
     "delta_gradient_descent",
     "delta_momentum",
     "feature_momentum",
+    "full_matrix_adagrad",
     "generalized_gradient_descent",
+    "generalized_momentum",
+    "learned_features",
+    "learned_preconditioner",
     "m3",
     "muon",
+    "oja",
     "preconditioned_momentum",
     "sgd",
 )
@@ -50,23 +60,26 @@ def build(
     """The optimizer called `name`, with its defaults, over the parameters of `model` that need gradients.
 
     Weight decay falls on matrices and stacks of them, as `nestling.optim.groups.decaying` says, and is decoupled for
-    all but `sgd`, where it is torch's L2 term. `m3` and `muon` step matrices by role (`matrix_groups`) and the rest by
-    AdamW with the same rate: an orthogonal step's entries are scaled to AdamW's size.
+    all but `sgd`, where it is torch's L2 term. `m3`, `muon` and `learned_preconditioner` step matrices by role
+    (`matrix_groups`) and the rest by AdamW with the same rate: their steps' entries have AdamW's size.
+    `full_matrix_adagrad` gives the rest AdaGrad's diagonal.
 
     Args:
         name: one of `NAMES`. `adamw` and `sgd` (with momentum) are `torch.optim`'s. `muon` is
             `PreconditionedMomentum` with Newton-Schulz, which equals `torch.optim.Muon`, takes stacks of matrices and
             does not iterate in bfloat16 on CPUs that emulate it, a fiftieth of the speed. `preconditioned_momentum` has
-            Adam's diagonal inside the memory (NL Eq. 47).
+            Adam's diagonal inside the memory (NL Eq. 47); `learned_preconditioner` has a `Whitening` there that learns
+            by gradient descent (Eq. 41), `full_matrix_adagrad` is it with `AdaGradMatrix` and no momentum (Eq. 111).
+            `learned_features` is `FeatureMomentum` with `LearnedFeatures`, and `oja` is `OjaGradientDescent`.
         model: what to train.
-        lr: step size. A good one is near 1e-3 for `adamw`, `m3`, `muon` and `preconditioned_momentum`, and 10 to
-            100 times that for the others, whose steps have a gradient's size.
+        lr: step size. A good one is near 1e-3 for those of `LIKE_ADAMW`, and 10 to 100 times that for the others, whose
+            steps have a gradient's size (AdaGrad's fall with the square root of their number).
         weight_decay: see above.
         betas: AdamW's; the first is the momentum of `sgd` and of the memories that are not Newton-Schulz's.
         heads: see `matrix_groups`.
         only: parameters of the model; None is all. For one level of `MultiFrequency`.
         process_group: the processes of a DistributedDataParallel around the model, for the optimizers that see layer
-            inputs (`DeltaGradientDescent`); the others need none.
+            inputs (`DeltaGradientDescent`, `GeneralizedGradientDescent`, `OjaGradientDescent`); the others need none.
 
     Raises:
         ValueError: an unknown name, and the message lists the known ones; or no parameter to train.
@@ -80,7 +93,7 @@ def build(
     """
     if name not in NAMES:
         raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}")
-    by_role = name in ("m3", "muon")
+    by_role = name in ("full_matrix_adagrad", "learned_preconditioner", "m3", "muon")
     every = matrix_groups(model, weight_decay, heads) if by_role else parameter_groups(model, weight_decay)
     groups = _trained(every, None if only is None else {id(p) for p in only})
     if not groups:
@@ -97,13 +110,24 @@ def build(
             return DeltaMomentum(groups, lr, betas[0])
         case "feature_momentum":
             return FeatureMomentum(groups, lr, betas[0])
+        case "full_matrix_adagrad":
+            return PreconditionedMomentum(groups, lr, 0.0, output=AdaGradMatrix())
         case "generalized_gradient_descent":
             return GeneralizedGradientDescent(groups, lr, model=model, process_group=process_group)
+        case "generalized_momentum":
+            return GeneralizedMomentum(groups, lr, betas[0])
+        case "learned_features":
+            return FeatureMomentum(groups, lr, betas[0], features=LearnedFeatures())
+        case "learned_preconditioner":
+            settings: dict[str, Any] = {"preconditioner": Whitening(), "average": True, "adamw_betas": betas}
+            return PreconditionedMomentum(groups, lr, betas[0], **settings)
         case "m3":
             return M3(groups, lr, adamw_betas=betas)
         case "muon":
             muon: dict[str, Any] = {"output": NewtonSchulz(), "average": True, "nesterov": True}
             return PreconditionedMomentum(groups, lr, 0.95, adamw_betas=betas, **muon)
+        case "oja":
+            return OjaGradientDescent(groups, lr, model=model, process_group=process_group)
         case "preconditioned_momentum":
             return PreconditionedMomentum(groups, lr, betas[0], preconditioner=AdamDiagonal(betas[1]), average=True)
         case "sgd":

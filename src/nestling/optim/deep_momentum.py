@@ -14,7 +14,7 @@ from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range
 from nestling.optim.elementwise import adamw_settings
 from nestling.optim.matrices import as_rows
 from nestling.optim.memories import Memories
-from nestling.optim.preconditioners import Map, NewtonSchulz, as_preconditioner
+from nestling.optim.preconditioners import Map, as_preconditioner, needs_matrices
 from nestling.optim.shards import part_of, whole
 
 Objective = Literal["dot", "l2"]
@@ -93,7 +93,7 @@ class DeepMomentum(MemoryOptimizer):
         if objective not in ("dot", "l2"):
             raise ValueError(f'objective must be "dot" or "l2", got {objective!r}')
         self.output = as_preconditioner(output)
-        self.adamw_for_rest = isinstance(self.output, NewtonSchulz)
+        self.adamw_for_rest = needs_matrices(self.output)
         self.width, self.seed = width, seed
         defaults = {
             **shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite),

@@ -8,19 +8,20 @@ from torch.optim.optimizer import ParamsT
 from nestling.optim.base import OnNonfinite
 from nestling.optim.memories import Memories
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
-from nestling.optim.preconditioners import Map, NewtonSchulz, SpectralFeatures, as_preconditioner
+from nestling.optim.preconditioners import Map, SpectralFeatures, as_preconditioner, needs_matrices
 
 
 class FeatureMomentum(PreconditionedMomentum):
     """m <- momentum m + P phi(g); W <- W - lr m (NL Eq. 51).
 
     The paper leaves phi open. W + m needs m in W's shape, so phi keeps the shape; the default, `SpectralFeatures()`, is
-    an odd polynomial of the gradient as a matrix. `features=lambda g: g` gives momentum.
+    an odd polynomial of the gradient as a matrix. `features=LearnedFeatures()` learns it through an objective of its
+    own, as the paper allows. `features=lambda g: g` gives momentum.
 
     Shapes: the default takes matrices, stacks, kernels as `[out, in * size]`, and vectors as one row; 0-d and empty
-    tensors too. With `NewtonSchulz` as features or preconditioner, what is no matrix takes AdamW's step. Sparse
-    gradients and complex parameters are refused. State per parameter: one tensor, 4 bytes (float32 for half-precision
-    parameters), more if P keeps some.
+    tensors too. With `NewtonSchulz`, `Whitening` or `LearnedMap` as features or preconditioner, what is no matrix takes
+    AdamW's step. Sparse gradients and complex parameters are refused. State per parameter: one tensor, 4 bytes (float32
+    for half-precision parameters), more if phi or P keeps some.
 
     Examples:
         >>> import torch
@@ -72,7 +73,7 @@ class FeatureMomentum(PreconditionedMomentum):
             on_nonfinite=on_nonfinite,
         )
         self.features = as_preconditioner(features)
-        self.adamw_for_rest = self.adamw_for_rest or isinstance(self.features, NewtonSchulz)
+        self.adamw_for_rest = self.adamw_for_rest or needs_matrices(self.features)
 
     def _values(self, gradients: list[Tensor], memories: Memories) -> list[Tensor]:
         mapped = gradients if self.features is None else self.features.apply(gradients, gradients, memories)

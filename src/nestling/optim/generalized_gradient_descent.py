@@ -8,53 +8,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
-from nestling.optim.layer_inputs import InputOptimizer, Reduction, Seen, check_reduction, record_pairs
+from nestling.optim.layer_inputs import InputOptimizer, Reduction, Seen, check_reduction, record_pairs, scale_between
 from nestling.optim.memories import Memories, working_dtype
+from nestling.optim.objectives import L2, Objective, Retention, squared_distance
 from nestling.optim.shards import local, part_of, whole
+from nestling.optim.windows import mean, remember_, remembered
 
-InnerLoss = Callable[[Tensor, Tensor], Tensor]
-Retention = Callable[[Tensor, Tensor], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """An inner loss.
-
-    Attributes:
-        loss: of outputs `[n, out]` and targets `[n, out]`, one number a token, `[n]`.
-        smoothness: bound of its second derivative in the output, which sets the inner step.
-    """
-
-    loss: InnerLoss
-    smoothness: float
-
-
-# Functions with names, so that an optimizer can be pickled.
-def _dot(y: Tensor, u: Tensor) -> Tensor:
-    return -(y * u).sum(-1)
-
-
-def _l2(y: Tensor, u: Tensor) -> Tensor:
-    return 0.5 * (y - u).square().sum(-1)
-
-
-def _huber(y: Tensor, u: Tensor) -> Tensor:
-    return F.huber_loss(y, u, reduction="none").sum(-1)
-
-
-DOT = Objective(_dot, 0.0)
-"""-<y, u>: with the surprise as target this is gradient descent (Eq. 55)."""
-
-L2 = Objective(_l2, 1.0)
-"""1/2 |y - u|^2: delta gradient descent (Eq. 56)."""
-
-HUBER = Objective(_huber, 1.0)
-"""Huber's loss of every coordinate, width 1: one outlier pulls with a force of at most 1."""
 
 
 def surprise(x: Tensor, y: Tensor, pull: Tensor) -> Tensor:
@@ -67,21 +30,19 @@ def improved_output(x: Tensor, y: Tensor, pull: Tensor) -> Tensor:
     return y + pull
 
 
-def squared_distance(w: Tensor, start: Tensor) -> Tensor:
-    """1/2 |W - W_t|^2, the retention of Eq. 55 and 56; it is divided by the learning rate."""
-    return 0.5 * (w - start).square().sum()
-
-
 class GeneralizedGradientDescent(InputOptimizer):
-    """W <- argmin of mean_i loss(W x_i, u_i) + Ret(W, W_t) / lr with u_i = f(x_i, W_t x_i, -dL_i/dy_i) (NL Definition
-    5, Eq. 59-60).
+    """W <- argmin of mean_i loss(W x_i, u_i) + mean_{j < window} Ret(W, W_{t-j}) / lr with u_i = f(x_i, W_t x_i,
+    -dL_i/dy_i) (NL Definition 5, Eq. 59-60).
 
-    Every `nn.Linear` weight of `model` solves this by `inner_steps` steps of gradient descent from W_t, of size lr / (1
-    + lr smoothness mean|x|^2), which is below the inverse of the objective's largest curvature. The paper fixes neither
+    Every `nn.Linear` weight of `model` solves this by `inner_steps` steps of gradient descent from the mean of the last
+    `window` weights (W_t by default), of size lr / (1 + lr smoothness mean|x|^2), which is below the inverse of the
+    objective's largest curvature. The paper fixes neither
     loss, target, retention nor solver. `objective=DOT` with one step is gradient descent; `L2` converges to
     `DeltaGradientDescent`, which has the closed form.
 
-    The retention window c of Eq. 59 is 1: only W_t is kept.
+    With `window` c above 1 (the c of Eq. 59) the last c weights are kept, and the new one is held near all of them
+    alike: for the squared distance, near their mean. Gradients then act on an average that follows (c - 1) / 2 steps
+    behind, which damps what turns back and forth at every step.
 
     **The gradient is that of `.grad`**, after clipping, unscaling and averaging, and not what the backward pass showed
     the layers. With G it, and T the sum of dL_i/dy_i x_i^T that the layers saw, G = c T + R with c = max(0, <G, T>) /
@@ -91,9 +52,9 @@ class GeneralizedGradientDescent(InputOptimizer):
     one step is gradient descent on `.grad`, whatever was done to it, and `L2` is what `DeltaGradientDescent` makes of
     it.
 
-    Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent. Sparse gradients and
-    complex parameters are refused. State per parameter: none; between backward and step, in + out numbers a token and
-    layer.
+    Shapes: as `DeltaGradientDescent`: biases and all other parameters take gradient descent, from the window's mean.
+    Sparse gradients and complex parameters are refused. State per parameter: 4 (window - 1) bytes; between backward and
+    step, in + out numbers a token and layer.
 
     At a level of `MultiFrequency` with a period above 1, an arbitrary inner loss needs the tokens themselves, and a
     period's are too many to keep: those of its last step stand for all of them, with the weight of as many steps as
@@ -121,6 +82,7 @@ class GeneralizedGradientDescent(InputOptimizer):
         objective: Objective = L2,
         target: Target = surprise,
         retention: Retention = squared_distance,
+        window: int = 1,
         inner_steps: int = 5,
         reduction: Reduction = "mean",
         weight_decay: float = 0.0,
@@ -135,7 +97,8 @@ class GeneralizedGradientDescent(InputOptimizer):
             model: whose `nn.Linear` layers are watched by forward hooks; `close()` takes them off.
             objective: `DOT`, `L2`, `HUBER` or another.
             target: f of inputs `[n, in]`, outputs without bias `[n, out]` and -c dL/dy `[n, out]`.
-            retention: of weights and the weights at the start, one number.
+            retention: of weights and earlier ones, one number.
+            window: earlier weights that count, W_t included.
             inner_steps: five come within 1% of L2's minimiser where lr mean|x|^2 is below 1.
             reduction: "mean" if the loss is a mean over tokens (or examples), "sum" if it is a sum.
             weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
@@ -146,10 +109,11 @@ class GeneralizedGradientDescent(InputOptimizer):
                 without `process_group`.
         """
         check_range("inner_steps", inner_steps, 1)
+        check_range("window", window, 1)
         check_range("objective.smoothness", objective.smoothness, 0.0)
         check_reduction(reduction)
         self.objective, self.target, self.retention = objective, target, retention
-        self.inner_steps, self.reduction = inner_steps, reduction
+        self.window, self.inner_steps, self.reduction = window, inner_steps, reduction
         defaults = shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite)
         super().__init__(params, defaults, model, record_pairs, process_group)
 
@@ -169,7 +133,7 @@ class GeneralizedGradientDescent(InputOptimizer):
                 tokens = self._tokens(p, working_dtype(p.dtype)) if last else None
                 if tokens is not None:
                     gradient = local(p.grad).to(tokens.gradient.dtype)
-                    self.layers.seen.setdefault(p, Seen()).factor = _factor(whole(gradient, p), tokens.gradient)
+                    self.layers.seen.setdefault(p, Seen()).factor = scale_between(whole(gradient, p), tokens.gradient)
         return counts
 
     def inputs_shape(self, weight: Tensor) -> tuple[int, ...]:
@@ -179,12 +143,17 @@ class GeneralizedGradientDescent(InputOptimizer):
     def _directions(self, group: Group, memories: Memories, gradients: list[Tensor]) -> list[Tensor]:
         results = []
         lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
-        for parameter, gradient in zip(memories.parameters, gradients, strict=True):
+        present = [local(p.detach()).to(g.dtype) for p, g in zip(memories.parameters, gradients, strict=True)]
+        pasts = remembered(memories, "weights", self.window)
+        for parameter, w, past, gradient in zip(memories.parameters, present, pasts, gradients, strict=True):
             tokens = self._tokens(parameter, gradient.dtype) if lr and self.layers.watches(parameter) else None
             if tokens is None:
-                results.append(gradient)
+                results.append(gradient + (w - mean([w, *past])) / lr if past and lr else gradient)
                 continue
-            results.append(part_of(self._solve(parameter, tokens, whole(gradient, parameter), lr, sign), parameter))
+            kept = [whole(t, parameter) for t in (w, *past)]
+            solved = self._solve(parameter, tokens, whole(gradient, parameter), kept, lr, sign)
+            results.append(part_of(solved, parameter))
+        remember_(memories, "weights", self.window, present)
         return results
 
     def _tokens(self, parameter: Tensor, dtype: torch.dtype) -> Tokens | None:
@@ -203,27 +172,30 @@ class GeneralizedGradientDescent(InputOptimizer):
             gradient = replicas.add_up(gradient, parameter)
         return Tokens(x, pull, count, squares, gradient) if count else None
 
-    def _solve(self, parameter: Tensor, tokens: Tokens, gradient: Tensor, lr: float, sign: float) -> Tensor:
-        """(W_t - W) / lr of the whole weight.
+    def _solve(
+        self, parameter: Tensor, tokens: Tokens, gradient: Tensor, kept: list[Tensor], lr: float, sign: float
+    ) -> Tensor:
+        """(W_t - W) / lr of the whole weight; `kept` are W_t and those before it.
 
         Tokens stay where they are: the processes add up their slopes, and so take the same inner steps.
         """
         replicas, steps = self.layers.replicas, self.layers.summed.get(parameter)
         processes = replicas.count(parameter)
-        start = whole(local(parameter.detach()).to(gradient.dtype), parameter)
+        start = kept[0]
         known = self.layers.seen.get(parameter, Seen()).factor
-        factor = sign * (_factor(sign * gradient, tokens.gradient) if known is None else known)
+        factor = sign * (scale_between(sign * gradient, tokens.gradient) if known is None else known)
         share = 1.0 / tokens.count if self.reduction == "mean" else 1.0
         weight = share if steps is None else share * float(steps)
         rest = gradient - factor * weight / share * tokens.gradient
         u = self.target(tokens.x, tokens.x @ start.mT, tokens.pull * (-factor / share))
         rate = lr / (1 + lr * self.objective.smoothness * weight * tokens.squares)
-        w = start
+        w = mean(kept)
         for _ in range(self.inner_steps):
             with torch.enable_grad():
                 w = w.detach().requires_grad_()
                 loss = self.objective.loss(tokens.x @ w.mT, u).sum() * weight
-                loss = loss + (self.retention(w, start) / lr + (rest * w).sum()) / processes
+                held = torch.stack([self.retention(w, past) for past in kept]).mean()
+                loss = loss + (held / lr + (rest * w).sum()) / processes
                 (slope,) = torch.autograd.grad(loss, w)
             w = w.detach() - rate * replicas.add_up(slope, parameter)
         return (start - w) / lr
@@ -244,14 +216,3 @@ class Tokens:
     count: float
     squares: float
     gradient: Tensor
-
-
-def _factor(gradient: Tensor, of_tokens: Tensor) -> Tensor:
-    """The factor, 0 or more, that takes the tokens' own gradient nearest to `gradient`; 1 where they have none."""
-    if not of_tokens.numel():
-        return of_tokens.new_ones(())
-    # Of the size of 1, since squares of tiny gradients underflow and of scaled ones overflow.
-    size = of_tokens.abs().max()
-    unit = of_tokens / torch.where(size > 0, size, 1.0)
-    square = unit.square().sum()
-    return torch.where(square > 0, (gradient * unit).sum().clamp(min=0) / (size * square), 1.0)

@@ -27,7 +27,9 @@ class Seen:
 
     Attributes:
         tokens: inputs counted.
-        gram: their sum of x x^T, `[in, in]`, where Gram matrices are recorded.
+        gram: their sum of x x^T, `[in, in]`, where Gram matrices are recorded; of dL/dy dL/dy^T, `[out, out]`, where
+            surprises are.
+        product: their sum of dL/dy x^T, `[out, in]`, where surprises are recorded.
         inputs, output_gradients: `[n, in]` and `[n, out]` of every backward pass, where pairs are recorded.
         factor: of the output gradients, where it is known before the step; see `GeneralizedGradientDescent`.
     """
@@ -35,6 +37,7 @@ class Seen:
     tokens: int = 0
     factor: Tensor | None = None
     gram: Tensor | None = None
+    product: Tensor | None = None
     inputs: list[Tensor] = field(default_factory=list)
     output_gradients: list[Tensor] = field(default_factory=list)
 
@@ -43,6 +46,13 @@ def record_gram(seen: Seen, x: Tensor, gradient: Tensor) -> None:
     """Add x^T x: `[in, in]` numbers, however many tokens."""
     gram = x.mT @ x
     seen.gram = gram if seen.gram is None else seen.gram.add_(gram)
+
+
+def record_surprises(seen: Seen, x: Tensor, gradient: Tensor) -> None:
+    """Add the output gradients' Gram matrix `[out, out]`, and their product with the inputs `[out, in]`."""
+    gram, product = gradient.mT @ gradient, gradient.mT @ x
+    seen.gram = gram if seen.gram is None else seen.gram.add_(gram)
+    seen.product = product if seen.product is None else seen.product.add_(product)
 
 
 def record_pairs(seen: Seen, x: Tensor, gradient: Tensor) -> None:
@@ -105,7 +115,7 @@ class LayerInputs:
     """
 
     def __init__(self, model: nn.Module, record: Record, replicas: Replicas) -> None:
-        """Args: whose layers; what to keep of a call (`record_gram` or `record_pairs`); whose gradients are one."""
+        """Args: whose layers; what to keep of a call (`record_gram` or another); whose gradients are one."""
         self.record, self.replicas = record, replicas
         self.seen: dict[Tensor, Seen] = {}
         self.summed: dict[Tensor, Tensor] = {}
@@ -292,3 +302,14 @@ def mean_gram(layers: LayerInputs, weight: Tensor, reduction: Reduction) -> Tens
     if not tokens:
         return None
     return gram / tokens if reduction == "mean" else gram
+
+
+def scale_between(gradient: Tensor, of_tokens: Tensor) -> Tensor:
+    """The factor, 0 or more, that takes the tokens' own gradient nearest to `gradient`; 1 where they have none."""
+    if not of_tokens.numel():
+        return of_tokens.new_ones(())
+    # Of the size of 1, since squares of tiny gradients underflow and of scaled ones overflow.
+    size = of_tokens.abs().max()
+    unit = of_tokens / torch.where(size > 0, size, 1.0)
+    square = unit.square().sum()
+    return torch.where(square > 0, (gradient * unit).sum().clamp(min=0) / (size * square), 1.0)

@@ -26,6 +26,11 @@ class Memories:
     states: list[dict[str, Any]]
     kinds: list[Kind]
 
+    def some(self, places: list[int]) -> Memories:
+        """Those of the parameters at these places."""
+        parameters, states = [self.parameters[i] for i in places], [self.states[i] for i in places]
+        return Memories(parameters, states, [self.kinds[i] for i in places])
+
     def count(self) -> None:
         """One more step for each."""
         for state in self.states:

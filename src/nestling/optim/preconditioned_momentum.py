@@ -8,10 +8,13 @@ from torch.optim.optimizer import ParamsT
 
 from nestling.optim.base import Group, MemoryOptimizer, OnNonfinite, check_range, shared_settings
 from nestling.optim.elementwise import accumulate, adamw_settings
+from nestling.optim.full_matrix import AdaGradMatrix
+from nestling.optim.learned_preconditioner import LearnedMap, Whitening
 from nestling.optim.memories import Memories
-from nestling.optim.preconditioners import AdaGradDiagonal, AdamDiagonal, Map, NewtonSchulz, as_preconditioner
+from nestling.optim.preconditioners import AdaGradDiagonal, AdamDiagonal, Map, as_preconditioner, needs_matrices
 
-_DIAGONALS = (AdamDiagonal, AdaGradDiagonal)
+# By the names of what they keep: two of one line would share it.
+_SHARING = ((AdamDiagonal, AdaGradDiagonal, AdaGradMatrix), (Whitening,), (LearnedMap,))
 
 
 class PreconditionedMomentum(MemoryOptimizer):
@@ -19,16 +22,18 @@ class PreconditionedMomentum(MemoryOptimizer):
 
     Special cases, each tested: P = S = identity is `torch.optim.SGD` with momentum; `output=AdamDiagonal(),
     average=True, bias_correction=True` is Adam (with `weight_decay` AdamW); `output=AdaGradDiagonal(), momentum=0` is
-    AdaGrad; `output=NewtonSchulz(adjust="original"), average=True, nesterov=True` is `torch.optim.Muon`. Where Adam's
-    diagonal stands matters: the appendix (Eq. 103-105) divides the momentum by it, so it belongs to `output`; as
+    AdaGrad, and `output=AdaGradMatrix(), momentum=0` full-matrix AdaGrad (Eq. 106-111);
+    `output=NewtonSchulz(adjust="original"), average=True, nesterov=True` is `torch.optim.Muon`. `Whitening` and
+    `LearnedMap` are preconditioners that learn by gradient descent on an objective of their own (Eq. 39-41). Where
+    Adam's diagonal stands matters: the appendix (Eq. 103-105) divides the momentum by it, so it belongs to `output`; as
     `preconditioner` every gradient keeps the diagonal of its own step.
 
-    Shapes: every step but Newton-Schulz works entry by entry on any shape (0-d, empty, embeddings, kernels). With
-    `NewtonSchulz` in either place, groups are read by their `kind` (see `nestling.optim.matrices`) and what is no
-    matrix takes AdamW's step. Sparse gradients and complex parameters are refused.
+    Shapes: identity, diagonals and `AdaGradMatrix` take any (0-d, empty, embeddings, kernels). With `NewtonSchulz`,
+    `Whitening` or `LearnedMap` in either place, groups are read by their `kind` (see `nestling.optim.matrices`) and
+    what is no matrix takes AdamW's step. Sparse gradients and complex parameters are refused.
 
-    State per parameter: one tensor, 4 bytes, and one more with a diagonal; two under AdamW's step. float32 for
-    half-precision parameters.
+    State per parameter: one tensor, 4 bytes, and one more with a diagonal; a matrix of the shorter side's size
+    with `AdaGradMatrix`, `Whitening` and `LearnedMap`; two under AdamW's step. float32 for half-precision parameters.
 
     Examples:
         >>> import torch
@@ -71,7 +76,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             bias_correction: divide that mean by 1 - momentum^t.
             nesterov: S sees momentum m + P g (or the mean of both) in place of m.
             weight_decay, maximize, foreach, on_nonfinite: see `nestling.optim.base.shared_settings`.
-            adamw_betas, adamw_eps: of the AdamW step beside Newton-Schulz.
+            adamw_betas, adamw_eps: of the AdamW step beside maps of matrices.
 
         Raises:
             ValueError: a setting outside its range, or `bias_correction` without `average`, or two diagonals.
@@ -79,12 +84,13 @@ class PreconditionedMomentum(MemoryOptimizer):
         check_range("momentum", momentum, 0.0, 1.0, open_end=average)
         if bias_correction and not average:
             raise ValueError("bias_correction corrects a mean; give average=True with it")
-        if isinstance(preconditioner, _DIAGONALS) and isinstance(output, _DIAGONALS):
+        if any(isinstance(preconditioner, some) and isinstance(output, some) for some in _SHARING):
             raise ValueError(
-                "give a diagonal as preconditioner or as output, not as both: they would share one second moment"
+                f"give {type(output).__name__} as preconditioner or as output, and nothing of its kind as the other: "
+                "they would share one second moment, or one learned map"
             )
         self.preconditioner, self.output = as_preconditioner(preconditioner), as_preconditioner(output)
-        self.adamw_for_rest = isinstance(self.preconditioner, NewtonSchulz) or isinstance(self.output, NewtonSchulz)
+        self.adamw_for_rest = needs_matrices(self.preconditioner, self.output)
         defaults = {
             **shared_settings(lr, weight_decay, maximize, foreach, on_nonfinite),
             "momentum": momentum,

@@ -1,4 +1,5 @@
-"""Preconditioners P and output maps of a momentum (NL Eq. 38-47, 52, appendix B)."""
+"""Preconditioners P and output maps of a momentum (NL Eq. 38-47, 52, appendix B); those that learn or take the whole
+second moment have modules of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nestling.ops.newton_schulz import MUON, Coefficients, newton_schulz_many
 from nestling.optim.elementwise import accumulate_squares, root
+from nestling.optim.learned_preconditioner import LearnedMap, Whitening
 from nestling.optim.matrices import Orthogonalizer, as_matrix, as_rows
 from nestling.optim.memories import Memories
 from nestling.optim.shards import part_of, whole
@@ -146,3 +148,8 @@ Map = Preconditioner | Callable[[Tensor], Tensor] | None
 def as_preconditioner(given: Map) -> Preconditioner | None:
     """A preconditioner, a function of one tensor, or None, which is the identity."""
     return given if given is None or isinstance(given, Preconditioner) else PerTensor(given)
+
+
+def needs_matrices(*maps: Preconditioner | None) -> bool:
+    """Whether one of these maps works on matrices alone, so that what is none takes AdamW's step."""
+    return any(isinstance(m, NewtonSchulz | Whitening | LearnedMap) for m in maps)

@@ -76,7 +76,7 @@ class Replicas:
         if self.group is dist.group.WORLD:
             return _everyone, ()
         raise TypeError(
-            "a DeltaGradientDescent or GeneralizedGradientDescent cannot be pickled with a process_group other than "
+            "an optimizer that watches layers cannot be pickled with a process_group other than "
             "torch.distributed.group.WORLD, which only its own process knows: save its state_dict()"
         )
 

@@ -29,7 +29,7 @@ def mean_of(learner: Learner) -> dict[str, Tensor]:
         return copy_of(learner.model)
 
 
-WATCHING = ("delta_gradient_descent", "generalized_gradient_descent")
+WATCHING = ("delta_gradient_descent", "generalized_gradient_descent", "oja")
 
 
 @pytest.mark.parametrize("optimizer", [name for name in NAMES if name not in WATCHING])
