@@ -146,10 +146,14 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
         e = torch.zeros_like(size)
         reach = torch.ones_like(a) if c.objective == "dot" else (1 - a).clamp_min(1 / c.outer_chunk)
         steps = [s * size * reach for s in share]
+    kept = 1 - b
+    if c.online:
+        e = e * (1 - b**2) / (1 + b - b**2)
+        kept, b = (1 - b) ** 2 / (1 + b), a * b
     before_last = [e] * (c.layers - 1)
     if layer.hidden_erase is not None:
         before_last = [h * e for h in torch.sigmoid(layer.hidden_erase)]
-    return Gates(a, [*before_last, e], [step * (1 - b) for step in steps], b)
+    return Gates(a, [*before_last, e], [step * kept for step in steps], b)
 
 
 def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, online: bool) -> None:

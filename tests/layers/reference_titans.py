@@ -58,7 +58,8 @@ class SlowMemory:
             self.logits = {n: every[:, i] + layer.rate_bias[i] for i, n in enumerate(c.gates)}
         size = torch.sigmoid(self.logits["theta"])
         keep = torch.sigmoid(self.logits["alpha"]) ** (1 / 16) if c.use_retention else torch.ones_like(size)
-        eta = torch.sigmoid(self.logits["eta"]) if c.momentum else torch.zeros_like(size)
+        eta = torch.sigmoid(self.logits["eta"]) if "eta" in self.logits else torch.zeros_like(size)
+        beta = torch.zeros_like(size) if layer.beta is None else torch.sigmoid(layer.beta).expand_as(size)
         shares = list(torch.sigmoid(layer.share))
         erase = torch.zeros_like(size)
         if c.gradient == "online" and c.objective == "l2":
@@ -73,6 +74,10 @@ class SlowMemory:
         else:
             reach = torch.ones_like(keep) if c.objective == "dot" else (1 - keep).clamp_min(1 / c.chunk_size)
             rate = size * reach
+        if layer.beta is not None:
+            eta = keep * beta
+            erase = erase * (1 - beta**2) / (1 + beta - beta**2)
+            rate = rate * (1 - beta) ** 2 / (1 + beta) / (1 - eta)
         erases = [erase] * c.depth
         if layer.hidden_erase is not None:
             erases = [*(erase * h for h in torch.sigmoid(layer.hidden_erase)), erase]
@@ -115,6 +120,10 @@ class SlowMemory:
 
 def slow_neural_memory(layer: NeuralMemory, x: Tensor, slow: SlowMemory) -> Tensor:
     """Outputs for `[N, T, hidden]`."""
+    if layer.persistent is not None:
+        for p in layer.persistent:
+            slow.write(p.expand_as(x[:, 0]))
+        slow.begin_document()
     outputs = []
     for token in x.unbind(1):
         y = slow.write(token)

@@ -44,6 +44,7 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     ),
     "titans mlp momentum": lambda: SelfModifyingTitans(self_modifying(momentum=True)),
     "titans mlp momentum self chunk": lambda: SelfModifyingTitans(self_modifying(momentum=True, self_chunk_size=8)),
+    "titans mlp online momentum": lambda: SelfModifyingTitans(self_modifying(gradient="online", momentum=True)),
     "titans mlp no erase read before": lambda: SelfModifyingTitans(self_modifying(erase=False, read_before=True)),
     "titans mlp chunk read adaptive q": lambda: SelfModifyingTitans(
         self_modifying(read="chunk", adapt=("memory", "k", "q"), momentum=True)
@@ -78,6 +79,9 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),
     "lmm depth 2 chunk rates": lambda: NeuralMemory(lmm(rates="chunk")),
     "lmm depth 3 erase checkpointed": lambda: NeuralMemory(lmm(depth=3, erase=True, checkpoint_chunks=2, conv_size=1)),
+    "lmm depth 1 online momentum": lambda: NeuralMemory(lmm(depth=1, gradient="online", max_erase=2.0)),
+    "lmm online momentum checkpointed": lambda: NeuralMemory(lmm(gradient="online", checkpoint_chunks=2)),
+    "lmm online persistent tokens": lambda: NeuralMemory(lmm(gradient="online", persistent_tokens=3)),
     "lmm two steps": lambda: NeuralMemory(lmm(inner_steps=2, chunk_size=1)),
     "lmm ascending": lambda: NeuralMemory(lmm(ascend=True, momentum=False)),
     "lmm huber chunk read": lambda: NeuralMemory(lmm(objective="huber", momentum=False, read="chunk")),

@@ -87,3 +87,39 @@ def test_gates_of_another_shape_are_refused() -> None:
     gates, scales, _ = made(2, True, False, False)
     with pytest.raises(ValueError, match=r"alpha is \(2, 3, 4\)"):
         chunk_rates(KINDS[0], Gates(gates.eta, gates.alpha[..., :4], None, None), scales)
+
+
+def in_coordinates_of_the_bound(beta: float, a: float, b: float, e: float, lr: float) -> Tensor:
+    """How one token moves (y, c s), y = w + p s, of the direction of its key (`docs/paper_map.md`)."""
+    p = beta / (1 - beta)
+    c = (p * (1 + p)) ** 0.5
+    token = torch.tensor([[a - e - lr, b], [-lr, b]], dtype=torch.float64)
+    change = torch.tensor([[1.0, p], [0.0, c]], dtype=torch.float64)
+    return change @ token @ torch.linalg.inv(change)
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("online_only", [True, False])
+@pytest.mark.parametrize("logit", [-3.0, 0.0, 40.0])
+def test_online_gradients_with_momentum_are_a_contraction(beta: float, online_only: bool, logit: float) -> None:
+    """In one quadratic norm, whatever retention, rate and key a token has, it shrinks errors by its retention."""
+    rule = RateRule("online", 2.0, 0.25, online_only=online_only)
+    alpha = torch.tensor([[[-60.0, -8.0, 0.0, 60.0]]], dtype=torch.float64)
+    log_beta = torch.full_like(alpha, beta).log()
+    for share in (0.01, 0.5, 0.999):
+        one = torch.full((1, 1), share, dtype=torch.float64)
+        zero = torch.zeros(1, dtype=torch.float64)
+        gates = Gates(torch.full_like(alpha, logit), alpha, log_beta, None)
+        rates = chunk_rates(rule, gates, Scales(zero, zero, one, None))
+        assert rates.decay.log_momentum is not None
+        erase = torch.zeros_like(alpha) if rates.erase is None else rates.erase[-1]
+        given = (rates.decay.log_retention.exp(), rates.decay.log_momentum.exp(), erase, rates.inner_lr[-1])
+        for a, b, e, lr in torch.stack(given, -1)[0, 0].tolist():
+            for strength in (0.0, 1.0):  # 0: directions orthogonal to the key
+                moved = in_coordinates_of_the_bound(beta, a, b, strength * e, strength * lr)
+                assert float(torch.linalg.matrix_norm(moved, 2)) <= a * (1 + 1e-9)
+            if online_only and logit > 30 and a > 0.9:
+                # The bound is no larger than it must be.
+                assert lr == pytest.approx(2 * a * (1 - beta) ** 2 / (1 + beta))
+                moved = in_coordinates_of_the_bound(beta, a, b, 0.0, 1.02 * lr)
+                assert float(torch.linalg.matrix_norm(moved, 2)) > a

@@ -157,7 +157,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_erase": 2.1}, r"max_erase is in \(0, 2\], not 2.1"),
     ({"inner_lr_scale": 0.0}, r"inner_lr_scale is in \(0, 1\), not 0.0"),
     ({"inner_lr_scale": 1.0}, r"inner_lr_scale is in \(0, 1\), not 1.0"),
-    ({"gradient": "online", "momentum": True}, "gradient='online' cannot have momentum"),
     ({"conv_size": 0}, "conv_size"),
     ({"expansion": 0}, "expansion"),
     ({"checkpoint_chunks": 0}, "checkpoint_chunks"),

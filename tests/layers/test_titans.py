@@ -23,12 +23,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mac": ("mac", {"segment_size": 4}),
     "mac depth 1 no momentum": ("mac", {"segment_size": 4, "depth": 1, "momentum": False, "persistent_tokens": 1}),
     "mac two chunks a segment": ("mac", {"segment_size": 8, "rates": "chunk"}),
+    "mac online": ("mac", {"segment_size": 8, "gradient": "online"}),
     "mac one segment": ("mac", {"segment_size": 32, "conv_size": 1}),
     "mac segments of 1": ("mac", {"segment_size": 1, "chunk_size": 1}),
     "mag": ("mag", {"window": 5}),
     "mag window 1 depth 3": ("mag", {"window": 1, "depth": 3, "rates": "chunk"}),
     "mag wide window": ("mag", {"window": 40, "erase": True, "persistent_tokens": 5}),
+    "mag online": ("mag", {"window": 5, "gradient": "online", "depth": 1}),
     "mal": ("mal", {"window": 5}),
+    "mal online": ("mal", {"window": 5, "gradient": "online", "max_erase": 2.0}),
     "mal depth 1 wide window": ("mal", {"window": 40, "depth": 1, "output_gate": False, "persistent_tokens": 1}),
 }
 SLOW: dict[str, Callable[[Any, Tensor, SlowMemory], Tensor]] = {

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from nestling.layers.long_term_memory import LongTermState
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import MemoryAsContextConfig, MemoryAsGateConfig, NeuralMemoryConfig
+from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate
 from nestling.memory.state import State
+from nestling.ops.chunk_rule import chunk_scan
+from nestling.ops.native import RateRule
 from tests.layers.test_self_modifying_streams import CALL, HIDDEN, assert_bounded, hostile
 
 BASE: dict[str, Any] = {"hidden_size": HIDDEN, "num_heads": 2}
@@ -23,6 +26,10 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm": lambda: NeuralMemory(NeuralMemoryConfig(**BASE)),
     "lmm depth 1 chunk rates": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, depth=1, rates="chunk", chunk_size=16)),
     "lmm depth 4": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, depth=4)),
+    "lmm online": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, gradient="online", max_erase=2.0)),
+    "lmm depth 1 online": lambda: NeuralMemory(
+        NeuralMemoryConfig(**BASE, depth=1, gradient="online", max_erase=2.0, erase=True, use_retention=False)
+    ),
     "moneta": lambda: NeuralMemory(
         NeuralMemoryConfig(**BASE, objective="lp", momentum=False, expansion=4, activation="gelu")
     ),
@@ -32,7 +39,7 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "mac": lambda: MemoryAsContext(MemoryAsContextConfig(**BASE)),
     "mag": lambda: MemoryAsGate(MemoryAsGateConfig(**BASE)),
 }
-LONG = ("lmm", "lmm depth 1 chunk rates", "yaad without retention", "mac")
+LONG = ("lmm", "lmm online", "lmm depth 1 chunk rates", "yaad without retention", "mac")
 
 # Biases and shares that training could reach: every rate at one of its ends, in the combinations that matter.
 EXTREMES: dict[str, dict[str, float]] = {
@@ -40,8 +47,8 @@ EXTREMES: dict[str, dict[str, float]] = {
     "highest rate and share": {"theta": 20.0, "share": 10.0},
     "highest rate and share, forgets": {"theta": 20.0, "share": 10.0, "alpha": -60.0},
     "highest rate and share, keeps": {"theta": 20.0, "share": 10.0, "alpha": 60.0},
-    "highest rate and share, long momentum": {"theta": 20.0, "share": 10.0, "alpha": 60.0, "eta": 4.0},
-    "large share, longest momentum": {"share": 10.0, "eta": 20.0},
+    "highest rate and share, long momentum": {"theta": 20.0, "share": 10.0, "alpha": 60.0, "eta": 4.0, "beta": 4.0},
+    "large share, longest momentum": {"share": 10.0, "eta": 20.0, "beta": 20.0},
 }
 EXTREME_CONFIGS: dict[str, dict[str, Any]] = {
     "depth 1": {"depth": 1},
@@ -51,6 +58,9 @@ EXTREME_CONFIGS: dict[str, dict[str, Any]] = {
     "depth 2": {},
     "depth 2 lp": {"objective": "lp"},
     "depth 4": {"depth": 4},
+    "depth 1 online": {"depth": 1, "gradient": "online", "max_erase": 2.0},
+    "depth 1 online erase": {"depth": 1, "gradient": "online", "erase": True, "max_erase": 2.0},
+    "depth 2 online": {"gradient": "online", "max_erase": 2.0},
     "depth 1 three steps": {"depth": 1, "chunk_size": 1, "inner_steps": 3, "momentum": False},
 }
 
@@ -84,6 +94,32 @@ def test_ten_thousand_tokens(name: str) -> None:
     assert_bounded(stream(LAYERS[name](), 10_000, 1000))
 
 
+@pytest.mark.parametrize("beta", [-4.0, 0.0, 3.0])
+@pytest.mark.parametrize("retention", [True, False])
+def test_online_momentum_forgets_a_wrong_start_under_hostile_keys(beta: float, retention: bool) -> None:
+    """1e5 tokens at the highest rate, few keys in an order made to excite: an error never grows in the norm of the
+    bound, and a memory in float32 stays where its values are."""
+    torch.manual_seed(0)
+    tokens, width = 100_000, 4
+    words = F.normalize(torch.randn(3, width), dim=-1)
+    words[1] = F.normalize(words[0] + 0.3 * words[1], dim=0)
+    order = torch.cat([torch.arange(tokens // 2) // 7 % 2, torch.randint(0, 3, (tokens // 2,))])
+    share = torch.sigmoid(torch.tensor(beta))
+    alpha = torch.full((1, 1, tokens), 2.0) + 4 * torch.randn(1, 1, tokens) if retention else None
+    rates = chunk_rates(
+        RateRule("online", 2.0, 1.0, online_only=True),
+        Gates(40.0 * (torch.rand(1, 1, tokens) < 0.7) - 20.0, alpha, share.log().expand(1, 1, tokens), None),
+        Scales(torch.zeros(1), torch.zeros(1) if retention else None, torch.ones(1, 1), None),
+    )
+    keys, values = words[order][None, None], torch.randn(3, width)[order][None, None]
+    found = chunk_scan(
+        keys, -values, keys, weight=100 * torch.randn(1, 1, width, width), chunk_size=64, online=True,
+        log_retention=rates.decay.log_retention, log_momentum=rates.decay.log_momentum, inner_lr=rates.inner_lr[-1],
+    )  # fmt: skip
+    assert all(t is not None and bool(torch.isfinite(t).all()) for t in found)
+    assert float(found[0][..., -1000:, :].abs().max()) < 200
+
+
 def test_ascent_stays_finite() -> None:
     """A memory that climbs its loss grows, but no token writes without bound and it forgets."""
     torch.manual_seed(0)
@@ -105,8 +141,9 @@ def test_rates_at_their_ends_are_stable(name: str, extreme: str) -> None:
     layer = NeuralMemory(NeuralMemoryConfig(**BASE | {"chunk_size": 16} | EXTREME_CONFIGS[name]))
     with torch.no_grad():
         for key, value in EXTREMES[extreme].items():
-            if key == "share":
-                layer.memory.share.fill_(value)
+            held = getattr(layer.memory, key, None)
+            if held is not None:
+                held.fill_(value)
             elif key in layer.config.gates:
                 layer.memory.rate_bias[layer.config.gates.index(key)] = value
     peaks = stream(layer, 400, 200)

@@ -68,6 +68,7 @@ class Case:
     normalise: bool
     missing: bool
     at_hand: bool
+    online: bool
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(2, 2, *shape, dtype=torch.float64)
@@ -81,7 +82,7 @@ class Case:
         made = {
             "x": x if self.normalise else safe_normalize(x),
             "g": self.normal(*stack, self.chunk, self.out),
-            "lr": self.rate(),
+            "lr": self.rate() * (0.3 if self.online else 1.0),
             "erase": self.rate() if self.erases else None,
             "log_a": -0.3 * self.rate(),
             "log_b": -self.rate() if self.momentum else None,
@@ -96,6 +97,7 @@ class Case:
         outputs = chunk_step(
             i["x"], i["g"], i["lr"], i["erase"], ChunkDecay(i["log_a"], i["log_b"], valid), i["weight"], i["surprise"],
             recalled=i["recalled"], q=i["q"], answers=self.answers, normalise=self.normalise, read_before=self.before,
+            online=self.online,
         )  # fmt: skip
         return values_and_gradients(outputs, i.values())
 
@@ -103,13 +105,14 @@ class Case:
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("erases", [False, True])
-def test_chunk(monkeypatch, sizes, momentum, erases) -> None:
+@pytest.mark.parametrize("online", [False, True])
+def test_chunk(monkeypatch, sizes, momentum, erases, online) -> None:
     """Every combination of read, time of the read, normalisation, missing tokens and products at hand."""
     for flags in itertools.product([False, True], repeat=5):
         torch.manual_seed(0)
-        case = Case(*sizes, momentum, erases, *flags)
+        case = Case(*sizes, momentum, erases, *flags, online)
         inputs, valid = case.inputs(), torch.rand(2, 1, case.chunk) < 0.6 if case.missing else None
-        if case.erases or not case.at_hand:
+        if case.erases or case.online or not case.at_hand:
             assert_same(*both(monkeypatch, partial(case.run, inputs, valid)))
 
 

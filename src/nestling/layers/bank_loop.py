@@ -82,6 +82,7 @@ class BankLoop:
             rule.objective in ("l2", "dot")
             and rule.read == "token"
             and (rule.gradient == "chunk" or depth == 1)
+            and not (rule.online and rule.momentum)
             and depth <= native.MAX_LAYERS
         )
         if not simple or grid.offsets is not None or min(self.chunk, grid.slots) > native.MAX_CHUNK:

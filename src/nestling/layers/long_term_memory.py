@@ -71,6 +71,11 @@ class LongTermMemory(nn.Module):
     a_t = sigmoid(x W_alpha + bias)^(1/16), b_t = sigmoid(x W_eta + bias),
     l_t = share * sigmoid(x W_theta + bias) * max(1/C, 1 - a_t) * (1 - b_t).
 
+    With `gradient="online"` the gradient of the output weight is taken at M_{t-1}, which is Titans' recurrent form
+    (Eq. 32-33, token by token, whatever the chunk). It follows weights that the surprise still moves, and is stable
+    where a surprise fades with the memory: b_t = a_t beta with one learned beta a head, and l_t up to
+    2 a_t (1 - beta)^2 / (1 + beta), which is far above 1/C.
+
     A value longer than sqrt(D) is scaled to that length, so that hostile input cannot set targets out of reach.
     """
 
@@ -82,12 +87,13 @@ class LongTermMemory(nn.Module):
         self.conv = nn.Parameter(torch.empty(3 * c.hidden_size, c.conv_size))
         self.rate_proj = nn.Linear(c.hidden_size, len(c.gates) * c.num_heads, bias=False)
         self.rate_bias = nn.Parameter(torch.empty(len(c.gates), c.num_heads))
+        self.beta = nn.Parameter(torch.empty(c.num_heads)) if c.momentum and c.online else None
         self.share = nn.Parameter(torch.empty(c.depth, c.num_heads))
         hidden = c.depth - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
         self.bank = MemoryBank(("memory",), (), c.num_heads, c.head_dim, c.depth, c.expansion, c.activation)
         self.norm = nn.Parameter(torch.ones(c.head_dim))
-        free_of_weight_decay(self.conv, self.rate_bias, self.share, self.hidden_erase)
+        free_of_weight_decay(self.conv, self.rate_bias, self.beta, self.share, self.hidden_erase)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,6 +103,10 @@ class LongTermMemory(nn.Module):
         if c.use_retention:
             with torch.no_grad():
                 self.rate_bias[c.gates.index("alpha")] = torch.linspace(0.0, 6.0, c.num_heads)
+        if self.beta is not None:
+            nn.init.constant_(self.beta, logit(c.first_momentum))
+        elif c.momentum:
+            nn.init.constant_(self.rate_bias[c.gates.index("eta")], logit(c.first_momentum))
         nn.init.constant_(self.share, logit(c.share))
         if self.hidden_erase is not None:
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
@@ -114,6 +124,12 @@ class LongTermMemory(nn.Module):
             rates=rates,
             position=torch.zeros(len(x), dtype=torch.int64, device="cpu"),
         )
+
+    def after(self, persistent: nn.Parameter, batch_size: int) -> LongTermState:
+        """The state of rows whose memory has read the persistent tokens `[P, hidden]`, a chunk of their own."""
+        tokens = aligned(persistent)[None]
+        _, state = self(tokens, self.first_state(tokens), Aligned())
+        return at_the_start(state, batch_size)
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
         """The memory, and its momentum if it has one."""
@@ -185,7 +201,9 @@ class LongTermMemory(nn.Module):
         tokens["eta"] = gates["theta"]
         if c.use_retention:
             tokens["alpha"] = gates["alpha"]
-        if c.momentum:
+        if self.beta is not None:
+            tokens["log_b"] = F.logsigmoid(self.beta.to(dtype))[:, None].expand_as(tokens["eta"])
+        elif c.momentum:
             tokens["log_b"] = F.logsigmoid(gates["eta"] + bias["eta"][:, None])
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
         scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
@@ -219,6 +237,19 @@ class LongTermMemory(nn.Module):
         y, bank = learn_chunk(c, self.bank, bank, k, v, rates, tokens["q"], self_targets=False)
         assert y is not None
         return y, bank
+
+
+def at_the_start(state: LongTermState, batch_size: int) -> LongTermState:
+    """The state of every row from that of one which has read the persistent tokens, a chunk of their own."""
+    state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
+    bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
+    position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+    return LongTermState(bank, state.conv, state.rates, position)
+
+
+def aligned(tokens: Tensor) -> Tensor:
+    """A copy: parameters read from a file may lie at odd addresses, where matrix products round differently."""
+    return tokens.clone()
 
 
 def _limit_length(v: Tensor) -> Tensor:

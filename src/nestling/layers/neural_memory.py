@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ class NeuralMemory(SequenceLayer):
     """`o_t = W_o (norm(M_t(q_t)) * silu(x_t W_g))`: the long-term memory with norm, gate and output projection.
 
     Titans sections 3.1, 4.3 ("memory without attention") and 4.4. Every token reads the memory after its own write;
-    its gradient was taken at the memory of its chunk's start. `objective="lp"` is Moneta's and "huber" Yaad's (Miras).
+    its gradient was taken at the memory of its chunk's start, or just before the token (`gradient="online"`).
+    Persistent tokens, if there are any, are read before a document (section 3.3). `objective="lp"` is Moneta's and
+    "huber" Yaad's (Miras).
 
     Examples:
         >>> import torch
@@ -37,13 +40,18 @@ class NeuralMemory(SequenceLayer):
         width = config.hidden_size
         self.gate_proj = nn.Linear(width, width, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(width, width, bias=False)
+        count = config.persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(count, width)) if count else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Nothing of its own: the memory and the projections initialise themselves."""
+        """Persistent tokens as large as the normalised tokens they come before; the rest initialises itself."""
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)
 
     def first_state(self, x: Tensor) -> LongTermState:
-        """See `LongTermMemory.first_state`."""
-        return self.memory.first_state(x)
+        """The meta-learned memory, or the one that has read the persistent tokens."""
+        return self.memory.first_state(x) if self.persistent is None else self.memory.after(self.persistent, len(x))
 
     def run(
         self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from nestling.layers.heads import NEW_FIELD
 from nestling.memory.rule import Rule
 
 
@@ -39,6 +40,9 @@ class NeuralMemoryConfig(Rule):
         checkpoint_chunks: recompute the layer over this many chunks at a time in the backward pass; None keeps all
             activations.
         norm_eps: of the output norm.
+        persistent_tokens: N_p, learnable tokens that the memory reads before every document (section 3.3; Table 5
+            removes them from the LMM), a chunk of their own.
+        first_momentum: first value of the momentum, in (0, 1).
 
     Raises:
         ValueError: sizes that do not divide, or a rule that has no closed form.
@@ -63,6 +67,8 @@ class NeuralMemoryConfig(Rule):
     ascend: bool = False
     checkpoint_chunks: int | None = None
     norm_eps: float = 1e-6
+    persistent_tokens: int = field(default=0, metadata=NEW_FIELD)
+    first_momentum: float = field(default=0.5, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +99,10 @@ class NeuralMemoryConfig(Rule):
             )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
-        for name, share in (("inner_lr_scale", self.share), ("hidden_erase_scale", self.hidden_erase_scale)):
+        if self.persistent_tokens < 0:
+            raise ValueError(f"persistent_tokens must be at least 0, not {self.persistent_tokens}")
+        shares = {"inner_lr_scale": self.share, "hidden_erase_scale": self.hidden_erase_scale}
+        for name, share in (shares | {"first_momentum": self.first_momentum}).items():
             if not 0 < share < 1:
                 raise ValueError(f"{name} is in (0, 1), not {share}")
 
@@ -112,7 +121,8 @@ class NeuralMemoryConfig(Rule):
     @property
     def gates(self) -> tuple[str, ...]:
         """The rates a token gives, in the order of `LongTermMemory.rate_proj`'s outputs."""
-        return ("theta", *(("alpha",) if self.use_retention else ()), *(("eta",) if self.momentum else ()))
+        own = self.momentum and not self.online
+        return ("theta", *(("alpha",) if self.use_retention else ()), *(("eta",) if own else ()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Gates:
     Attributes:
         eta: logit of the inner learning rate.
         alpha: logit of the retention, or None for none.
-        log_momentum: log b_t, or None.
+        log_momentum: log b_t, with online gradients log beta of b_t = a_t beta; None without momentum.
         valid: which tokens are there; None when all are.
     """
 
@@ -57,7 +57,7 @@ class Scales:
 def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
     """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
     kind: Kind = "free" if rule.objective != "dot" else "dot"
-    if rule.gradient == "online" and rule.objective == "l2":
+    if rule.online:
         kind = "online"
     elif rule.erase:
         kind = "erase"
@@ -73,6 +73,12 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         "free"     e_t = 0, l_t = share eta_t max(floor, 1 - a_t) (1 - b_t)
         "dot"      e_t = 0, l_t = share eta_t (1 - b_t)
         "online"   e_t + l_t = k_t r_t, l_t = share e_t; or e_t = 0 with `online_only`
+
+    Online gradients with momentum follow weights that the surprise still moves. With b_t = a_t beta,
+
+        l_t is multiplied by (1 - beta)^2 / (1 + beta), and e_t by (1 - beta^2) / (1 + beta - beta^2)
+
+    which for a beta that stays the same keeps every write a contraction (derived in `docs/paper_map.md`).
 
     Layers before the last take the share `hidden_erase` of e_t.
 
@@ -91,11 +97,14 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         scales.share,
         scales.hidden_erase,
     )
-    layers = scales.share.shape[0]
-    compiled = layers <= native.MAX_LAYERS and native.fits(gates.eta)
+    layers, log_b = scales.share.shape[0], gates.log_momentum
+    follows = rule.kind == "online" and log_b is not None
+    compiled = layers <= native.MAX_LAYERS and not follows and native.fits(gates.eta)
     made = native.native_rates(_plain, rule, tensors) if compiled else _plain(rule, *tensors)
     log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
-    return Rates(erase or None, lr, ChunkDecay(log_a, gates.log_momentum, gates.valid))
+    if follows and log_b is not None:
+        log_b = log_b + log_a
+    return Rates(erase or None, lr, ChunkDecay(log_a, log_b, gates.valid))
 
 
 def _plain(
@@ -133,7 +142,13 @@ def _plain(
     else:
         rate = eta
     if log_b is not None:
-        rate = rate * -torch.expm1(log_b)
+        less = -torch.expm1(log_b)
+        if rule.kind == "online":
+            beta = log_b.exp()
+            rate = rate * less * less / (1 + beta)
+            erase = None if erase is None else erase * less * (1 + beta) / (1 + beta * less)
+        else:
+            rate = rate * less
     log_a = torch.zeros_like(eta) if log_a is None else log_a
     erases = []
     if erase is not None:

@@ -5,7 +5,7 @@ N rows, L tokens of a call, H heads, D head width, C segment, P persistent token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nestling.layers.attention import AttentionConfig, AttentionState, WindowAttention
 from nestling.layers.chunks import Span, run_checkpointed, scan_chunks
-from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval
+from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval, aligned, at_the_start
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -24,7 +24,6 @@ from nestling.layers.neural_memory_config import (
 )
 from nestling.layers.segment_attention import SegmentAttention
 from nestling.layers.sequence import Aligned, SequenceLayer
-from nestling.memory.bank import BankState
 from nestling.memory.grid import Grid
 from nestling.memory.state import State
 from nestling.ops.packing import find_rows
@@ -130,7 +129,7 @@ class MemoryAsContext(SequenceLayer):
 
         before = state.memory.bank.start if state.before is None else state.before
         h, asked = ask(x, Retrieval(before, state.tail))
-        first, persistent = span[0] % self.config.segment_size, _aligned(self.persistent)[None]
+        first, persistent = span[0] % self.config.segment_size, aligned(self.persistent)[None]
         y, keys, values = self.attention(x, h, persistent, state.keys, state.values, first, valid)
         y = self.norm(y)
         m, memory = ask(y, state.memory)
@@ -201,9 +200,8 @@ class MemoryAsGate(SequenceLayer):
 
     def first_state(self, x: Tensor) -> WindowedState:
         """The memory that has read the persistent tokens, and an empty window."""
-        tokens = _aligned(self.persistent)[None]
-        _, memory = self.memory(tokens, self.memory.first_state(tokens), Aligned())
-        return WindowedState(_after_persistent(memory, len(x)), self.attention.first_state(x), None)
+        memory = self.memory.after(self.persistent, len(x))
+        return WindowedState(memory, self.attention.first_state(x), None)
 
     def run(
         self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
@@ -213,7 +211,7 @@ class MemoryAsGate(SequenceLayer):
         return run_checkpointed(self._run, x, state, lengths, _stride(self.config))
 
     def _run(self, x: Tensor, state: WindowedState, lengths: Tensor | None) -> tuple[Tensor, WindowedState]:
-        prefix = _aligned(self.persistent).expand(len(x), -1, -1)
+        prefix = aligned(self.persistent).expand(len(x), -1, -1)
         y, attention = self.attention(x, state.attention, Aligned(lengths), prefix)
         m, memory = self.memory(x, state.memory, Aligned(lengths))
         return self.attention.output(self.norm(y) * F.silu(m)), WindowedState(memory, attention, None)
@@ -241,8 +239,9 @@ class MemoryAsLayer(SequenceLayer):
     def __init__(self, config: MemoryAsLayerConfig) -> None:
         super().__init__()
         self.config = config
-        # What is computed again in the backward pass is this layer as a whole, not its memory once more.
-        self.memory = NeuralMemory(replace(config, checkpoint_chunks=None))
+        # What is computed again in the backward pass is this layer as a whole, and its persistent tokens are here.
+        inner = {f.name: getattr(config, f.name) for f in fields(NeuralMemoryConfig)}
+        self.memory = NeuralMemory(NeuralMemoryConfig(**inner | {"checkpoint_chunks": None, "persistent_tokens": 0}))
         self.attention = WindowAttention(_attention(config, config.window, config.rope_theta))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, config.hidden_size))
@@ -254,9 +253,9 @@ class MemoryAsLayer(SequenceLayer):
 
     def first_state(self, x: Tensor) -> WindowedState:
         """The memory that has read the persistent tokens, what it said to them, and an empty window."""
-        y, memory = self.memory(_aligned(self.persistent)[None], rows=Aligned())
+        y, memory = self.memory(aligned(self.persistent)[None], rows=Aligned())
         prefix = self.norm(y).to(x.dtype).expand(len(x), -1, -1)
-        return WindowedState(_after_persistent(memory, len(x)), self.attention.first_state(x), prefix)
+        return WindowedState(at_the_start(memory, len(x)), self.attention.first_state(x), prefix)
 
     def run(
         self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
@@ -283,16 +282,3 @@ def _windowed(state: State, name: str) -> WindowedState:
     if not isinstance(state, WindowedState):
         raise TypeError(f"{name} continues from a WindowedState, not from {type(state).__name__}")
     return state
-
-
-def _after_persistent(state: LongTermState, batch_size: int) -> LongTermState:
-    """The state of every row from that of one which has read the persistent tokens, a chunk of their own."""
-    state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
-    bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
-    position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-    return LongTermState(bank, state.conv, state.rates, position)
-
-
-def _aligned(tokens: Tensor) -> Tensor:
-    """A copy: parameters read from a file may lie at odd addresses, where matrix products round differently."""
-    return tokens.clone()

@@ -191,20 +191,24 @@ class MemoryBank(nn.Module):
             value: `[N, H, L, K]`.
             self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
         """
+        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.objective in ("l2", "dot")
+        if not compiled or (rule.online and self_targets) or not native.fits(key, weights[0]):
+            return self._lesson(rule, weights, key, value, self_targets, rule.online)
 
         def plain(key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            made = self._lesson(rule, list(weights), key, value, self_targets)
+            made = self._lesson(rule, list(weights), key, value, self_targets, online=False)
             return (*made.inputs[1:], *made.recalled, *made.gradients)
 
-        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.gradient == "chunk" and rule.objective in ("l2", "dot")
-        if compiled and native.fits(key, weights[0]):
-            shape = self._shape(rule, self_targets)
-            inputs, recalled, gradients = native.native_inner(plain, shape, key, value, weights)
-            return Lesson([key, *inputs], recalled, gradients)
-        return self._lesson(rule, weights, key, value, self_targets)
+        shape = self._shape(rule, self_targets)
+        inputs, recalled, gradients = native.native_inner(plain, shape, key, value, weights)
+        if rule.online:
+            gradients[-1] = _online_gradient(rule, key, value.unsqueeze(2))
+        return Lesson([key, *inputs], recalled, gradients)
 
-    def _lesson(self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool) -> Lesson:
-        """`lesson` out of torch's operations."""
+    def _lesson(
+        self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool, online: bool
+    ) -> Lesson:
+        """`lesson` out of torch's operations; without `online` all gradients are those of the chunk's first weights."""
         at_key = self.trace(weights, key)
         if self_targets:
             at_value = self.trace(weights, value)
@@ -212,6 +216,8 @@ class MemoryBank(nn.Module):
         else:
             target, gate_target = self.shared_target(value)
         gradients = self.gradients(rule, weights, at_key, target, gate_target)
+        if online:
+            gradients[-1] = _online_gradient(rule, key if self.depth > 1 else None, target)
         return Lesson(at_key.inputs, at_key.recalled, gradients)
 
     def trace(self, weights: list[Tensor], x: Tensor) -> Trace:
@@ -234,15 +240,13 @@ class MemoryBank(nn.Module):
     def gradients(
         self, rule: Rule, weights: list[Tensor], at_key: Trace, target: Tensor, gate_target: Tensor | None
     ) -> list[Tensor]:
-        """Gradients at every layer's output, layer 0 first, in the layout of that layer's output.
+        """Gradients at every layer's output at the given weights, layer 0 first, in the layout of that layer's output.
 
-        `target` has the layout of `at_key.output`, `gate_target` of `at_key.gates`. With rule.gradient "online" the
-        output weight's entry leaves out W x, which the write folds into the erase.
+        `target` has the layout of `at_key.output`, `gate_target` of `at_key.gates`.
         """
-        online = rule.gradient == "online"
         g = output_gradient(rule, at_key.output, target)
         if self.depth == 1:
-            return [-target.clamp(-rule.clip, rule.clip)] if online else [g]
+            return [g]
         found = [g]
         for weight, slope in zip(reversed(weights[1:]), reversed(at_key.slopes), strict=True):
             g = ((g @ weight) * slope).clamp(-rule.clip, rule.clip)
@@ -252,8 +256,6 @@ class MemoryBank(nn.Module):
             assert at_key.gates is not None
             first = torch.cat([first, output_gradient(rule, at_key.gates, gate_target)], dim=-1)
         found.reverse()
-        if online and rule.objective == "l2":
-            found[-1] = at_key.inputs[0].unsqueeze(2) - target.clamp(-rule.clip, rule.clip)
         return [first, *found]
 
     def shared_target(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -290,13 +292,12 @@ class MemoryBank(nn.Module):
         running, surprises, z = [], [], q
         for layer, (x, g) in enumerate(zip(lesson.inputs, lesson.gradients, strict=True)):
             lr, erase = rates.inner_lr[layer], None if rates.erase is None else rates.erase[layer]
-            if rule.gradient == "online" and rule.objective == "l2" and layer == self.depth - 1:
-                erase = lr if erase is None else erase + lr
+            online = rule.online and layer == self.depth - 1
             if z is not None and layer > 0:
                 z = ACTIVATIONS[self.activation](z)
             weight = state.running[layer]
             surprise = None if state.surprise is None else state.surprise[layer]
-            recalled = lesson.recalled[layer] if fresh and erase is not None else None
+            recalled = lesson.recalled[layer] if fresh and (online or erase is not None) else None
             z, after, surprise = chunk_step(
                 x,
                 g,
@@ -311,6 +312,7 @@ class MemoryBank(nn.Module):
                 # Keys have length 1; hidden activations have any length.
                 normalise=layer > 0,
                 read_before=rule.read_before,
+                online=online,
             )
             running.append(after)
             if surprise is not None:
@@ -318,6 +320,15 @@ class MemoryBank(nn.Module):
         if self.depth > 1 and z is not None and q is not None:
             z = z + q
         return z, BankState(state.start, running, surprises or None)
+
+
+def _online_gradient(rule: Rule, key: Tensor | None, target: Tensor) -> Tensor:
+    """What the gradient of an output weight is without W x, which the write adds token by token (`chunk_step`).
+
+    `key` `[N, H, L, K]` is the residual of an MLP; `target` has the layout of the output.
+    """
+    wanted = target.clamp(-rule.clip, rule.clip)
+    return -wanted if key is None else key.unsqueeze(2) - wanted
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}

@@ -16,7 +16,7 @@ class Rule:
         objective: inner loss of output y against target v. "l2" is 1/2 |y - v|^2 (NL section 8.1), "dot" is -<y, v>
             (NL Eq. 92), "lp" is 1/p |y - v|_p^p and "huber" is the Huber loss, both per coordinate (Miras).
         gradient: "chunk" takes every gradient at the chunk's first weights (NL Eq. 90); "online" takes the output
-            weight's at the token before, exactly, by folding it into the erase.
+            weight's at the token before, exactly.
         erase: delta gradient descent, the projection (I - e x x^T) (NL Eq. 56, 88).
         momentum: a surprise S that accumulates gradients (Titans Eq. 10).
         read: "token" reads the fast weights of the token itself; "chunk" those of the chunk's start (NL Eq. 90 to the
@@ -50,11 +50,6 @@ class Rule:
                 f"gradient='online' needs objective 'l2' or 'dot': the gradient of {self.objective!r} is not linear in "
                 "the fast weights, so a chunk has no closed form; use gradient='chunk'"
             )
-        if self.gradient == "online" and self.momentum:
-            raise ValueError(
-                "gradient='online' cannot have momentum: the surprise would hold gradients that depend on every weight "
-                "of the chunk, which has no closed form; use gradient='chunk'"
-            )
         if self.read == "chunk" and self.read_before:
             raise ValueError(
                 "read='chunk' reads the weights before all writes of the chunk; read_before has no meaning there"
@@ -64,6 +59,11 @@ class Rule:
         for name in ("delta", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def online(self) -> bool:
+        """Whether gradients follow the weights token by token; those of "dot" do not depend on the weights."""
+        return self.gradient == "online" and self.objective == "l2"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

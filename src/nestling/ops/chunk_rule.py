@@ -4,12 +4,21 @@ Notation (one chunk of C tokens; row t of X is x_t, of Gr is g_t): A[t, s] = pro
 likewise from b; A0[t] = prod_{r<=t} a_r, B0 likewise; D = A B; d0 = A B0; sh(.) puts row t-1 in row t. With u_t =
 W_{t-1} x_t and the erased part E_t = e_t u_t,
 
-    (I + diag(e) strictly_lower(sh(A) * X X^T)) E = e * (sh(A0) (X W_0^T) + sh(d0) (X S_0^T) - (sh(D) * X X^T) (l g))
-    W_t q_t = A0[t] W_0 q_t + d0[t] S_0 q_t - sum_r D[t,r] (x_r.q_t) l_r g_r - sum_s A[t,s] (x_s.q_t) E_s
-    W_C     = A0[C] W_0 + d0[C] S_0 - (D[C,:] * l g + A[C,:] * E)^T X
-    S_C     = B0[C] S_0 - (B[C,:] * l g)^T X
+    (I + N) U = sh(A0) (X W_0^T) + sh(d0) (X S_0^T) - (sh(D) * X X^T) (l g)
+    N[t, s]   = A[t-1, s] e_s (x_s . x_t)   for s < t
+    W_t q_t   = A0[t] W_0 q_t + d0[t] S_0 q_t - sum_r D[t,r] (x_r.q_t) l_r g_r - sum_s A[t,s] (x_s.q_t) E_s
+    W_C       = A0[C] W_0 + d0[C] S_0 - (D[C,:] * l g + A[C,:] * E)^T X
+    S_C       = B0[C] S_0 - (B[C,:] * l g)^T X
 
-Without momentum D = A, d0 = 0, and P = l g + E solves the same system with right-hand side l g + e * sh(A0) (X W_0^T).
+Without momentum D = A, d0 = 0, and P = l g + E solves (I + diag(e) strictly_lower(sh(A) * X X^T)) P = l g + e * sh(A0)
+(X W_0^T).
+
+Online gradients g_t = u_t - v_t follow the weights, as the erased part does. Without momentum l joins e, and -v takes
+the place of g. With momentum S is linear in earlier u: -v takes the place of g on the right, N gains a term,
+
+    N[t, s]   = (A[t-1, s] e_s + D[t-1, s] l_s) (x_s . x_t)   for s < t
+
+and l g = l (u - v) in what comes after.
 
 Tokens that are not there (`valid` is False) leave W and S as they are: a = b = 1, e = l = 0, and their S is not added,
 so D = A diag(valid) B and d0 = A (valid * B0).
@@ -17,11 +26,13 @@ so D = A diag(valid) B and d0 = A (valid * B0).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestling.ops import native
 
@@ -92,7 +103,7 @@ def _products(log_rate: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shift(rows: Tensor, first: float) -> Tensor:
     """Row t-1 in row t (dimension -2); row 0 holds `first`."""
-    return torch.nn.functional.pad(rows[..., :-1, :], (0, 0, 1, 0), value=first)
+    return F.pad(rows[..., :-1, :], (0, 0, 1, 0), value=first)
 
 
 @dataclass(frozen=True)
@@ -115,34 +126,45 @@ def chunk_writes(
     weight: Float[Tensor, "*batch V K"],
     surprise: Float[Tensor, "*batch V K"] | None = None,
     recalled: Float[Tensor, "*batch C V"] | None = None,
+    online_lr: Float[Tensor, "*#batch C"] | None = None,
 ) -> Writes:
-    """Solve a chunk for what its tokens erase.
+    """Solve a chunk for what its tokens erase, and for their gradients where those are online.
 
     Args:
         x: inputs of the weight.
-        step: l_t g_t.
-        erase: e_t, or None for no erase (no solve is then needed).
+        step: l_t g_t; with `online_lr` minus l_t times the target.
+        erase: e_t, or None for no erase (with given gradients no solve is then needed).
         decay: `decay_products` of the chunk.
         weight: running fast weights before the chunk's first token, W_0.
         surprise: S_0; given exactly when `decay` has momentum.
         recalled: X W_0^T if it is at hand already.
+        online_lr: l_t where gradients are online, None where they are given.
     """
-    if erase is None:
+    if decay.inner_momentum is None and online_lr is not None:
+        erase = online_lr if erase is None else erase + online_lr
+    if erase is None and online_lr is None:
         return Writes(x, step, None)
     gram = x @ x.mT
-    e = erase[..., None]
-    system = (_shift(decay.inner, 0.0) * gram) * e
     if recalled is None:
         recalled = x @ weight.mT
     start = _shift(decay.start[..., None], 1.0)
+    inner = _shift(decay.inner, 0.0) * gram
     if decay.inner_momentum is None:
-        right = torch.addcmul(step, e * start, recalled)
-        return Writes(x, solve_unit_lower(system, right), None)
+        assert erase is not None
+        e = erase[..., None]
+        return Writes(x, solve_unit_lower(inner * e, torch.addcmul(step, e * start, recalled)), None)
     assert surprise is not None and decay.start_momentum is not None
+    pushed = _shift(decay.inner_momentum, 0.0) * gram
     from_momentum = _shift(decay.start_momentum[..., None], 0.0) * (x @ surprise.mT)
-    from_steps = (_shift(decay.inner_momentum, 0.0) * gram) @ step
-    right = e * (torch.addcmul(from_momentum, start, recalled) - from_steps)
-    return Writes(x, step, solve_unit_lower(system, right))
+    right = torch.addcmul(from_momentum, start, recalled) - pushed @ step
+    system = None if erase is None else inner * erase[..., None, :]
+    if online_lr is not None:
+        follows = pushed * online_lr[..., None, :]
+        system = follows if system is None else system + follows
+    assert system is not None
+    before = solve_unit_lower(system, right)
+    erased = None if erase is None else erase[..., None] * before
+    return Writes(x, step if online_lr is None else torch.addcmul(step, online_lr[..., None], before), erased)
 
 
 def solve_unit_lower(strictly_lower: Tensor, right: Tensor) -> Tensor:
@@ -219,25 +241,22 @@ def chunk_scan(
     """The rule over a whole sequence when x, g and the rates do not depend on the fast weights.
 
     Arguments and results as `ops.reference.token_rule`, with logarithms of a and b. With `online`, g is minus the
-    target and l joins the erase, which gives the token-by-token update for every chunk size; momentum then has no
-    closed form. `schedule="parallel"` solves all chunks at once and carries only one product per chunk;
-    `"sequential"` runs one chunk after the other and needs less memory. None takes compiled code where there is some
-    (on CPUs, without momentum), else "parallel".
+    target, and the result is the token-by-token update for every chunk size. `schedule="parallel"` solves all chunks
+    at once and carries only one product per chunk; `"sequential"` runs one chunk after the other and needs less memory.
+    None takes compiled code where there is some (on CPUs, without momentum), else "parallel".
 
     Raises:
-        ValueError: `online` with momentum, surprise without momentum, an unknown schedule, or a chunk below 1.
+        ValueError: surprise without momentum, an unknown schedule, or a chunk below 1.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    if online and log_momentum is not None:
-        raise ValueError("online gradients with momentum have no closed form: the momentum would have to carry W")
     if surprise is not None and log_momentum is None:
         raise ValueError("a surprise needs log_momentum: without momentum it never reaches the weights")
     if schedule not in (None, "parallel", "sequential"):
         raise ValueError(f"schedule is 'parallel', 'sequential' or None, not {schedule!r}")
     tokens = x.shape[:-1]
     rate = torch.ones_like(x[..., 0]) if inner_lr is None else inner_lr.expand(tokens)
-    if online:
+    if online and log_momentum is None:
         erase = rate if erase is None else erase + rate
     erase = None if erase is None else erase.expand(tokens)
     log_a = torch.zeros_like(rate) if log_retention is None else log_retention.expand(tokens)
@@ -249,7 +268,8 @@ def chunk_scan(
     def plain(
         x: Tensor, g: Tensor, rate: Tensor, erase: Tensor | None, log_a: Tensor, q: Tensor, weight: Tensor
     ) -> _Scanned:
-        known = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum)
+        online_lr = rate if online and log_momentum is not None else None
+        known = _Tokens(x, rate[..., None] * g, q, erase, log_a, log_momentum, online_lr)
         scan = _scan_sequential if schedule == "sequential" else _scan_parallel
         return scan(known, weight, surprise, chunk_size, read_before)
 
@@ -263,7 +283,7 @@ def chunk_scan(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the scan needs of every token: inputs, steps l g, queries, e and the logarithms of a and b."""
+    """What the scan needs of every token: inputs, steps l g, queries, e, the logarithms of a and b, online l."""
 
     x: Tensor
     step: Tensor
@@ -271,21 +291,24 @@ class _Tokens:
     erase: Tensor | None
     log_a: Tensor
     log_b: Tensor | None
+    online_lr: Tensor | None
 
     def part(self, t: slice) -> _Tokens:
         """Tokens `t` of all."""
-        erase, log_b = (None if r is None else r[..., t] for r in (self.erase, self.log_b))
-        return _Tokens(self.x[..., t, :], self.step[..., t, :], self.q[..., t, :], erase, self.log_a[..., t], log_b)
+        return self._each(lambda rows: rows[..., t, :])
 
     def fold(self, size: int) -> _Tokens:
         """All tokens as `[..., chunks, size, D]`, zeros after the last."""
+        return self._each(lambda rows: F.pad(rows, (0, 0, 0, -rows.shape[-2] % size)).unflatten(-2, (-1, size)))
 
-        def rows(t: Tensor) -> Tensor:
-            return torch.nn.functional.pad(t, (0, 0, 0, -t.shape[-2] % size)).unflatten(-2, (-1, size))
-
-        erase, log_b = (None if r is None else rows(r[..., None])[..., 0] for r in (self.erase, self.log_b))
-        log_a = rows(self.log_a[..., None])[..., 0]
-        return _Tokens(rows(self.x), rows(self.step), rows(self.q), erase, log_a, log_b)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _Tokens:
+        """`change` of everything, as rows `[..., T, D]`."""
+        e, log_a, log_b, lr = (
+            None if rate is None else change(rate[..., None])[..., 0]
+            for rate in (self.erase, self.log_a, self.log_b, self.online_lr)
+        )
+        assert log_a is not None
+        return _Tokens(change(self.x), change(self.step), change(self.q), e, log_a, log_b, lr)
 
 
 def _scan_sequential(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, size: int, before: bool) -> _Scanned:
@@ -293,10 +316,14 @@ def _scan_sequential(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, s
     for at in range(0, tokens.x.shape[-2], size):
         chunk = tokens.part(slice(at, at + size))
         decay = decay_products(chunk.log_a, chunk.log_b)
-        writes = chunk_writes(chunk.x, chunk.step, chunk.erase, decay, weight, surprise)
+        writes = _writes(chunk, chunk.step, decay, weight, surprise)
         outputs.append(chunk_read(chunk.q, writes, decay, weight, surprise, before))
         weight, surprise = chunk_advance(writes, decay, weight, surprise)
     return torch.cat(outputs, dim=-2), weight, surprise
+
+
+def _writes(chunk: _Tokens, step: Tensor, decay: Decay, weight: Tensor, surprise: Tensor | None) -> Writes:
+    return chunk_writes(chunk.x, step, chunk.erase, decay, weight, surprise, online_lr=chunk.online_lr)
 
 
 def _scan_parallel(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, size: int, before: bool) -> _Scanned:
@@ -317,23 +344,26 @@ def _scan_parallel(tokens: _Tokens, weight: Tensor, surprise: Tensor | None, siz
     zero = chunks.x.new_zeros(*chunks.x.shape[:-2], weight.shape[-2], weight.shape[-1])
     off_w, off_s = _response(chunks, chunks.step, decay, zero, None if surprise is None else zero)
     no_step = torch.zeros_like(chunks.x)
-    w_to_w, _ = _response(chunks, no_step, decay, eye, None if surprise is None else torch.zeros_like(eye))
+    w_to_w, w_to_s = _response(chunks, no_step, decay, eye, None if surprise is None else torch.zeros_like(eye))
     s_to_w = s_to_s = None
     if surprise is not None:
         s_to_w, s_to_s = _response(chunks, no_step, decay, torch.zeros_like(eye), eye)
 
     starts_w, starts_s = [], []
     for n in range(chunks.x.shape[-3]):
-        starts_w.append(weight)
-        weight = weight @ w_to_w[..., n, :, :] + off_w[..., n, :, :]
+        first = weight
+        starts_w.append(first)
+        weight = first @ w_to_w[..., n, :, :] + off_w[..., n, :, :]
         if surprise is not None:
-            assert s_to_w is not None and s_to_s is not None and off_s is not None
+            assert w_to_s is not None and s_to_w is not None and s_to_s is not None and off_s is not None
             starts_s.append(surprise)
             weight = weight + surprise @ s_to_w[..., n, :, :]
             surprise = surprise @ s_to_s[..., n, :, :] + off_s[..., n, :, :]
+            if chunks.online_lr is not None:
+                surprise = surprise + first @ w_to_s[..., n, :, :]
     w0 = torch.stack(starts_w, dim=-3)
     s0 = torch.stack(starts_s, dim=-3) if starts_s else None
-    writes = chunk_writes(chunks.x, chunks.step, chunks.erase, decay, w0, s0)
+    writes = _writes(chunks, chunks.step, decay, w0, s0)
     y = chunk_read(chunks.q, writes, decay, w0, s0, before)
     return y.flatten(-3, -2)[..., :time, :], weight, surprise
 
@@ -342,4 +372,4 @@ def _response(
     chunks: _Tokens, step: Tensor, decay: Decay, weight: Tensor, surprise: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(W_C, S_C) of every chunk from the given (W_0, S_0) and steps."""
-    return chunk_advance(chunk_writes(chunks.x, step, chunks.erase, decay, weight, surprise), decay, weight, surprise)
+    return chunk_advance(_writes(chunks, step, decay, weight, surprise), decay, weight, surprise)

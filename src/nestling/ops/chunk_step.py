@@ -41,12 +41,13 @@ def chunk_step(
     answers: int = 0,
     normalise: bool = False,
     read_before: bool = False,
+    online: bool = False,
 ) -> tuple[Float[Tensor, "*batch C Q"] | None, Tensor, Tensor | None]:
     """Write a chunk into a memory, or into M that share their rates, and read the (first) one at q.
 
     Args:
         x: inputs of the weight; `stack` is `batch`, and M after it where there are M memories.
-        g: gradients at its output.
+        g: gradients at its output; with `online` minus the targets.
         inner_lr: l_t; 0 at tokens that are not there.
         erase: e_t, or None for no erase; 0 at tokens that are not there.
         decay: of the chunk.
@@ -57,12 +58,15 @@ def chunk_step(
         answers: outputs that are read, from the first.
         normalise: divide l_t and e_t by max(1, |x_t|^2), which keeps the erase a contraction for inputs of any length.
         read_before: every token reads the weights before its own write.
+        online: the gradient is W_{t-1} x_t + g_t, taken token by token.
 
     Returns:
         The answers (None without q), and weight and surprise after the chunk.
     """
+    if online and decay.log_momentum is None:
+        erase, online = inner_lr if erase is None else erase + inner_lr, False
     rates = (inner_lr, erase, decay.log_retention, decay.log_momentum, decay.valid)
-    options = (answers, normalise, read_before)
+    options = (answers, normalise, read_before, online)
     if native.fits(x, weight):
         return native.native_chunk(_plain, (x, g, *rates, weight, surprise, recalled, q), options)
     return _step(x, g, inner_lr, erase, decay, weight, surprise, recalled, q, *options)
@@ -94,6 +98,7 @@ def _step(
     answers: int,
     normalise: bool,
     read_before: bool,
+    online: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`chunk_step` out of torch's operations."""
     several = x.dim() > inner_lr.dim() + 1
@@ -103,7 +108,7 @@ def _step(
     if normalise:
         power = x.square().sum(-1).clamp_min(1.0).reciprocal()
         lr, e = lr * power, None if e is None else e * power
-    writes = chunk_writes(x, lr.unsqueeze(-1) * g, e, shared, weight, surprise, recalled)
+    writes = chunk_writes(x, lr.unsqueeze(-1) * g, e, shared, weight, surprise, recalled, lr if online else None)
     y = None
     if q is not None:
         own, first, first_s = writes, weight, surprise

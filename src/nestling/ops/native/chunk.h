@@ -14,12 +14,12 @@
 template <class T>
 struct ChunkArguments {
     int64_t problems, memories, C, K, V, Q;  // Q: outputs of the first memory that are read
-    int64_t normalise, before, threads;
+    int64_t normalise, before, online, threads;  // online: gradients are g + W_{t-1} x_t; only with momentum
     const T *x, *g, *lr, *erase, *log_a, *log_b;
     const uint8_t* valid;
     const T *W, *S, *recalled, *q;
     T *y, *W2, *S2;        // results
-    T* E;                  // kept for the backward pass: e u, or with no momentum P
+    T* kept;               // for the backward pass: u, or with no momentum P
     const T *dy, *dW2, *dS2;
     T *dx, *dg, *dlr, *derase, *dlog_a, *dlog_b, *dW, *dS, *drecalled, *dq;
 };
@@ -35,7 +35,7 @@ template <class T>
 struct Chunk {
     const ChunkArguments<T>& s;
     int64_t C, K, V, Q, b, m, bm;
-    bool momentum, erases, reads;
+    bool momentum, erases, online, solves, reads;
     const T *x, *g, *W, *S, *q;
     T *a, *bt, *A0, *B0, *d0, *lr, *e, *power;
     T *A, *B, *D, *P, *G, *Xt, *Mq;
@@ -44,6 +44,7 @@ struct Chunk {
         C = s.C, K = s.K, V = s.V, Q = s.Q;
         bm = index, b = index / s.memories, m = index % s.memories;
         momentum = s.log_b, erases = s.erase, reads = s.q && m == 0;
+        online = s.online && momentum, solves = erases || online;
         x = s.x + bm * C * K, g = s.g + bm * C * V, W = s.W + bm * V * K;
         S = momentum ? s.S + bm * V * K : nullptr;
         q = reads ? s.q + b * C * K : nullptr;
@@ -54,8 +55,8 @@ struct Chunk {
         rates();
         decay();
         for (int64_t t = 0; t < C; t++) scaled(P + t * V, lr[t], g + t * V, V);
-        if (erases || reads) transpose(x, K, C, K, Xt);
-        if (erases) matmul<T>({x, K, 1}, {Xt, C}, G, C, C, C, K, {.out_lower = true});
+        if (solves || reads) transpose(x, K, C, K, Xt);
+        if (solves) matmul<T>({x, K, 1}, {Xt, C}, G, C, C, C, K, {.out_lower = true});
         if (reads) matmul<T>({q, K, 1}, {Xt, C}, Mq, C, C, C, K, {.out_lower = true});
     }
 
@@ -101,10 +102,31 @@ struct Chunk {
         }
     }
 
-    // L of the triangular system, L[t, r] = e_t A[t-1, r] G[t, r].
+    // N of the triangular system: e_t A[t-1, r] G[t, r], with momentum (A[t-1, r] e_r + D[t-1, r] l_r) G[t, r], where the
+    // second term is that of online gradients.
     void system(T* out) const {
         masked(out, A, G, 1);
-        for (int64_t t = 0; t < C; t++) scaled(out + t * C, e[t], out + t * C, t);
+        for (int64_t t = 0; t < C; t++) {
+            if (!momentum) {
+                scaled(out + t * C, e[t], out + t * C, t);
+                continue;
+            }
+            const T *before = D + (t - 1) * C, *with = G + t * C;
+            T* o = out + t * C;
+#pragma omp simd
+            for (int64_t r = 0; r < t; r++) o[r] *= e[r];
+            if (!online) continue;
+#pragma omp simd
+            for (int64_t r = 0; r < t; r++) o[r] += before[r] * lr[r] * with[r];
+        }
+    }
+
+    // From u: what is erased, E = e u, and with online gradients the whole steps, P = l (g + u).
+    void known(const T* u, T* E) {
+        for (int64_t t = 0; t < C; t++) {
+            scaled(E + t * V, e[t], u + t * V, V);
+            if (online) add_scaled(P + t * V, lr[t], u + t * V, V);
+        }
     }
 
     // rows[t - lag], or `first` where there is no such row.

@@ -13,21 +13,21 @@ from nestling.ops.native.second_order import through_torch
 
 # Fields of ChunkArguments, in the order in which `native_chunk` has the tensors.
 INPUTS = ("x", "g", "lr", "erase", "log_a", "log_b", "valid", "W", "S", "recalled", "q")
-RESULTS = ("y", "W2", "S2", "E")
+RESULTS = ("y", "W2", "S2", "kept")
 GRADIENTS = tuple(f"d{name}" for name in INPUTS if name != "valid")
 
 Result = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def native_chunk(
-    plain: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[int, bool, bool]
+    plain: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[int, bool, bool, bool]
 ) -> Result:
     """`ops.chunk_step.chunk_step`.
 
     Args:
         plain: the same out of torch's operations, with the tensors and then the options as arguments.
         tensors: x, g, l, e, log a, log b, valid, weight, surprise, X W_0^T, q.
-        options: answers, normalise, read_before.
+        options: answers, normalise, read_before, online.
     """
     found: Result = _Chunk.apply(plain, *tensors, options)  # type: ignore[no-untyped-call]
     return found
@@ -36,7 +36,7 @@ def native_chunk(
 class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Result:
-        options: tuple[int, bool, bool]
+        options: tuple[int, bool, bool, bool]
         plain, *tensors, options = arguments
         batch = tensors[2].shape[:-1]
         inputs: list[Any] = [None if t is None else _whole(t, batch) for t in tensors]
@@ -44,7 +44,7 @@ class _Chunk(torch.autograd.Function):
         stack = x.shape[len(batch) : -2]
         memories = stack.numel()
         _check(inputs, batch, stack, options[0])
-        answers, normalise, before = options
+        answers, normalise, before, online = options
         numbers = {
             "problems": batch.numel(),
             "memories": memories,
@@ -54,6 +54,7 @@ class _Chunk(torch.autograd.Function):
             "Q": answers,
             "normalise": normalise,
             "before": before,
+            "online": online,
             "threads": torch.get_num_threads(),
         }
 
@@ -88,7 +89,7 @@ class _Chunk(torch.autograd.Function):
         ]
         coming = [None if t is None else t.contiguous() for t in upstream]
         # Nothing reads the results again.
-        arguments = ctx.numbers | dict(zip(INPUTS, inputs, strict=True)) | dict.fromkeys(RESULTS) | {"E": kept}
+        arguments = ctx.numbers | dict(zip(INPUTS, inputs, strict=True)) | dict.fromkeys(RESULTS) | {"kept": kept}
         arguments |= dict(zip(("dy", "dW2", "dS2"), coming, strict=True)) | dict(zip(GRADIENTS, found, strict=True))
         call("chunk", weight.dtype, True, arguments)
         dx, dg, *rates, d_weight, d_surprise, d_recalled, dq = found

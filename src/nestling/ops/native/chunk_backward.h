@@ -9,18 +9,23 @@ struct Backward {
     Chunk<T> c;
     const ChunkArguments<T>& s;
     const int64_t C, K, V, Q;
-    const T* E;
+    const T *kept, *E;
     T *dx, *dP, *dE, *dW, *dS, *dA, *dB, *dD, *dA0, *dB0, *dd0, *de, *work, *work2, *rows, *rows2, *back, *wide;
 
     Backward(const ChunkArguments<T>& args, int64_t index, Scratch<T>& mem)
         : c(args, index, mem), s(args), C(args.C), K(args.K), V(args.V), Q(args.Q) {
-        E = s.E + c.bm * C * V;
+        E = kept = s.kept + c.bm * C * V;
         dx = s.dx + c.bm * C * K, dW = s.dW + c.bm * V * K, dS = c.momentum ? s.dS + c.bm * V * K : nullptr;
         dP = s.dg + c.bm * C * V;  // becomes dg at the end
         dE = mem.take(C * V), rows = mem.take(C * V), rows2 = mem.take(C * V), back = mem.take(C * K);
         wide = mem.take((C > V ? C : V) * (K > V ? K : V));
         work = mem.take(C * C), work2 = mem.take(C * C);
         dA = zeros(mem, C * C), dB = zeros(mem, C * C), dD = zeros(mem, C * C);
+        if (c.momentum) {
+            T* erased = mem.take(C * V);
+            c.known(kept, erased);
+            E = erased;
+        }
         dA0 = zeros(mem, C), dB0 = zeros(mem, C), dd0 = zeros(mem, C), de = zeros(mem, C);
     }
 
@@ -90,24 +95,26 @@ struct Backward {
         }
     }
 
-    // One of the two sums of a read, y -= (F * Mq) Z with F = A or D: dF, dZ and the part of d(Mq), left in `match`.
-    void read_sum(const T* dy, const T* Z, const T* factor, T* dfactor, T* dZ, T* match, bool add) {
-        const int64_t lag = s.before ? 1 : 0;
-        transpose(Z, V, C, Q, wide);
-        matmul<T>({dy, Q, 1}, {wide, C}, work, C, C, C, Q, {.out_lower = true, .negate = true});
+    // One of the two sums of a read, y -= (F * M) Z with F = A or D: dF, dZ and the part of dM, left in `dmatch`.
+    void read_sum(
+        const T* dy, int64_t out, const T* match, int64_t lag, const T* Z, const T* factor, T* dfactor, T* dZ, T* dmatch,
+        bool add
+    ) {
+        transpose(Z, V, C, out, wide);
+        matmul<T>({dy, out, 1}, {wide, C}, work, C, C, C, out, {.out_lower = true, .negate = true});
         for (int64_t t = 0; t < C; t++) {
             const int64_t n = t + 1 - lag;
-            const T *f = factor + (t - lag) * C, *d = work + t * C, *mq = c.Mq + t * C;
-            T *df = dfactor + (t - lag) * C, *o = match + t * C;
+            const T *f = factor + (t - lag) * C, *d = work + t * C, *with = match + t * C;
+            T *df = dfactor + (t - lag) * C, *o = dmatch + t * C;
             if (!add) zero(o, C);
 #pragma omp simd
             for (int64_t r = 0; r < n; r++) {
-                df[r] += d[r] * mq[r];
+                df[r] += d[r] * with[r];
                 o[r] += d[r] * f[r];
             }
         }
-        c.masked(work, factor, c.Mq, lag);
-        matmul<T>({work, 1, C}, {dy, Q}, dZ, V, C, Q, C, {.upper = true, .negate = true, .add = true});
+        c.masked(work, factor, match, lag);
+        matmul<T>({work, 1, C}, {dy, out}, dZ, V, C, out, C, {.upper = true, .negate = true, .add = true});
     }
 
     void read() {
@@ -118,8 +125,8 @@ struct Backward {
         start_term(dy, Q, c.q, dq, nullptr, c.A0, dA0, T(1), lag, c.W, dW);
         if (c.momentum) start_term(dy, Q, c.q, dq, nullptr, c.d0, dd0, T(0), lag, c.S, dS);
         bool both = c.momentum && c.erases;
-        if (c.momentum) read_sum(dy, c.P, c.D, dD, dP, work2, false);
-        if (c.erases || !c.momentum) read_sum(dy, E, c.A, dA, dE, work2, both);
+        if (c.momentum) read_sum(dy, Q, c.Mq, lag, c.P, c.D, dD, dP, work2, false);
+        if (c.erases || !c.momentum) read_sum(dy, Q, c.Mq, lag, E, c.A, dA, dE, work2, both);
         matmul<T>({work2, C, 1}, {c.x, K}, dq, K, C, K, C, {.lower = true, .add = true});
         matmul<T>({work2, 1, C}, {c.q, K}, dx, K, C, K, C, {.upper = true, .add = true});
     }
@@ -141,12 +148,12 @@ struct Backward {
         matmul<T>({rows, 1, out}, {in, K}, dweight, K, out, K, C, {.add = true});
     }
 
-    // The triangular solve and its right-hand side; leaves d(l g) of the direct path in dP.
-    void erase() {
+    // P from the triangular solve, with no momentum; leaves d(l g) of the direct path in dP.
+    void solve() {
         c.system(work);
         solve_unit_lower_transposed(work, dE, C, V);
-        if (!c.momentum) add_scaled(dP, T(1), dE, C * V);
-        // dL = -dE E^T; L = e * sh(A) * G.
+        add_scaled(dP, T(1), dE, C * V);
+        // dN = -dE E^T; N = e * sh(A) * G.
         transpose(E, V, C, V, wide);
         matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
         T* dG = work;
@@ -163,48 +170,49 @@ struct Backward {
             de[t] += sum;
             zero(o + t, C - t);
         }
-        right_side(dG);
-        matmul<T>({dG, C, 1}, {c.x, K}, dx, K, C, K, C, {.lower = true, .add = true});
-        matmul<T>({dG, 1, C}, {c.x, K}, dx, K, C, K, C, {.upper = true, .add = true});
+        from_start(dE, c.e);
+        at_gram(dG);
     }
 
-    // right = e * (sh(A0) R + sh(d0) X S^T - (sh(D) * G) P), R = X W^T; dE is the gradient of `right`.
-    void right_side(T* dG) {
-        if (s.drecalled) {
-            recalled();
-        } else {
-            start_term(dE, V, c.x, dx, c.e, c.A0, dA0, T(1), 1, c.W, dW);
+    // u with momentum, u = sh(A0) X W^T + sh(d0) X S^T - (sh(D) * G) P - (sh(A) * G) E, where E = e u and, online,
+    // P = l (g + u). The solve gives du; then everything but u itself is a sum of a read.
+    void solve_with_momentum() {
+        T* du = rows2;
+        for (int64_t t = 0; t < C; t++) {
+            scaled(du + t * V, c.e[t], dE + t * V, V);
+            if (c.online) add_scaled(du + t * V, c.lr[t], dP + t * V, V);
         }
-        if (!c.momentum) return;
-        start_term(dE, V, c.x, dx, c.e, c.d0, dd0, T(0), 1, c.S, dS);
-        transpose(c.P, V, C, V, wide);
-        matmul<T>({dE, V, 1}, {wide, C}, work2, C, C, C, V, {.out_lower = true, .negate = true});
-        for (int64_t t = 1; t < C; t++) {
-            const T e = c.e[t], *d = work2 + t * C, *before = c.D + (t - 1) * C, *gram = c.G + t * C;
-            T sum = 0, *o = dG + t * C, *dd = dD + (t - 1) * C;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t r = 0; r < t; r++) {
-                sum += d[r] * before[r] * gram[r];
-                o[r] += e * d[r] * before[r];
-                dd[r] += e * d[r] * gram[r];
-            }
-            de[t] += sum;
-        }
-        c.masked(work2, c.D, c.G, 1);
-        for (int64_t t = 0; t < C; t++) scaled(work2 + t * C, c.e[t], work2 + t * C, t);
-        matmul<T>({work2, 1, C}, {dE, V}, dP, V, C, V, C, {.upper = true, .negate = true, .add = true});
+        c.system(work);
+        solve_unit_lower_transposed(work, du, C, V);
+        read_sum(du, V, c.G, 1, c.P, c.D, dD, dP, work2, false);
+        if (c.erases) read_sum(du, V, c.G, 1, E, c.A, dA, dE, work2, true);
+        for (int64_t t = 0; t < C; t++) de[t] += dot(kept + t * V, dE + t * V, V);
+        from_start(du, nullptr);
+        start_term(du, V, c.x, dx, nullptr, c.d0, dd0, T(0), 1, c.S, dS);
+        at_gram(work2);
     }
 
-    // R is at hand, and what it comes from is somebody else's.
-    void recalled() {
+    // z = e * sh(A0) * R, R = X W^T, with e = 1 where it is null, from dz.
+    void from_start(const T* dz, const T* e) {
+        if (!s.drecalled) {
+            start_term(dz, V, c.x, dx, e, c.A0, dA0, T(1), 1, c.W, dW);
+            return;
+        }
+        // R is at hand, and what it comes from is somebody else's.
         const T* R = s.recalled + c.bm * C * V;
         T* d = s.drecalled + c.bm * C * V;
         for (int64_t t = 0; t < C; t++) {
-            const T along = dot(R + t * V, dE + t * V, V), start = c.shifted(c.A0, t, 1, T(1));
-            if (t) dA0[t - 1] += c.e[t] * along;
-            de[t] += start * along;
-            scaled(d + t * V, c.e[t] * start, dE + t * V, V);
+            const T along = dot(R + t * V, dz + t * V, V), start = c.shifted(c.A0, t, 1, T(1)), scale = e ? e[t] : T(1);
+            if (t) dA0[t - 1] += scale * along;
+            if (e) de[t] += start * along;
+            scaled(d + t * V, scale * start, dz + t * V, V);
         }
+    }
+
+    // G = X X^T, of which only what lies below the diagonal is used.
+    void at_gram(const T* dG) {
+        matmul<T>({dG, C, 1}, {c.x, K}, dx, K, C, K, C, {.lower = true, .add = true});
+        matmul<T>({dG, 1, C}, {c.x, K}, dx, K, C, K, C, {.upper = true, .add = true});
     }
 
     void decay() {
@@ -239,6 +247,7 @@ struct Backward {
     void rates() {
         for (int64_t t = 0; t < C; t++) {
             T dlr = dot(dP + t * V, c.g + t * V, V);
+            if (c.online) dlr += dot(dP + t * V, kept + t * V, V);
             s.dlr[c.bm * C + t] = dlr * c.power[t];
             if (c.erases) s.derase[c.bm * C + t] = de[t] * c.power[t];
             scaled(dP + t * V, c.lr[t], dP + t * V, V);
@@ -251,9 +260,11 @@ struct Backward {
     void run() {
         advance();
         if (c.reads && s.dy) read();
-        if (c.erases) {
-            erase();
-        } else if (!c.momentum) {
+        if (c.momentum) {
+            if (c.solves) solve_with_momentum();
+        } else if (c.erases) {
+            solve();
+        } else {
             add_scaled(dP, T(1), dE, C * V);
         }
         decay();

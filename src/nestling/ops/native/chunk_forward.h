@@ -7,28 +7,29 @@ template <class T>
 void chunk_forward(const ChunkArguments<T>& s, int64_t index, Scratch<T>& mem) {
     Chunk<T> c(s, index, mem);
     const int64_t C = c.C, K = c.K, V = c.V, Q = c.Q, lag = s.before ? 1 : 0;
-    T* E = s.E + c.bm * C * V;
+    T* kept = s.kept + c.bm * C * V;
     T *Wt = mem.take(K * V), *St = mem.take(K * V), *work = mem.take(C * C), *tot = mem.take(C * V);
     T *product = mem.take(C * V), *past = mem.take(C * V);
     const T* recalled = s.recalled ? s.recalled + c.bm * C * V : product;
-    if ((c.erases && !s.recalled) || c.reads) transpose(c.W, K, V, K, Wt);
-    if (c.momentum && (c.erases || c.reads)) transpose(c.S, K, V, K, St);
+    if ((c.solves && !s.recalled) || c.reads) transpose(c.W, K, V, K, Wt);
+    if (c.momentum && (c.solves || c.reads)) transpose(c.S, K, V, K, St);
 
-    if (c.erases) {
+    const T* E = kept;
+    if (c.solves) {
         if (!s.recalled) matmul<T>({c.x, K, 1}, {Wt, V}, product, V, C, V, K, {});
         if (c.momentum) {
             matmul<T>({c.x, K, 1}, {St, V}, past, V, C, V, K, {});
             c.masked(work, c.D, c.G, 1);
-            matmul<T>({work, C, 1}, {c.P, V}, E, V, C, V, C, {.lower = true, .negate = true});
+            matmul<T>({work, C, 1}, {c.P, V}, kept, V, C, V, C, {.lower = true, .negate = true});
         }
         for (int64_t t = 0; t < C; t++) {
             T start = c.shifted(c.A0, t, 1, T(1)), start_m = c.momentum ? c.shifted(c.d0, t, 1, T(0)) : T(0);
             const T e = c.e[t], *recall = recalled + t * V;
-            T* o = E + t * V;
+            T* o = kept + t * V;
             if (c.momentum) {
                 const T* pushed = past + t * V;
 #pragma omp simd
-                for (int64_t v = 0; v < V; v++) o[v] = e * (start * recall[v] + o[v] + start_m * pushed[v]);
+                for (int64_t v = 0; v < V; v++) o[v] += start * recall[v] + start_m * pushed[v];
             } else {
                 const T* step = c.P + t * V;
 #pragma omp simd
@@ -36,11 +37,15 @@ void chunk_forward(const ChunkArguments<T>& s, int64_t index, Scratch<T>& mem) {
             }
         }
         c.system(work);
-        solve_unit_lower(work, E, C, V);
+        solve_unit_lower(work, kept, C, V);
+        if (c.momentum) {
+            c.known(kept, product);
+            E = product;
+        }
     } else if (c.momentum) {
-        zero(E, C * V);
+        zero(kept, C * V);
     } else {
-        std::copy(c.P, c.P + C * V, E);
+        std::copy(c.P, c.P + C * V, kept);
     }
 
     if (c.reads) {

@@ -169,7 +169,7 @@ struct LoopChunk {
         a.log_b = s.momentum ? s.log_b + at : nullptr;
         a.W = k.W[l], a.S = k.S[l], a.recalled = s.fresh(n) && s.erases() ? k.recalled[l] : nullptr;
         a.q = l ? k.query[l] : vectors(q_role), a.y = l < s.layers - 1 ? k.answer[l] : s.y + at * s.K;
-        a.E = k.E[l];
+        a.kept = k.E[l];
         return a;
     }
 };

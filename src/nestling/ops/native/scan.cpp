@@ -27,7 +27,7 @@ struct ScanArguments {
         a.lr = lr + at, a.erase = erase ? erase + at : nullptr, a.log_a = log_a + at;
         T* weights = starts + (i * chunks() + n) * V * K;
         a.W = weights, a.W2 = n + 1 < chunks() ? weights + V * K : last + i * V * K;
-        a.y = y + at * V, a.E = E + at * V;
+        a.y = y + at * V, a.kept = E + at * V;
         return a;
     }
 };
