@@ -112,6 +112,28 @@ def test_generate_goes_on_from_a_state(place: Path, capsys: pytest.CaptureFixtur
     assert "state after 20 tokens" in capsys.readouterr().err
 
 
+def test_blocks_run_as_often_as_is_said(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From no state, and then from the state as it was made."""
+    run, text = str(place / "run"), str(place / "text.txt")
+    once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
+    quiet = ["--prompt", "It was", "--max-new-tokens", "4", "--temperature", "0"]
+    assert main(["generate", run, *quiet, "--save-state", once]) == 0
+    assert main(["generate", run, *quiet, "--save-state", twice, "--loops", "2"]) == 0
+    assert Path(twice).stat().st_size > 1.5 * Path(once).stat().st_size
+    assert main(["generate", run, *quiet, "--state", twice]) == 0
+    assert main(["generate", run, *quiet, "--state", twice, "--loops", "2"]) == 0
+    wrong = fails(capsys, "generate", run, *quiet, "--state", twice, "--loops", "3")
+    assert "--loops 3: the state was made with 2, and goes on so; leave --loops out" in wrong
+    capsys.readouterr()
+    losses = []
+    for loops in ("1", "2"):
+        assert main(["evaluate", run, "--data", text, "--json", "--loops", loops]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+        assert main(["read", run, text, "--loops", loops]) == 0
+        assert "tokens read" in capsys.readouterr().out
+    assert losses[0] != losses[1]
+
+
 def test_sampling_repeats_with_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(seed: str) -> str:
         assert main(["generate", str(place / "run"), "--max-new-tokens", "30", "--seed", seed]) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_attention_and_recurrence_of_others_are_found() -> None:
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
 
     assert {c.kind for c in inspect(LinearAttention()).components} == {"parameters"}
+
+
+@pytest.mark.parametrize("preset", list(presets.PRESETS))
+def test_every_loop_has_levels_of_its_own(preset: str) -> None:
+    """Blocks that run three times have three times the fast levels, each loop's behind those of the loop before."""
+    once, thrice = inspect(tiny(preset)), inspect(tiny(preset, loops=3))
+    fast, memories = (
+        {c.name: s.level_of(c.name) for c in s.components if c.kind in ("attention", "fast weights")}
+        for s in (once, thrice)
+    )
+    assert set(memories) == {f"{name} (loop {i})" for name in fast for i in (1, 2, 3)}
+    for name, other in itertools.product(fast, fast):
+        first, second = f"{name} (loop 1)", f"{other} (loop 2)"
+        if component(once, name).frequency == component(once, other).frequency:
+            assert memories[first] < memories[second] < memories[f"{name} (loop 3)"]
+    read = {name for name in fast if not component(once, name).feeds}
+    for place in (1, 2):
+        pairs = {(f"{a} (loop {place})", f"{b} (loop {place + 1})") for a in read for b in fast}
+        assert pairs <= moves(thrice, "parametric")
+    assert component(thrice, f"{name} (loop 2)").state == component(once, name).state
+    parameters = [sum(c.parameters for c in s.components) for s in (once, thrice)]
+    assert parameters[0] == parameters[1]
 
 
 @pytest.mark.parametrize("preset", list(presets.PRESETS))

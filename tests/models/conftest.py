@@ -38,6 +38,10 @@ def small_config(preset: str, **overrides: Any) -> NestlingConfig:
     return presets.PRESETS[preset]("tiny", **settings)
 
 
+LOOPED = pytest.mark.parametrize("loops", [1, 2], indirect=True, ids=["once", "looped"])
+"""For tests of what holds whether the blocks run once or several times."""
+
+
 @pytest.fixture(params=SMALL)
 def preset(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -54,15 +58,22 @@ def small_model(preset: str, **overrides: Any) -> NestlingForCausalLM:
 
 
 @pytest.fixture
-def make(preset: str) -> Callable[..., NestlingForCausalLM]:
+def loops(request: pytest.FixtureRequest) -> int:
+    """How often the blocks run: once, but in tests that are `LOOPED`."""
+    return getattr(request, "param", 1)
+
+
+@pytest.fixture
+def make(preset: str, loops: int) -> Callable[..., NestlingForCausalLM]:
     """Makes small models of the preset."""
-    return partial(small_model, preset)
+    return partial(small_model, preset, loops=loops)
 
 
 @pytest.fixture
 def all_models() -> dict[str, NestlingForCausalLM]:
-    """A small model of every preset at once."""
-    return {name: small_model(name) for name in SMALL}
+    """A small model of every preset at once, and each again with blocks that run twice."""
+    once = {name: small_model(name) for name in SMALL}
+    return once | {f"{name} twice": small_model(name, loops=2) for name in SMALL}
 
 
 @pytest.fixture

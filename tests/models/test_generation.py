@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestling import NestlingForCausalLM
-from tests.models.conftest import small_model
+from tests.models.conftest import LOOPED, small_model
 
 NEW = 9
 
@@ -27,12 +27,14 @@ def argmax_loop(model: NestlingForCausalLM, ids: Tensor) -> Tensor:
     return ids
 
 
+@LOOPED
 def test_greedy_is_the_argmax_loop_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
     found = generate(model, ids)
     assert torch.equal(found, argmax_loop(model, ids))
     assert len(found[:, -NEW:].unique()) > NEW
 
 
+@LOOPED
 def test_a_left_padded_batch_equals_single_rows(model: NestlingForCausalLM, ids: Tensor) -> None:
     lengths, time = [21, 3, 12], ids.shape[1]
     mask = (torch.arange(time) >= time - torch.tensor(lengths)[:, None]).long()
@@ -41,6 +43,7 @@ def test_a_left_padded_batch_equals_single_rows(model: NestlingForCausalLM, ids:
         assert torch.equal(found[row, -NEW:], argmax_loop(model, ids[row : row + 1, -n:])[0, -NEW:])
 
 
+@LOOPED
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_beams_equal_beams_without_a_cache(model: NestlingForCausalLM, ids: Tensor, settings: dict[str, int]) -> None:
     found = generate(model, ids, **settings)
@@ -70,6 +73,7 @@ def test_a_state_continues_with_new_tokens_only(model: NestlingForCausalLM, ids:
     assert torch.equal(short, expected)
 
 
+@LOOPED
 def test_all_tokens_with_a_state_are_not_read_twice(model: NestlingForCausalLM, ids: Tensor) -> None:
     """The way of transformers: everything from the start, and the cache of its beginning."""
     with torch.no_grad():
@@ -131,6 +135,7 @@ def test_positions_of_the_callers_own_are_refused() -> None:
         generate(model, ids, past_key_values=model.init_state(2), prefill_chunk_size=4)
 
 
+@LOOPED
 def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         state = model(ids[:, :15]).past_key_values
@@ -140,6 +145,7 @@ def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) 
         generate(model, ids[:2], past_key_values=state)
 
 
+@LOOPED
 def test_the_state_comes_back(model: NestlingForCausalLM, ids: Tensor) -> None:
     out = generate(model, ids, return_dict_in_generate=True)
     state = out.past_key_values

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestling import NestlingForCausalLM, presets
 from nestling.models import ModelState
+from tests.models.conftest import LOOPED
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -50,6 +51,7 @@ def test_loss_at_initialisation_at_a_large_width(tied: bool) -> None:
     assert loss == pytest.approx(math.log(259), rel=0.05)
 
 
+@LOOPED
 def test_every_parameter_gets_a_gradient(make: Make, ids: Tensor) -> None:
     model = make()
     for name, gradient in gradients(model, model(ids, labels=ids).loss).items():
@@ -64,6 +66,7 @@ def test_train_equals_eval(make: Make, ids: Tensor) -> None:
     assert torch.equal(trained, evaluated)
 
 
+@LOOPED
 @pytest.mark.parametrize("sizes", [[1] * 21, [5, 8, 8], [3, 17, 1]], ids=str)
 def test_one_call_equals_any_split(model: NestlingForCausalLM, ids: Tensor, sizes: list[int]) -> None:
     with torch.no_grad():
@@ -78,6 +81,7 @@ def test_one_call_equals_any_split(model: NestlingForCausalLM, ids: Tensor, size
     assert state.position.tolist() == [21] * 3
 
 
+@LOOPED
 def test_init_state_is_the_state_before_the_first_token(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         a, b = model(ids), model(ids, past_key_values=model.init_state(3))
@@ -85,6 +89,7 @@ def test_init_state_is_the_state_before_the_first_token(model: NestlingForCausal
     assert_same_state(a.past_key_values, b.past_key_values)
 
 
+@LOOPED
 def test_causal_and_rows_apart(model: NestlingForCausalLM, ids: Tensor) -> None:
     other = ids.clone()
     other[0, 10:] = (other[0, 10:] + 7) % 61
@@ -95,6 +100,7 @@ def test_causal_and_rows_apart(model: NestlingForCausalLM, ids: Tensor) -> None:
     assert not torch.allclose(a[0, 10], b[0, 10])
 
 
+@LOOPED
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_padded_equals_unpadded(model: NestlingForCausalLM, ids: Tensor, side: str) -> None:
     time = ids.shape[1]
@@ -115,6 +121,7 @@ def test_padded_equals_unpadded(model: NestlingForCausalLM, ids: Tensor, side: s
     assert_same_gradients(gradients(model, out.loss), gradients(model, loss))
 
 
+@LOOPED
 def test_packed_documents_equal_separate_ones(model: NestlingForCausalLM, ids: Tensor) -> None:
     bounds = [0, 9, 10, 21]
     row = ids[:1]
@@ -163,6 +170,7 @@ def test_logits_to_keep(model: NestlingForCausalLM, ids: Tensor) -> None:
     torch.testing.assert_close(with_loss.loss, model(ids, labels=ids).loss)
 
 
+@LOOPED
 def test_gradient_checkpointing_changes_nothing(model: NestlingForCausalLM, ids: Tensor) -> None:
     def run() -> tuple[Tensor, dict[str, Tensor]]:
         first = model(ids[:, :10], labels=ids[:, :10])
@@ -177,11 +185,12 @@ def test_gradient_checkpointing_changes_nothing(model: NestlingForCausalLM, ids:
     recompute = model._gradient_checkpointing_func
     model._gradient_checkpointing_func = lambda *args: (calls.append(args), recompute(*args))[1]
     again, found = run()
-    assert len(calls) == 2 * len(model.blocks)
+    assert len(calls) == 2 * model.config.loops * len(model.blocks)
     torch.testing.assert_close(again, loss)
     assert_same_gradients(found, expected)
 
 
+@LOOPED
 def test_inputs_embeds_and_plain_tuples(model: NestlingForCausalLM, ids: Tensor) -> None:
     out = model(ids, labels=ids)
     torch.testing.assert_close(model(inputs_embeds=model.embed_tokens(ids)).logits, out.logits)
@@ -191,6 +200,7 @@ def test_inputs_embeds_and_plain_tuples(model: NestlingForCausalLM, ids: Tensor)
     assert len(model(ids, use_cache=False, return_dict=False)) == 1
 
 
+@LOOPED
 def test_autocast_stays_close(make: Make, ids: Tensor) -> None:
     model = make()
     exact = model(ids, labels=ids).loss
@@ -211,6 +221,7 @@ def test_half_precision_weights_run(make: Make, ids: Tensor) -> None:
     assert bool(torch.isfinite(again.logits).all())
 
 
+@LOOPED
 def test_states_are_independent(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         state = model(ids).past_key_values
@@ -241,6 +252,7 @@ def test_bad_inputs_are_refused(model: NestlingForCausalLM, ids: Tensor) -> None
             call()
 
 
+@LOOPED
 def test_fingerprint_follows_the_weights(make: Make) -> None:
     model, same = make(), make()
     assert model.fingerprint() == same.fingerprint()

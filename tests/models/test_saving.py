@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nestling import NestlingConfig, NestlingForCausalLM
 from nestling.memory.state import StateFileError
 from nestling.models import ModelState
-from tests.models.conftest import small_model
+from tests.models.conftest import LOOPED, small_model
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -57,6 +57,7 @@ def test_a_new_process_continues_from_files(
         assert torch.equal(logits, expected[name])
 
 
+@LOOPED
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_save_and_load_a_model(make: Make, ids: Tensor, tmp_path: Path, tied: bool) -> None:
     model = make(tie_word_embeddings=tied)
@@ -103,6 +104,7 @@ def saved(make: Make, ids: Tensor, tmp_path: Path) -> tuple[NestlingForCausalLM,
     return model, state, path
 
 
+@LOOPED
 def test_a_state_file_holds_the_state(saved: tuple[NestlingForCausalLM, ModelState, Path]) -> None:
     model, state, path = saved
     for (name, a), (_, b) in zip(ModelState.load(path, model).tensors(), state.tensors(), strict=True):
@@ -125,6 +127,7 @@ def test_a_file_of_version_0_1_is_read(ids: Tensor, tmp_path: Path) -> None:
     assert torch.equal(found.position, state.position)
 
 
+@LOOPED
 def test_another_models_state_is_refused(saved: tuple[NestlingForCausalLM, ModelState, Path], make: Make) -> None:
     model, state, path = saved
     with pytest.raises(StateFileError, match="saved by another model"):
@@ -188,6 +191,7 @@ def test_broken_states_are_named_and_not_saved(saved: tuple[NestlingForCausalLM,
     assert path.read_bytes() == before
 
 
+@LOOPED
 def test_a_file_of_the_right_model_with_wrong_tensors_is_refused(
     saved: tuple[NestlingForCausalLM, ModelState, Path],
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.states import MemoryOption, StateOption
+from nestling.cli.states import LoopsOption, MemoryOption, StateOption
 from nestling.errors import UserError
 
 
@@ -25,6 +25,7 @@ def evaluate(
         typer.Option(min=1, metavar="N", help="Start anew after N tokens. Default: the length trained at."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows read side by side with --reset.")] = 8,
+    loops: LoopsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on a text.
@@ -33,7 +34,7 @@ def evaluate(
     first token to the last, with --reset N it starts anew every N tokens, from --state where one is given.
     """
     from nestling.cli.console import quiet_libraries, stdout_console
-    from nestling.cli.loading import check_tokens, load_model, load_saved, reading_tokens, trained_length
+    from nestling.cli.loading import begin, check_tokens, load_model, load_saved, reading_tokens, trained_length
     from nestling.evaluation.language import evaluate_loss
     from nestling.tasks.text import read_documents
     from nestling.training.tokenization import count_bytes
@@ -55,7 +56,7 @@ def evaluate(
         length,
         carry,
         batch_size=1 if carry else batch_size,
-        state=start,
+        state=begin(model, start, loops),
         n_bytes=count_bytes(tokenizer, ids[1:]),
     )
     mode = "carried through the text" if carry else f"reset every {length} tokens"

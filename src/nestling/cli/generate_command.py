@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nestling.cli.states import MemoryOption, OldSaveStateOption, SaveStateOption, StateOption, state_target
+from nestling.cli.states import (
+    LoopsOption,
+    MemoryOption,
+    OldSaveStateOption,
+    SaveStateOption,
+    StateOption,
+    state_target,
+)
 from nestling.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +38,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    loops: LoopsOption = None,
 ) -> None:
     """Continue a text, from a fresh state or a saved one.
 
@@ -65,7 +73,7 @@ def generate(
         model,
         ids,
         room,
-        state=start,
+        state=loading.begin(model, start, loops),
         temperature=temperature,
         top_p=top_p,
         seed=seed,

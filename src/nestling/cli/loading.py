@@ -27,6 +27,21 @@ from nestling.training.tokenization import encode_document, encode_text, load_to
 M = TypeVar("M", bound=PreTrainedModel)
 
 
+def begin(model: PreTrainedModel, state: ModelState | None, loops: int | None) -> ModelState | None:
+    """What to read on from: the state, or the beginning of blocks that run `loops` times; None for the model's own.
+
+    Raises:
+        UserError: a model that is not nestling's, or a state that other loops made.
+    """
+    if loops is None:
+        return state
+    if not isinstance(model, NestlingForCausalLM):
+        raise UserError(f"--loops: the blocks of a {type(model).__name__} run once; leave it out")
+    if state is not None and state.loops != loops:
+        raise UserError(f"--loops {loops}: the state was made with {state.loops}, and goes on so; leave --loops out")
+    return model.init_state(1, loops=loops) if state is None else state
+
+
 def load_model(directory: str | Path) -> tuple[NestlingForCausalLM, PreTrainedTokenizerBase]:
     """The model of a run and its tokenizer, ready to read; on a GPU where there is one.
 

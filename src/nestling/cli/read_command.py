@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.states import MemoryOption, OldSaveStateOption, SaveStateOption, StateOption, state_target
+from nestling.cli.states import (
+    LoopsOption,
+    MemoryOption,
+    OldSaveStateOption,
+    SaveStateOption,
+    StateOption,
+    state_target,
+)
 from nestling.errors import UserError
 
 
@@ -22,6 +29,7 @@ def read(
     save_memory: OldSaveStateOption = None,
     bins: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 12,
     segment: Annotated[int, typer.Option(min=1, help="Tokens in a forward pass; changes no result.")] = 512,
+    loops: LoopsOption = None,
 ) -> None:
     """Read texts, and show how well each part was foreseen.
 
@@ -41,13 +49,14 @@ def read(
     model, tokenizer = loading.load_model(directory)
     start = loading.load_saved(model, memory or [], state)
     ids = loading.reading_tokens(tokenizer, documents, continuing=start is not None)
+    begun = loading.begin(model, start, loops)
     loading.check_tokens(directory, model, ids)
     if len(ids) < 2:
         raise UserError(f"{', '.join(paths)} has fewer than two tokens; give a longer text")
     console = stdout_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=len(ids) - 1)
-        losses, end = read_text(model, ids, state=start, segment=segment, on_segment=lambda n: bar.advance(task, n))
+        losses, end = read_text(model, ids, state=begun, segment=segment, on_segment=lambda n: bar.advance(task, n))
     table = Table(title=f"{len(ids):,} tokens read")
     for heading in ("tokens", "loss", "perplexity"):
         table.add_column(heading, justify="right")

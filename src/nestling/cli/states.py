@@ -18,6 +18,12 @@ SaveStateOption = Annotated[
     Path | None,
     typer.Option("--save-state", metavar="FILE", help="Write the state after everything that was read and written."),
 ]
+LoopsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="How often the blocks run over every token. Default: the state's, or the model's own."
+    ),
+]
 OldSaveStateOption = Annotated[Path | None, typer.Option("--save-memory", metavar="FILE", hidden=True)]
 """The name of `--save-state` in 0.1."""
 

@@ -15,6 +15,8 @@ from nestling.levels.naming import group_parameters
 from nestling.levels.optimizer_memories import OptimizerPart, find_optimizer_states
 from nestling.levels.system import NestedSystem
 
+RECALLED = "what it recalls"
+
 
 def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: str | None = None) -> NestedSystem:
     """Levels, components and knowledge transfers of any model with any optimizer (NL section 3).
@@ -113,9 +115,9 @@ class _Builder:
         self._connect(around, [component.name], "generation", inputs)
         if not description.feeds:  # what feeds another memory is not read itself
             kind: TransferKind = "parametric" if parametric else "non-parametric"
-            self._connect([component.name], around, kind, "what it recalls")
+            self._connect([component.name], around, kind, RECALLED)
         self._connect(initial, [component.name], "initialisation", "first fast weights")
-        self._connect([component.name], component.feeds, "parametric", "surprise")
+        self._connect([component.name], component.feeds, "parametric", "surprise" if description.feeds else RECALLED)
         made = [memory.name_of(n) for n in description.generates]
         self._connect([component.name], made, "generation", "keys, values, rates, targets")
         if description.restarts is not None:

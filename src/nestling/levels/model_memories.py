@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from nestling.levels.components import Component, Frequency
 from nestling.levels.naming import pattern_of
 from nestling.memory.description import DescribesMemories, MemoryDescription
+from nestling.models.modeling import NestlingPreTrainedModel
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))
 FUSED = ("qkv_proj", "c_attn", "qkv", "Wqkv", "query_key_value", "in_proj", "att_proj")
@@ -18,7 +19,7 @@ FUSED = ("qkv_proj", "c_attn", "qkv", "Wqkv", "query_key_value", "in_proj", "att
 
 @dataclass
 class MemoryPart:
-    """A memory of the model, in all the blocks that have it.
+    """A memory of the model, in all the blocks that have it and in one loop over them.
 
     Attributes:
         component: its description in the system.
@@ -31,41 +32,67 @@ class MemoryPart:
     paths: list[str] = field(default_factory=list)
 
     def name_of(self, other: str) -> str:
-        """Component name of another memory of the same module."""
-        return self.component.name.removesuffix(self.description.name) + other
+        """Component name of another memory of the same module, in the same loop."""
+        before, after = self.component.name.rsplit(self.description.name, 1)
+        return before + other + after
 
 
 def find_memories(model: nn.Module) -> list[MemoryPart]:
-    """All memories of a model, equal ones of different blocks as one part."""
+    """All memories of a model, equal ones of different blocks as one part, those of different loops as several.
+
+    Blocks that run several times (`nestling.models.looping`) have a state in every loop, and a loop's memories learn
+    from what those of the loop before recall: by NL Definition 2 they are the slower level at an equal frequency.
+    """
     groups: dict[tuple[object, ...], list[tuple[str, nn.Module, MemoryDescription]]] = {}
     for path, module, memory in _walk(model):
         key = (pattern_of(model, path), memory.name, memory.period, memory.objective, memory.rule)
         groups.setdefault(key, []).append((path, module, memory))
     parts: list[MemoryPart] = []
+    loops = _loops(model)
     taken: set[str] = set()
     for (pattern, *_), members in groups.items():
-        memory = members[0][2]
         prefix = f"{pattern} " if pattern else ""
-        name = f"{prefix}{memory.name}"
+        name = f"{prefix}{members[0][2].name}"
         if name in taken:  # blocks with other settings
-            name = f"{members[0][0]} {memory.name}"
+            name = f"{members[0][0]} {members[0][2].name}"
         taken.add(name)
-        state = sum(m.state for _, _, m in members)
-        component = Component(
-            name=name,
-            kind="attention" if memory.period is None else "fast weights",
-            frequency=Frequency("query") if memory.period is None else Frequency("token", memory.period),
-            context="tokens",
-            objective=memory.objective,
-            rule=memory.rule,
-            copies=len(members),
-            state=state,
-            state_bytes=state * _bytes(members[0][1]),
-            growth=sum(m.growth for _, _, m in members),
-            feeds=tuple(f"{prefix}{other}" for other in memory.feeds),
-        )
-        parts.append(MemoryPart(component, memory, [path for path, _, _ in members]))
+        suffixes = [_suffix(loop) for loop in range(loops)] if loops > 1 else [""]
+        parts += [_part(members, name, prefix, suffix) for suffix in suffixes]
+    for loop in range(loops - 1):
+        then = tuple(part.component.name for part in parts if part.component.name.endswith(_suffix(loop + 1)))
+        for part in parts:  # what feeds another memory is not read itself
+            if part.component.name.endswith(_suffix(loop)) and not part.description.feeds:
+                part.component = replace(part.component, feeds=then)
     return parts
+
+
+def _suffix(loop: int) -> str:
+    return f" (loop {loop + 1})"
+
+
+def _part(members: list[tuple[str, nn.Module, MemoryDescription]], name: str, prefix: str, suffix: str) -> MemoryPart:
+    """The memory of equal modules, in one loop, which is the suffix of its name."""
+    memory = members[0][2]
+    state = sum(m.state for _, _, m in members)
+    component = Component(
+        name=f"{name}{suffix}",
+        kind="attention" if memory.period is None else "fast weights",
+        frequency=Frequency("query") if memory.period is None else Frequency("token", memory.period),
+        context="tokens",
+        objective=memory.objective,
+        rule=memory.rule,
+        copies=len(members),
+        state=state,
+        state_bytes=state * _bytes(members[0][1]),
+        growth=sum(m.growth for _, _, m in members),
+        feeds=tuple(f"{prefix}{other}{suffix}" for other in memory.feeds),
+    )
+    return MemoryPart(component, memory, [path for path, _, _ in members])
+
+
+def _loops(model: nn.Module) -> int:
+    """How often the blocks of the model, or of the one that is wrapped in it, run."""
+    return next((int(m.config.loops) for m in model.modules() if isinstance(m, NestlingPreTrainedModel)), 1)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, MemoryDescription]]:

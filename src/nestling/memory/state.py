@@ -8,7 +8,7 @@ its fields and nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -92,6 +92,10 @@ class State:
                 return name
         return None
 
+    def like_file(self, names: Collection[str]) -> Self:
+        """The template of a file that holds tensors of these names: this one, without what the file may lack."""
+        return replace(self, **dict.fromkeys(self.may_lack - set(names)))
+
     def write_file(self, path: str | Path, fingerprint: str, **metadata: str) -> None:
         """Write all tensors as safetensors, atomically: a failure leaves an earlier file intact.
 
@@ -122,7 +126,7 @@ class State:
                 f"{path} was saved by another model (fingerprint {header.get('fingerprint', 'missing')}, this model is "
                 f"{fingerprint}); load it with the model that wrote it"
             )
-        template = replace(self, **dict.fromkeys(self.may_lack - found.keys()))
+        template = self.like_file(found.keys())
         wanted = dict(template.tensors())
         if missing := sorted(wanted.keys() ^ found.keys()):
             raise StateFileError(f"{path} does not have this model's tensors; first difference: {missing[0]}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -52,9 +53,24 @@ class ModelState(State):
     position: Int[Tensor, " N"]
     layers: list[BlockState]
     digest: Int[Tensor, "N 2"] | None = None
+    further_loops: list[list[BlockState]] | None = None
 
     is_compileable: ClassVar[bool] = False
     may_lack: ClassVar[frozenset[str]] = frozenset({"digest"})
+
+    @property
+    def loops(self) -> int:
+        """How often the blocks ran over what this state has read."""
+        return 1 + len(self.further_loops or ())
+
+    def loop(self, index: int) -> list[BlockState]:
+        """The states of one loop's blocks, counted from 0."""
+        return self.layers if index == 0 else (self.further_loops or [])[index - 1]
+
+    def like_file(self, names: Collection[str]) -> Self:
+        """See `State.like_file`. The loops of a model have states of one shape, and a file has as many as it names."""
+        loops = {name.split(".")[1] for name in names if name.startswith("further_loops.")}
+        return replace(super().like_file(names), further_loops=[self.layers for _ in loops] or None)
 
     def save(self, path: str | Path, model: NestlingPreTrainedModel) -> None:
         """Write the state as safetensors with the fingerprint of `model`; an earlier file survives a failure.
@@ -72,14 +88,14 @@ class ModelState(State):
 
     @classmethod
     def load(cls, path: str | Path, model: NestlingPreTrainedModel) -> Self:
-        """Read a state that `save` wrote with this very model; it keeps the file's number of rows.
+        """Read a state that `save` wrote with this very model; it keeps the file's number of rows and of loops.
 
         Raises:
             FileNotFoundError: no such file.
             StateFileError: not a state file, damaged, from another model, or of another shape.
         """
         with torch.no_grad():
-            template = cls(**vars(model.init_state(1)))
+            template = cls(**vars(model.init_state(1, loops=1)))
         state = template.read_file(path, model.fingerprint())
         if bool((state.position < 0).any()):
             raise StateFileError(f"{path}: position {state.position.tolist()} is negative; the file is damaged")
@@ -93,3 +109,4 @@ class ModelState(State):
         """Make row i continue row `beam_idx[i]`, in place: that is how `generate` calls it between two beam steps."""
         chosen = self.select(beam_idx)
         self.position, self.layers, self.digest = chosen.position, chosen.layers, chosen.digest
+        self.further_loops = chosen.further_loops

@@ -87,6 +87,7 @@ class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         shift_labels: Int[Tensor, "B T"] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        loops: int | None = None,
         **packing: Unpack[Packing],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model.
@@ -108,6 +109,7 @@ class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
                 other models of transformers.
             num_items_in_batch: divide the summed loss by this and not by the targets of this batch, as gradient
                 accumulation needs it.
+            loops: how often the blocks run, see `NestlingModel.forward`; `generate` takes it too.
             packing: boundaries of packed documents, see `Packing`.
 
         Returns:
@@ -120,7 +122,7 @@ class NestlingForCausalLM(NestlingPreTrainedModel, GenerationMixin):
             TypeError: an argument nobody knows.
         """
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        read = self._read(*given, use_cache, output_attentions, output_hidden_states, packing)
+        read = self._read(*given, use_cache, output_attentions, output_hidden_states, loops, packing)
         targets = self._targets(labels, shift_labels, read)
         loss, logits = self._predict(read.hidden, targets, logits_to_keep, num_items_in_batch)
         found: dict[str, Any] = {"loss": loss, "logits": logits, "past_key_values": read.past_key_values}

@@ -23,6 +23,7 @@ from nestling.layers.neural_memory_config import (
 )
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
+from nestling.models.looping import check_loops
 
 TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
 MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig | TitansConfig
@@ -95,6 +96,7 @@ class NestlingConfig(PretrainedConfig):
             `leveled_feed_forward` channels name (NL Eq. 71); no two are equal, and they are kept fastest first. They
             change nothing in a forward pass: who trains the model updates the levels
             (`levels.assignment.stream_levels`).
+        loops: how often the blocks run, unless a call says otherwise (`nestling.models.looping`).
         kwargs: the fields of `PretrainedConfig`.
 
     Raises:
@@ -132,6 +134,7 @@ class NestlingConfig(PretrainedConfig):
         bos_token_id: int | None = 1,
         eos_token_id: int | list[int] | None = 2,
         levels: Mapping[str, int] | None = None,
+        loops: int = 1,
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
@@ -150,6 +153,7 @@ class NestlingConfig(PretrainedConfig):
         self.logit_scale = logit_scale or _logit_scale(hidden_size, initializer_range, tie_word_embeddings)
         self.loss_chunk_size = loss_chunk_size
         self.use_cache = use_cache
+        self.loops = check_loops(loops)
         super().__init__(**kwargs)
         # After the base class, which in some releases sets these from its own keywords.
         self.tie_word_embeddings = tie_word_embeddings
@@ -161,6 +165,13 @@ class NestlingConfig(PretrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of blocks, under the name Hugging Face tools look for."""
         return len(self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values. `loops` joined after the first release and is left out while it changes nothing."""
+        values: dict[str, Any] = super().to_dict()
+        if values.get("loops") == 1:
+            del values["loops"]
+        return values
 
     def mixer_config(self, block: int) -> MixerConfig:
         """The settings of one block's sequence mixer."""

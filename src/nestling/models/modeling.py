@@ -6,6 +6,7 @@ B batch, T time, N rows of left-aligned real tokens (one per batch row, or one p
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack, assert_never, cast
 
@@ -43,6 +44,7 @@ from nestling.models.digest import empty_digest, extend_digest
 from nestling.models.distributed import take_part
 from nestling.models.documents import Packing, find_documents
 from nestling.models.fingerprint import fingerprint
+from nestling.models.looping import check_loops, inject, loops_to_run
 from nestling.models.quantized import leave_odd_sizes_unpacked
 from nestling.ops.packing import Rows
 
@@ -129,7 +131,7 @@ class Reading:
     Attributes:
         hidden: `[B, T, hidden]`, normalised.
         past_key_values: the new state if it is to be kept. A `ModelState` stands in for transformers' `Cache`.
-        hidden_states: if wanted, the embeddings, the output of every block but the last, and `hidden`.
+        hidden_states: if wanted, what goes into every block (of every loop), and `hidden`.
         rows: what the layers ran over, see `find_documents`.
     """
 
@@ -167,14 +169,15 @@ class NestlingPreTrainedModel(PreTrainedModel):
         leave_odd_sizes_unpacked(found[0] if isinstance(found, tuple) else found)
         return found
 
-    def init_state(self, batch_size: int) -> ModelState:
-        """The state before the first token."""
+    def init_state(self, batch_size: int, loops: int | None = None) -> ModelState:
+        """The state before the first token, of as many loops as the configuration says unless `loops` says it."""
         position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         # An offloaded embedding has no device; its hooks take the tokens from the CPU to where it will be.
         there = "cpu" if self.device.type == "meta" else self.device
         like = self.embed_tokens(torch.empty(1, 0, dtype=torch.int64, device=there))
-        layers = [cast(Block, block).init_state(batch_size, like) for block in self.blocks]
-        return ModelState(position, layers, empty_digest(batch_size, like.device))
+        run = range(self.config.loops if loops is None else check_loops(loops))
+        first, *further = [[cast(Block, block).init_state(batch_size, like) for block in self.blocks] for _ in run]
+        return ModelState(position, first, empty_digest(batch_size, like.device), further or None)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify this model: its architecture and a sample of every parameter's values.
@@ -182,6 +185,7 @@ class NestlingPreTrainedModel(PreTrainedModel):
         A state only means something to the weights that wrote it, so training a model further changes its fingerprint.
         """
         architecture = {k: getattr(self.config, k) for k in ("vocab_size", "hidden_size", "blocks", "norm_eps")}
+        architecture |= {} if self.config.loops == 1 else {"loops": self.config.loops}
         return fingerprint(self, json.dumps(architecture, sort_keys=True), self.all_tied_weights_keys)
 
     def _read(
@@ -194,6 +198,7 @@ class NestlingPreTrainedModel(PreTrainedModel):
         use_cache: bool | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
+        loops: int | None,
         packing: Packing,
     ) -> Reading:
         """Run the backbone; the arguments are those of `NestlingModel.forward`."""
@@ -203,11 +208,12 @@ class NestlingPreTrainedModel(PreTrainedModel):
                 "do not keep theirs; leave it False"
             )
         state = _check_state_kind(past_key_values)
+        run = loops_to_run(loops, self.config.loops, len(self.blocks), state)
         x = self._embed(input_ids, inputs_embeds)
         rows = find_documents((x.shape[0], x.shape[1]), attention_mask, position_ids, state, packing)
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_state = self.config.use_cache if use_cache is None else use_cache
-        hidden, new = self._run_blocks(x if rows is None else rows.pack(x), state, rows, bool(keep_hidden))
+        hidden, new = self._run_blocks(x if rows is None else rows.pack(x), run, state, rows, bool(keep_hidden))
         if keep_state and inputs_embeds is None and input_ids is not None:
             new.digest = _next_digest(state, input_ids, rows)
         hidden = [h if rows is None else rows.unpack(h) for h in hidden]
@@ -226,23 +232,27 @@ class NestlingPreTrainedModel(PreTrainedModel):
         return self.embed_tokens(given)
 
     def _run_blocks(
-        self, x: Tensor, state: ModelState | None, rows: Rows | None, keep_hidden: bool
+        self, embedded: Tensor, loops: int, state: ModelState | None, rows: Rows | None, keep_hidden: bool
     ) -> tuple[list[Tensor], ModelState]:
         """What goes into every block if wanted, then the normalised output of the last, and the new state."""
-        layers: list[BlockState] = []
+        states: list[list[BlockState]] = []
         hidden: list[Tensor] = []
         lengths = None if rows is None else rows.lengths
         remember = not (self.gradient_checkpointing and torch.is_grad_enabled())
-        time = x.shape[1]
-        for i, block in enumerate(self.blocks):
-            if keep_hidden:
-                hidden.append(x)
-            past = None if state is None else state.layers[i]
-            arguments = (block, x, past, Aligned(lengths))
-            x, new = run_block(*arguments) if remember else self._gradient_checkpointing_func(run_block, *arguments)
-            layers.append(new)
-        before = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.position
-        return [*hidden, self.norm(x)], ModelState(before + (time if lengths is None else lengths), layers)
+        x = embedded
+        for loop in range(loops):
+            x = x if loop == 0 else inject(x, embedded)
+            before: Sequence[BlockState | None] = [None] * len(self.blocks) if state is None else state.loop(loop)
+            states.append([])
+            for block, past in zip(self.blocks, before, strict=True):
+                if keep_hidden:
+                    hidden.append(x)
+                arguments = (block, x, past, Aligned(lengths))
+                x, new = run_block(*arguments) if remember else self._gradient_checkpointing_func(run_block, *arguments)
+                states[-1].append(new)
+        read = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.position
+        position = read + (x.shape[1] if lengths is None else lengths)
+        return [*hidden, self.norm(x)], ModelState(position, states[0], further_loops=states[1:] or None)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called without gradients for every module with parameters of its own.
@@ -296,6 +306,7 @@ class NestlingModel(NestlingPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loops: int | None = None,
         **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the backbone.
@@ -310,9 +321,11 @@ class NestlingModel(NestlingPreTrainedModel):
             inputs_embeds: embeddings to use in place of `input_ids`.
             use_cache: return the new state; `config.use_cache` if None.
             output_attentions: refused when True; no layer keeps attention weights.
-            output_hidden_states: return the embeddings, the output of every block but the last, and the normalised
-                output of the last; `config.output_hidden_states` if None.
+            output_hidden_states: return what goes into every block, in the order in which they run (the embeddings
+                first), and the normalised output of the last; `config.output_hidden_states` if None.
             return_dict: False returns a plain tuple of what is not None.
+            loops: how often the blocks run (`nestling.models.looping`). None takes the number of the state that the
+                call goes on from, which is the only one possible, and `config.loops` without one.
             packing: boundaries of packed documents, see `Packing`.
 
         Returns:
@@ -324,7 +337,7 @@ class NestlingModel(NestlingPreTrainedModel):
             TypeError: an argument nobody knows.
         """
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        read = self._read(*given, use_cache, output_attentions, output_hidden_states, packing)
+        read = self._read(*given, use_cache, output_attentions, output_hidden_states, loops, packing)
         out = BaseModelOutputWithPast(
             last_hidden_state=cast(torch.FloatTensor, read.hidden),
             past_key_values=read.past_key_values,

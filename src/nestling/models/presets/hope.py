@@ -17,6 +17,7 @@ def hope(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -33,6 +34,7 @@ def hope(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: blocks.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: heads of the mixer; heads keep the size's width if None.
         intermediate_size: width of a level's MLP; if None the one whose parameters equal Transformer++'s.
         chunk_size: tokens in a chunk of the self-modifying memories.
@@ -51,7 +53,7 @@ def hope(
         >>> config.blocks[0]["mixer"]["kind"], config.blocks[0]["channel"]["periods"]
         ('self_modifying', [16, None])
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = {"kind": "self_modifying", "memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
@@ -63,6 +65,7 @@ def hope_linear(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -73,7 +76,7 @@ def hope_linear(
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Hope with matrix-valued memories, several times faster; arguments as in `hope`."""
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = {"kind": "self_modifying", "memory": "matrix", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
@@ -85,6 +88,7 @@ def hope_attention(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     window: int | None = None,
@@ -98,7 +102,7 @@ def hope_attention(
 
     `num_kv_heads` and `window` are `AttentionConfig`'s, the other arguments those of `hope`.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
@@ -110,6 +114,7 @@ def transformer(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     window: int | None = None,
@@ -117,7 +122,7 @@ def transformer(
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Transformer++: RMSNorm, rotary positions, softmax attention, SwiGLU; arguments as in `hope_attention`."""
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = {"kind": "attention", "num_kv_heads": num_kv_heads, "window": window}
     channel = {"kind": "feed_forward"}
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)

@@ -25,6 +25,7 @@ def linear_attention(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -38,6 +39,7 @@ def linear_attention(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: blocks.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: heads of the mixer; heads keep the size's width if None.
         intermediate_size: width of the feed-forward network; if None the one whose parameters equal Transformer++'s.
         chunk_size: tokens in a chunk; the results do not depend on it.
@@ -52,7 +54,7 @@ def linear_attention(
         >>> presets.linear_attention(size="340m").hidden_size
         1024
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory(
         chunk_size,
         kernel,
@@ -74,6 +76,7 @@ def retnet(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -86,7 +89,7 @@ def retnet(
     four. The retention 1 - 2^(-5 - h) depends on the head's number, so more heads would only add some that
     forget nothing.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory(
         chunk_size,
         kernel,
@@ -110,6 +113,7 @@ def deltanet(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     allow_neg_eigval: bool = False,
@@ -121,7 +125,7 @@ def deltanet(
 
     Arguments as in `linear_attention`; `allow_neg_eigval` takes beta from (0, 2) in place of (0, 1).
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory(
         chunk_size,
         kernel,
@@ -143,6 +147,7 @@ def gated_deltanet(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     allow_neg_eigval: bool = False,
@@ -154,7 +159,7 @@ def gated_deltanet(
 
     Keys take 3/4 of the hidden size together and values 3/2, as in the paper. Arguments as in `deltanet`.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory(
         chunk_size,
         kernel,
@@ -178,6 +183,7 @@ def mamba2(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     state_size: int | None = None,
     num_groups: int = 1,
@@ -192,6 +198,7 @@ def mamba2(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: pairs of blocks.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: heads; they keep the size's width if None, which makes twice as many as in a Transformer.
         state_size: width of B and C; if None the one whose parameters equal Transformer++'s (the paper has 128).
         num_groups: groups of heads that share B and C.
@@ -202,7 +209,7 @@ def mamba2(
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     heads = 2 * heads_of(shape, None) if num_heads is None else num_heads
     mixer = {"kind": "mamba2", "num_heads": heads, "num_groups": num_groups, "chunk_size": chunk_size, "kernel": kernel}
 
@@ -216,6 +223,7 @@ def mamba2(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         tie_word_embeddings=tie_word_embeddings,
+        loops=shape.loops,
     )
 
 
@@ -225,6 +233,7 @@ def samba(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     window: int | None = None,
@@ -244,6 +253,7 @@ def samba(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: blocks of both kinds together.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: attention heads; heads keep the size's width if None. Mamba-2 has twice as many.
         num_kv_heads: key and value heads of the attention; as many as query heads if None.
         window: tokens in view of the attention; None is 64 at the size tiny and the paper's 2048 at the others.
@@ -256,7 +266,7 @@ def samba(
     Raises:
         ValueError: an unknown size, or sizes that do not fit each other.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     heads = 2 * heads_of(shape, num_heads)
     window = (64 if size == "tiny" else 2048) if window is None else window
     mixers: list[dict[str, Any]] = [

@@ -32,6 +32,7 @@ class Size:
         vocab_size: 259 is the byte tokenizer's, 32000 the usual one in the literature.
         periods: of the continuum's levels, in tokens; None never updates. Slow levels are there to see several updates
             within the context that the size is meant for.
+        loops: how often the blocks run (`nestling.models.looping`).
     """
 
     hidden_size: int
@@ -41,6 +42,7 @@ class Size:
     multiple: int
     vocab_size: int
     periods: tuple[int | None, ...]
+    loops: int = 1
 
 
 _SIZES = {
@@ -52,7 +54,9 @@ _SIZES = {
 SIZES: tuple[str, ...] = tuple(_SIZES)
 
 
-def shape_of(size: str, vocab_size: int | None, hidden_size: int | None, num_layers: int | None) -> Size:
+def shape_of(
+    size: str, vocab_size: int | None, hidden_size: int | None, num_layers: int | None, loops: int = 1
+) -> Size:
     """The size with what the caller overrides; Transformer++'s channel keeps its proportion to the width."""
     if size not in _SIZES:
         raise ValueError(f"unknown size {size!r}; sizes: {', '.join(SIZES)}")
@@ -66,6 +70,7 @@ def shape_of(size: str, vocab_size: int | None, hidden_size: int | None, num_lay
         multiple=base.multiple,
         vocab_size=base.vocab_size if vocab_size is None else vocab_size,
         periods=base.periods,
+        loops=loops,
     )
 
 
@@ -104,6 +109,7 @@ def assemble(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         tie_word_embeddings=tie_word_embeddings,
+        loops=shape.loops,
     )
 
 

@@ -23,6 +23,7 @@ def titans_lmm(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     depth: int = 2,
@@ -38,6 +39,7 @@ def titans_lmm(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: blocks.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: heads of the mixer; heads keep the size's width if None.
         intermediate_size: width of the feed-forward network; if None the one whose parameters equal Transformer++'s.
         depth: layers of a memory.
@@ -54,7 +56,7 @@ def titans_lmm(
         >>> NestlingForCausalLM(presets.titans_lmm(size="tiny", num_layers=1)).config.blocks[0]["mixer"]["kind"]
         'neural_memory'
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory("neural_memory", depth, chunk_size, momentum) | {"rates": rates}
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -65,6 +67,7 @@ def titans_mac(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     depth: int = 2,
@@ -80,7 +83,7 @@ def titans_mac(
     the segment, whose write then takes all gradients at the memory before it, as in the paper. The others as in
     `titans_lmm`.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     segment = SEGMENT[size] if segment_size is None else segment_size
     persistent = PERSISTENT[size] if persistent_tokens is None else persistent_tokens
     mixer = _memory("memory_as_context", depth, segment if chunk_size is None else chunk_size, momentum)
@@ -94,6 +97,7 @@ def titans_mag(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     depth: int = 2,
@@ -107,7 +111,7 @@ def titans_mag(
 
     `window` and `persistent_tokens` are `MemoryAsGateConfig`'s; None takes the size's. The others as in `titans_lmm`.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory("memory_as_gate", depth, chunk_size, momentum) | _windowed(size, window, persistent_tokens)
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -118,6 +122,7 @@ def titans_mal(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     depth: int = 2,
@@ -128,7 +133,7 @@ def titans_mal(
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Titans (MAL): memory as layer (Titans section 4.3); arguments as in `titans_mag`."""
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _memory("memory_as_layer", depth, chunk_size, momentum) | _windowed(size, window, persistent_tokens)
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -139,6 +144,7 @@ def moneta(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -149,7 +155,7 @@ def moneta(
 
     Its retention is the L2 one, q = 2 in Miras' terms. The others as in `titans_lmm`.
     """
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _miras(chunk_size) | {"objective": "lp", "p": p}
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -160,6 +166,7 @@ def yaad(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 64,
@@ -167,7 +174,7 @@ def yaad(
     tie_word_embeddings: bool = True,
 ) -> NestlingConfig:
     """Yaad (Miras): a Huber objective, quadratic up to `delta`, otherwise as `moneta`."""
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _miras(chunk_size) | {"objective": "huber", "delta": delta}
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 

@@ -16,6 +16,7 @@ def ttt_linear(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 16,
@@ -31,6 +32,7 @@ def ttt_linear(
         vocab_size: tokens.
         hidden_size: width of the residual stream.
         num_layers: blocks.
+        loops: how often the blocks run, with a state of its own each time (`nestling.models.looping`).
         num_heads: heads of the mixer; heads keep the size's width if None.
         intermediate_size: width of the feed-forward network; if None the one whose parameters equal Transformer++'s.
         chunk_size: tokens of an inner mini-batch.
@@ -48,7 +50,7 @@ def ttt_linear(
         'linear'
     """
     mixer = _mixer("linear", chunk_size, step, conv_size, output_gate)
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
 
@@ -58,6 +60,7 @@ def ttt_mlp(
     vocab_size: int | None = None,
     hidden_size: int | None = None,
     num_layers: int | None = None,
+    loops: int = 1,
     num_heads: int | None = None,
     intermediate_size: int | None = None,
     chunk_size: int = 16,
@@ -68,7 +71,7 @@ def ttt_mlp(
 ) -> NestlingConfig:
     """TTT-MLP: the inner model is an MLP with one hidden layer; arguments as in `ttt_linear`."""
     mixer = _mixer("mlp", chunk_size, step, conv_size, output_gate)
-    shape = shape_of(size, vocab_size, hidden_size, num_layers)
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
 
