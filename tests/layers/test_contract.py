@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.memory_caching import MemoryCaching
+from nestling.layers.memory_caching_config import CacheableConfig, MemoryCachingConfig
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -36,6 +39,12 @@ lmm = partial(NeuralMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 mac = partial(MemoryAsContextConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, persistent_tokens=2)
 mag = partial(MemoryAsGateConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=3)
 mal = partial(MemoryAsLayerConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4, window=5, persistent_tokens=2)
+
+
+def caching(inner: CacheableConfig, **settings: Any) -> MemoryCaching:
+    """Segments of five tokens, which end inside the chunks of four."""
+    return MemoryCaching(MemoryCachingConfig(hidden_size=HIDDEN, inner=inner, segment_size=5, **settings))
+
 
 LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "titans matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix")),
@@ -89,6 +98,11 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),
     "mag": lambda: MemoryAsGate(mag()),
     "mal": lambda: MemoryAsLayer(mal(depth=1, rates="chunk")),
+    "caching deltanet gated": lambda: caching(linear(**ROWS["deltanet"])),
+    "caching retnet residual checkpoints": lambda: caching(linear(**ROWS["retnet"]), variant="residual", restart=False),
+    "caching linear attention sparse": lambda: caching(linear(**ROWS["linear attention"]), variant="sparse", top_k=1),
+    "caching lmm soup": lambda: caching(lmm(), variant="soup"),
+    "caching lmm gated checkpoints": lambda: caching(lmm(rates="chunk", checkpoint_chunks=2), restart=False),
 }
 
 

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "titans_mal": {"chunk_size": 4, "window": 9, "persistent_tokens": 3},
     "moneta": {"chunk_size": 4},
     "yaad": {"chunk_size": 4},
+    "memory_caching": {"chunk_size": 4, "segment_size": 8},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.bank import BankState, MemoryBank, Mix, Rates
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
@@ -87,6 +87,7 @@ def learn_chunk(
     rates: Rates,
     q: Tensor | None,
     self_targets: bool,
+    mix: Mix | None = None,
 ) -> tuple[Tensor | None, BankState]:
     """Targets, gradients and write of one chunk, and the first deep memory's answers to `q` as `rule.read` says.
 
@@ -99,10 +100,11 @@ def learn_chunk(
         rates: of the chunk.
         q: queries; None reads nothing.
         self_targets: every memory's target is its own M(v_t), else v_t.
+        mix: see `MemoryBank.update`; for reads of every token's own weights.
     """
     lesson = bank.lesson(rule, state.start, key, value, self_targets)
     fresh = state.start[0] is state.running[0]
-    y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None)
+    y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, mix)
     if q is not None and rule.read == "chunk":
         y = bank.read(state.start, q, bank.deep + bank.gates)[bank.deep[0]]
     return y, after

@@ -5,7 +5,7 @@ N rows, L row length, H heads, K key width, V value width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.layers.cacheable import CacheableLayer
 from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
 from nestling.layers.scalar_retention import (
     KERNELS,
@@ -23,8 +24,8 @@ from nestling.layers.scalar_retention import (
     scan_memory,
     valid_tokens,
 )
-from nestling.layers.sequence import SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
+from nestling.memory.kept import KeptMemories
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.rotary import rotate, rotation
@@ -151,7 +152,7 @@ class LinearMemoryState(State):
     position: Int[Tensor, " N"] | None
 
 
-class LinearMemory(SequenceLayer):
+class LinearMemory(CacheableLayer):
     """One matrix W a head, written token by token and read by the query after the write:
 
         W_t = a_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          with erase (Gated DeltaNet, Eq. 10)
@@ -224,13 +225,21 @@ class LinearMemory(SequenceLayer):
             ),
         )
 
-    def run(
-        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
+    def memory_of(self, state: State) -> list[Float[Tensor, "N H columns K"]]:
+        """See `CacheableLayer.memory_of`."""
+        state = _own(state)
+        return [state.weight]
+
+    def restart(self, state: State, fresh: State) -> LinearMemoryState:
+        """See `CacheableLayer.restart`; rotary positions go on too, so that kept keys stay where they were."""
+        state = _own(state)
+        return replace(_own(fresh), conv=state.conv, position=state.position)
+
+    def run_with_kept(
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None, kept: KeptMemories | None
     ) -> tuple[Float[Tensor, "N L hidden"], LinearMemoryState]:
-        """See `SequenceLayer.run`."""
-        if not isinstance(state, LinearMemoryState):
-            raise TypeError(f"a linear memory continues from a LinearMemoryState, not from {type(state).__name__}")
-        time = x.shape[1]
+        """See `CacheableLayer.run_with_kept`."""
+        state, time = _own(state), x.shape[1]
         streams, gate, beta, step = self.in_proj(x).split(self.sizes, -1)
         tail = state.conv
         if self.conv is not None and tail is not None:
@@ -251,7 +260,7 @@ class LinearMemory(SequenceLayer):
                 erase=self.config.erase,
                 precision=gate.dtype,
             )
-            o = self._normalised(o)
+            o = self._normalised(o if kept is None else kept.combine(q, o))
         after = None if state.position is None else state.position + (time if lengths is None else lengths)
         return self._output(o.to(gate.dtype), gate), LinearMemoryState(weight, tail, after)
 
@@ -309,3 +318,9 @@ class LinearMemory(SequenceLayer):
         if self.config.output_gate != "none":
             o = o * (F.silu(gate) if self.config.output_gate == "silu" else torch.sigmoid(gate))
         return self.out_proj(o)
+
+
+def _own(state: State) -> LinearMemoryState:
+    if not isinstance(state, LinearMemoryState):
+        raise TypeError(f"a linear memory continues from a LinearMemoryState, not from {type(state).__name__}")
+    return state

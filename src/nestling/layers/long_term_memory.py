@@ -18,9 +18,10 @@ from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.layers.sequence import Aligned
-from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.bank import BankState, MemoryBank, Mix, Rates
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
+from nestling.memory.kept import KeptMemories
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
@@ -151,7 +152,11 @@ class LongTermMemory(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "N L hidden"], state: LongTermState | Retrieval, rows: Aligned
+        self,
+        x: Float[Tensor, "N L hidden"],
+        state: LongTermState | Retrieval,
+        rows: Aligned,
+        kept: KeptMemories | None = None,
     ) -> tuple[Float[Tensor, "N L hidden"], LongTermState | Retrieval]:
         """The memory's answers to all tokens, and its state after the last.
 
@@ -160,12 +165,15 @@ class LongTermMemory(nn.Module):
             state: before the first token. A `LongTermState` learns: every token is written, and its answer is
                 norm(M_t(q_t)), as `rule.read` says. A `Retrieval` only answers, norm(M*(q_t)) (Titans Eq. 15, 21).
             rows: their lengths.
+            kept: earlier memories that answer beside this one while it learns.
         """
         if isinstance(state, Retrieval):
             return self._retrieve(x, state, rows.lengths)
-        return self._write(x, state, rows.lengths)
+        return self._write(x, state, rows.lengths, kept)
 
-    def _write(self, x: Tensor, state: LongTermState, lengths: Tensor | None) -> tuple[Tensor, LongTermState]:
+    def _write(
+        self, x: Tensor, state: LongTermState, lengths: Tensor | None, kept: KeptMemories | None
+    ) -> tuple[Tensor, LongTermState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         logits = self.rate_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -173,7 +181,7 @@ class LongTermMemory(nn.Module):
             rates = state.rates
             if rates is not None:
                 logits, rates = _hold_first(logits, rates, state.position, lengths, self.config.chunk_size)
-            o, bank = self._learn(streams, logits, state, lengths)
+            o, bank = self._learn(streams, logits, state, lengths, kept)
             y = merge_normalised(o, self.norm, self.config.norm_eps, x.dtype)
         after = state.position + (x.shape[1] if lengths is None else lengths)
         return y, LongTermState(bank, conv, rates, after)
@@ -188,7 +196,7 @@ class LongTermMemory(nn.Module):
             return merge_normalised(o, self.norm, self.config.norm_eps, x.dtype), Retrieval(state.weights, tail)
 
     def _learn(
-        self, streams: Tensor, logits: Tensor, state: LongTermState, lengths: Tensor | None
+        self, streams: Tensor, logits: Tensor, state: LongTermState, lengths: Tensor | None, kept: KeptMemories | None
     ) -> tuple[Tensor, BankState]:
         """Answers `[N, H, L, V]` and the memories after all chunks."""
         c, dtype = self.config, state.conv.dtype
@@ -209,22 +217,30 @@ class LongTermMemory(nn.Module):
         scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
         rule = rate_rule(c, c.max_erase, c.chunk_size)
         grid = Grid.of(state.position, lengths, streams.shape[1], c.chunk_size)
+        inside = kept is not None and kept.mixes_layers
+        if kept is not None and inside:
+            tokens["shares"] = kept.shares
 
         def plain(tokens: dict[str, Tensor], scales: Scales, bank: BankState) -> tuple[Tensor, BankState]:
             def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
                 valid = grid.valid_slots(*span, part["k"].device)
                 gates = Gates(part["eta"], part.get("alpha"), part.get("log_b"), valid)
-                y, bank = self._chunk(part, chunk_rates(rule, gates, scales), bank)
+                mix = replace(kept, shares=part["shares"]).mix if kept is not None and inside else None
+                y, bank = self._chunk(part, chunk_rates(rule, gates, scales), bank, mix)
                 return y, grid.cross(bank, span[1], c.chunk_size)
 
             return scan_chunks(tokens, grid, c.chunk_size, bank, run)
 
-        if c.ascend or c.inner_steps > 1:
-            return plain(tokens, scales, state.bank)
-        loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
-        return loop.run(plain, tokens, scales, state.bank, grid)
+        if c.ascend or c.inner_steps > 1 or inside:
+            o, bank = plain(tokens, scales, state.bank)
+        else:
+            loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
+            o, bank = loop.run(plain, tokens, scales, state.bank, grid)
+        return (o if kept is None or inside else kept.combine(tokens["q"], o, c.activation)), bank
 
-    def _chunk(self, tokens: dict[str, Tensor], rates: Rates, bank: BankState) -> tuple[Tensor, BankState]:
+    def _chunk(
+        self, tokens: dict[str, Tensor], rates: Rates, bank: BankState, mix: Mix | None
+    ) -> tuple[Tensor, BankState]:
         """Answers of one chunk and the memories after it, their chunk's start unchanged."""
         c, k, v = self.config, tokens["k"], tokens["v"]
         if c.ascend:
@@ -234,7 +250,7 @@ class LongTermMemory(nn.Module):
             bank = BankState(bank.running, bank.running, bank.surprise)
             keep = torch.zeros_like(rates.decay.log_retention)
             rates = replace(rates, decay=replace(rates.decay, log_retention=keep))
-        y, bank = learn_chunk(c, self.bank, bank, k, v, rates, tokens["q"], self_targets=False)
+        y, bank = learn_chunk(c, self.bank, bank, k, v, rates, tokens["q"], self_targets=False, mix=mix)
         assert y is not None
         return y, bank
 

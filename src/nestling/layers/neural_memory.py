@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nestling.layers.cacheable import CacheableLayer
 from nestling.layers.chunks import run_checkpointed
 from nestling.layers.long_term_memory import LongTermMemory, LongTermState, Retrieval
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
-from nestling.layers.sequence import Aligned, SequenceLayer
+from nestling.layers.sequence import Aligned
+from nestling.memory.kept import KeptMemories
 from nestling.memory.state import State
 
 
-class NeuralMemory(SequenceLayer):
+class NeuralMemory(CacheableLayer):
     """`o_t = W_o (norm(M_t(q_t)) * silu(x_t W_g))`: the long-term memory with norm, gate and output projection.
 
     Titans sections 3.1, 4.3 ("memory without attention") and 4.4. Every token reads the memory after its own write;
@@ -53,20 +57,28 @@ class NeuralMemory(SequenceLayer):
         """The meta-learned memory, or the one that has read the persistent tokens."""
         return self.memory.first_state(x) if self.persistent is None else self.memory.after(self.persistent, len(x))
 
-    def run(
-        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
+    def memory_of(self, state: State) -> list[Float[Tensor, "N H outputs inputs"]]:
+        """See `CacheableLayer.memory_of`."""
+        return self.memory.bank.first_deep(_own(state).bank.running)
+
+    def restart(self, state: State, fresh: State) -> LongTermState:
+        """See `CacheableLayer.restart`; a chunk begins."""
+        return replace(_own(fresh), conv=_own(state).conv)
+
+    def run_with_kept(
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None, kept: KeptMemories | None
     ) -> tuple[Float[Tensor, "N L hidden"], LongTermState]:
-        """See `SequenceLayer.run`."""
-        if not isinstance(state, LongTermState):
-            raise TypeError(
-                f"a neural memory continues from a LongTermState, not from the state {type(state).__name__}"
-            )
+        """See `CacheableLayer.run_with_kept`."""
         c = self.config
         stride = None if c.checkpoint_chunks is None else c.checkpoint_chunks * c.chunk_size
-        return run_checkpointed(self._write, x, state, lengths, stride)
+        if kept is not None:  # whose shares are of all tokens of the call
+            return self._write(x, _own(state), lengths, kept)
+        return run_checkpointed(self._write, x, _own(state), lengths, stride)
 
-    def _write(self, x: Tensor, state: LongTermState, lengths: Tensor | None) -> tuple[Tensor, LongTermState]:
-        y, state = self.memory(x, state, Aligned(lengths))
+    def _write(
+        self, x: Tensor, state: LongTermState, lengths: Tensor | None, kept: KeptMemories | None = None
+    ) -> tuple[Tensor, LongTermState]:
+        y, state = self.memory(x, state, Aligned(lengths), kept)
         return self._output(x, y), state
 
     def retrieve(
@@ -80,3 +92,9 @@ class NeuralMemory(SequenceLayer):
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         return self.out_proj(y if self.gate_proj is None else y * F.silu(self.gate_proj(x)))
+
+
+def _own(state: State) -> LongTermState:
+    if not isinstance(state, LongTermState):
+        raise TypeError(f"a neural memory continues from a LongTermState, not from the state {type(state).__name__}")
+    return state

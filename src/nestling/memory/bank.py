@@ -23,6 +23,9 @@ from nestling.ops import native
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
 from nestling.ops.normalize import safe_normalize
 
+Mix = Callable[[int, Tensor, Tensor], Tensor]
+"""Makes of a layer's number, its input `[N, H, L, in]` and its answer `[N, H, L, out]` what the next layer sees."""
+
 
 @dataclass
 class BankState(State):
@@ -175,6 +178,11 @@ class MemoryBank(nn.Module):
         values = dict(zip(deep + self.gates, parts, strict=True))
         return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
 
+    def first_deep(self, weights: list[Tensor]) -> list[Tensor]:
+        """The layers of the first deep memory alone, `[N, H, out, in]` each."""
+        first, *deeper = weights
+        return [first[:, :, : self.hidden], *(w[:, :, 0] for w in deeper)]
+
     def _shape(self, rule: Rule | None = None, self_targets: bool = True, first: int = 0) -> native.BankShape:
         dot, clip = rule is not None and rule.objective == "dot", 1.0 if rule is None else rule.clip
         return native.BankShape(
@@ -273,6 +281,7 @@ class MemoryBank(nn.Module):
         rates: Rates,
         fresh: bool,
         q: Tensor | None = None,
+        mix: Mix | None = None,
     ) -> tuple[Tensor | None, BankState]:
         """Write one chunk, and read the first deep memory at q, every token at its own fast weights.
 
@@ -285,6 +294,7 @@ class MemoryBank(nn.Module):
             rates: of the chunk.
             fresh: running and start weights are the same, so that `lesson` holds the products with both.
             q: queries `[N, H, L, K]`, or None.
+            mix: changes every layer's answers on their way to the next layer.
 
         Returns:
             y `[N, H, L, V]` (None without q), and the state after the chunk, its chunk start unchanged.
@@ -295,7 +305,7 @@ class MemoryBank(nn.Module):
             online = rule.online and layer == self.depth - 1
             if z is not None and layer > 0:
                 z = ACTIVATIONS[self.activation](z)
-            weight = state.running[layer]
+            weight, asked = state.running[layer], z
             surprise = None if state.surprise is None else state.surprise[layer]
             recalled = lesson.recalled[layer] if fresh and (online or erase is not None) else None
             z, after, surprise = chunk_step(
@@ -314,6 +324,8 @@ class MemoryBank(nn.Module):
                 read_before=rule.read_before,
                 online=online,
             )
+            if mix is not None and asked is not None and z is not None:
+                z = mix(layer, asked, z)
             running.append(after)
             if surprise is not None:
                 surprises.append(surprise)

@@ -15,6 +15,7 @@ from nestling.layers.feed_forward import FeedForwardConfig, LeveledFeedForwardCo
 from nestling.layers.heads import NEW_FIELD
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
+from nestling.layers.memory_caching_config import CACHEABLE, MemoryCachingConfig
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
     MemoryAsGateConfig,
@@ -26,7 +27,15 @@ from nestling.layers.ttt_config import TTTConfig
 from nestling.models.looping import check_loops
 
 TitansConfig = NeuralMemoryConfig | MemoryAsContextConfig | MemoryAsGateConfig | MemoryAsLayerConfig
-MixerConfig = SelfModifyingConfig | AttentionConfig | LinearMemoryConfig | Mamba2Config | TTTConfig | TitansConfig
+MixerConfig = (
+    SelfModifyingConfig
+    | AttentionConfig
+    | LinearMemoryConfig
+    | Mamba2Config
+    | TTTConfig
+    | TitansConfig
+    | MemoryCachingConfig
+)
 ChannelConfig = FeedForwardConfig | ContinuumConfig | LeveledFeedForwardConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {
@@ -39,6 +48,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "memory_as_context": MemoryAsContextConfig,
     "memory_as_gate": MemoryAsGateConfig,
     "memory_as_layer": MemoryAsLayerConfig,
+    "memory_caching": MemoryCachingConfig,
 }
 CHANNELS: dict[str, type[ChannelConfig]] = {
     "feed_forward": FeedForwardConfig,
@@ -74,7 +84,8 @@ class NestlingConfig(PretrainedConfig):
         blocks: one spec per block, `{"mixer": {"kind": ..., ...}, "channel": {"kind": ..., ...}}`. The kinds of mixers
             are the keys of `MIXERS`, those of channels the keys of `CHANNELS` or None; the other keys are the fields
             of that layer's config class. `hidden_size` comes from the model, and defaults are filled in, so that a
-            saved file does not depend on the defaults of a later release.
+            saved file does not depend on the defaults of a later release. `memory_caching` has the spec of another
+            mixer as its `inner`.
         vocab_size: tokens; 259 is the byte tokenizer's (padding, begin, end, 256 bytes).
         hidden_size: width of the residual stream.
         tie_word_embeddings: use the embedding as the output projection.
@@ -202,6 +213,8 @@ def _complete_layer(
     layer = _layer_config(where, spec, kinds, hidden_size)
     values = dataclasses.asdict(layer)
     del values["hidden_size"]
+    if isinstance(layer, MemoryCachingConfig):
+        values["inner"] = _complete_layer(f"{where}.inner", spec["inner"], CACHEABLE, hidden_size)
     for f in dataclasses.fields(layer):
         if f.metadata == NEW_FIELD and values[f.name] == f.default:
             del values[f.name]
@@ -260,6 +273,8 @@ def _layer_config(where: str, spec: Mapping[str, Any], kinds: Mapping[str, type[
     required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - given.keys()):
         raise ValueError(f"{where}: {kind} needs {', '.join(missing)}")
+    if kinds[kind] is MemoryCachingConfig:
+        given["inner"] = _layer_config(f"{where}.inner", spec["inner"], CACHEABLE, hidden_size)
     try:
         return kinds[kind](**given)
     except (TypeError, ValueError) as error:

@@ -26,6 +26,8 @@ from nestling.layers.feed_forward import (
 )
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.memory_caching import MemoryCaching
+from nestling.layers.memory_caching_config import MemoryCachingConfig
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import (
     MemoryAsContextConfig,
@@ -70,6 +72,8 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return MemoryAsLayer(config)
         case NeuralMemoryConfig():
             return NeuralMemory(config)
+        case MemoryCachingConfig():
+            return MemoryCaching(config)
         case _:
             assert_never(config)
 

@@ -13,6 +13,7 @@ from nestling.errors import UserError
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.linear import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
+from nestling.layers.memory_caching_config import MemoryCachingConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
@@ -84,12 +85,13 @@ def build_model(
     """
     model = _fresh(config, tokenizer) if config.init is None else _initial(checkpoint or config.init, tokenizer)
     if config.carry_state and config.carry_tokens is None and state_grows(model.config):
-        whose, instead = (
-            (f"preset {config.preset}", ", or --set window=N") if config.init is None else (config.init, "")
-        )
+        whose = f"preset {config.preset}" if config.init is None else config.init
+        why, instead = "every token it reads (attention without a window)", ", or --set window=N"
+        if any(block["mixer"]["kind"] == "memory_caching" for block in model.config.blocks):
+            why, instead = "every segment it reads (kept memories)", ""
         raise UserError(
-            f"the state of {whose} grows with every token it reads (attention without a window), so --carry-state "
-            f"needs --carry-tokens N{instead}"
+            f"the state of {whose} grows with {why}, so --carry-state needs --carry-tokens N"
+            f"{instead if config.init is None else ''}"
         )
     if model.config.vocab_size > LARGE_VOCABULARY:
         model.config.loss_chunk_size = LOSS_CHUNK
@@ -120,7 +122,7 @@ def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForC
 
 
 def state_grows(config: NestlingConfig) -> bool:
-    """Whether some layer keeps every token it has read."""
+    """Whether some layer keeps every token it has read, or a memory of every segment."""
     return any(_grows(config.mixer_config(index)) for index in range(len(config.blocks)))
 
 
@@ -128,6 +130,8 @@ def _grows(mixer: MixerConfig) -> bool:
     match mixer:
         case AttentionConfig():
             return mixer.window is None
+        case MemoryCachingConfig():
+            return True
         # Fast weights, and attention in a segment or a window beside them (Titans, all of them neural memories).
         case SelfModifyingConfig() | LinearMemoryConfig() | Mamba2Config() | TTTConfig() | NeuralMemoryConfig():
             return False

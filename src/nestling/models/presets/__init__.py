@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
+from nestling.models.presets.memory_caching import memory_caching, with_memory_caching
 from nestling.models.presets.sizes import SIZES
 from nestling.models.presets.titans import moneta, titans_lmm, titans_mac, titans_mag, titans_mal, yaad
 from nestling.models.presets.ttt import ttt_linear, ttt_mlp
@@ -30,6 +31,7 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "titans_mal": titans_mal,
     "moneta": moneta,
     "yaad": yaad,
+    "memory_caching": memory_caching,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "hope_linear",
     "linear_attention",
     "mamba2",
+    "memory_caching",
     "moneta",
     "retnet",
     "samba",
@@ -52,5 +55,6 @@ __all__ = [
     "transformer",
     "ttt_linear",
     "ttt_mlp",
+    "with_memory_caching",
     "yaad",
 ]

@@ -95,7 +95,12 @@ def assemble(
     heads = heads_of(shape, num_heads)
 
     def blocks(width: int) -> list[BlockSpec]:
-        return [{"mixer": {"num_heads": heads} | m, "channel": channel | {"intermediate_size": width}} for m in turns]
+        channels = channel | {"intermediate_size": width}
+        # A mixer around another one has its heads.
+        return [
+            {"mixer": m if m["kind"] == "memory_caching" else {"num_heads": heads} | m, "channel": channels}
+            for m in turns
+        ]
 
     # A pattern that is not complete has to be fitted as it stands.
     whole = shape.num_layers % len(mixers) == 0
