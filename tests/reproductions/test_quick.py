@@ -14,6 +14,7 @@ SHOWN = {
     "figure8": "language 1, chrF: alone, sequence",
     "figure11": "| `m3` | 0.002 |",
     "figure12": "`delta_momentum`",
+    "memory_caching": "| keys of 4, residual | 8 |",
     "mqar": "4 pairs in 32: accuracy (seeds), state",
     "orthogonal_tasks": "| orthogonal | delta momentum |",
     "parity": "| `hope` | carry |",
