@@ -32,6 +32,17 @@ BLOCKS: dict[str, list[Step | list[Step]]] = {
         ("step", "output", "x + o W", ""),
         FEED_FORWARD,
     ],
+    "ada_transformer": [
+        ("step", "projections", "q, k, v = norm(x) W, rotary positions", ""),
+        ("attention", "softmax attention", "softmax(q k) v", "reads every earlier\ntoken and itself"),
+        ("step", "output", "h = x + o W", ""),
+        (
+            "memory",
+            "feed-forward network that learns",
+            "W = W + l v φ(k)';  h + W φ(norm(h))",
+            "the attention's k and v;\nafter the token's write",
+        ),
+    ],
     "linear": [
         ("step", "projections", "q, k, v, gate, rates = norm(x) W", ""),
         ("step", "short convolution, feature map, length 1", "", "DeltaNets; rotary\npositions in RetNet"),

@@ -27,6 +27,17 @@ ROWS: dict[str, dict[str, Any]] = {
         "output_gate": "none",
         "output_norm": "none",
     },
+    "linear attention pp": {
+        "feature_map": "elu",
+        "normalise_qk": False,
+        "denominator": True,
+        "retention": "none",
+        "erase": False,
+        "conv_size": 1,
+        "output_gate": "none",
+        "output_norm": "none",
+        "initial": True,
+    },
     "retnet": {
         "value_expansion": 2,
         "feature_map": "identity",
@@ -41,7 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deltanet": {"retention": "none", "allow_neg_eigval": True, "output_gate": "none"},
     "gated deltanet": {"key_dim": 3, "value_expansion": 2},
 }
-"""The four rows, at the width of the tests."""
+"""The rows of the presets, at the width of the tests."""
 
 
 @dataclass
@@ -62,6 +73,10 @@ def reference_linear(layer: LinearMemory, x: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(c.key_width, dtype=x.dtype)
     state = x.new_zeros(len(x), c.num_heads, c.value_width, c.key_width)
     total = x.new_zeros(len(x), c.num_heads, c.key_width)
+    if layer.initial is not None:
+        state = state + layer.initial
+    if layer.initial_sum is not None:
+        total = total + (1 + layer.initial_sum.exp()).log()
     outputs = []
     for t in range(x.shape[1]):
         q, k, v = tokens.q[:, t], tokens.k[:, t], tokens.v[:, t]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nestling.layers.ada_transformer import AdaTransformer, AdaTransformerConfig
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.linear import LinearMemory, LinearMemoryConfig
@@ -31,6 +32,7 @@ from tests.layers.reference_linear import ROWS
 
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+ada_transformer = partial(AdaTransformerConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
 linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
@@ -69,6 +71,8 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "attention norms frequencies window": lambda: SoftmaxAttention(
         AttentionConfig(HIDDEN, 2, num_kv_heads=1, window=5, qk_norm_eps=1e-3, rope_frequencies=(0.7, 0.01))
     ),
+    "ada transformer": lambda: AdaTransformer(ada_transformer(intermediate_size=12)),
+    "ada transformer linear window": lambda: AdaTransformer(ada_transformer(window=5)),
     "ttt linear": lambda: TTTLayer(ttt()),
     "ttt linear mean plain": lambda: TTTLayer(ttt(step="mean", conv_size=1, output_gate=False)),
     "ttt mlp": lambda: TTTLayer(ttt(inner="mlp", conv_size=1)),
@@ -80,6 +84,7 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
         continuum(periods=(2, 5, None), variant="headwise", target="reconstruction")
     ),
     "linear attention": lambda: LinearMemory(linear(**ROWS["linear attention"])),
+    "linear attention pp": lambda: LinearMemory(linear(**ROWS["linear attention pp"])),
     "retnet": lambda: LinearMemory(linear(**ROWS["retnet"])),
     "deltanet": lambda: LinearMemory(linear(**ROWS["deltanet"])),
     "gated deltanet": lambda: LinearMemory(linear(**ROWS["gated deltanet"])),

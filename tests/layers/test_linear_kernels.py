@@ -21,7 +21,7 @@ from tests.layers.reference_linear import ROWS
 from tests.oracles import float32_is_float64
 
 LAYERS = [*ROWS, "mamba2"]
-FAMILY = ("linear_attention", "retnet", "deltanet", "gated_deltanet", "mamba2", "samba")
+FAMILY = ("linear_attention", "linear_attention_pp", "retnet", "deltanet", "gated_deltanet", "mamba2", "samba")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 

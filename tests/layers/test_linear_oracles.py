@@ -161,12 +161,16 @@ def test_state_space_duality(time: int, form: str) -> None:
     assert_equal(t, ours, theirs)
 
 
-def core(row: str, t: Tokens) -> Tensor:
+def core(row: str, t: Tokens, layer: LinearMemory) -> Tensor:
     """Their reference in the place of the layer's memory."""
     width = t.q.shape[-1]
     q = t.q * width**0.5
-    if row == "linear attention":
-        return fla_naive("linear_attn").naive_recurrent_linear_attn(q, t.k, t.v, normalize=True)[0]
+    if row.startswith("linear attention"):
+        first = None
+        if layer.initial is not None and layer.initial_sum is not None:
+            first = layer.initial.mT, torch.nn.functional.softplus(layer.initial_sum)
+        linear = fla_naive("linear_attn").naive_recurrent_linear_attn
+        return linear(q, t.k, t.v, initial_state=first, normalize=True)[0]
     if row == "retnet":
         return fla_naive("retention").naive_retention(*(s.transpose(1, 2) for s in (q, t.k, t.v))).transpose(1, 2)
     if row == "deltanet":
@@ -187,6 +191,6 @@ def test_layers(row: str, time: int) -> None:
 
     def theirs() -> Found:
         t = tokens_of(layer, x)
-        return finish(layer, core(row, t), t.gate), None
+        return finish(layer, core(row, t, layer), t.gate), None
 
     assert_equal({"x": x, **dict(layer.named_parameters())}, lambda: (layer(x)[0], None), theirs)

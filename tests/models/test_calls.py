@@ -20,6 +20,8 @@ Make = Callable[..., NestlingForCausalLM]
 
 BESIDE = {"attention.key": 2, "attention.value": 2}  # of persistent tokens and of tokens
 SEVERAL: dict[str, dict[str, int]] = {
+    # Of what the attention says and of what a value alone would; of queries and of keys.
+    "ada_transformer": {"attention.output": 2, "gate": 2, "up": 2},
     "titans_mag": BESIDE,
     "titans_mal": BESIDE,
     "titans_mac": {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -89,3 +91,19 @@ def test_the_linear_presets_are_what_their_papers_say() -> None:
     assert gated.num_heads * gated.key_width == 1536
     assert gated.num_heads * gated.value_width == 3072
     assert presets.deltanet(allow_neg_eigval=True).mixer_config(0).allow_neg_eigval
+
+
+@pytest.mark.parametrize("size", presets.SIZES)
+def test_the_ada_transformer_has_the_parameters_of_a_transformer(size: str) -> None:
+    """But for the norm of the keys it shares, and the rate at which it writes."""
+    config = presets.ada_transformer(size)
+    assert config.mixer_config(0).intermediate_size == presets.transformer(size).channel_config(0).intermediate_size
+    more = parameters("ada_transformer", size)[0] - parameters("transformer", size)[0]
+    assert more == len(config.blocks) * (config.hidden_size + 1)
+
+
+def test_linear_attention_pp_is_linear_attention_from_a_learned_start() -> None:
+    plain, learned = (
+        preset("340m").mixer_config(0) for preset in (presets.linear_attention, presets.linear_attention_pp)
+    )
+    assert not plain.initial and learned == dataclasses.replace(plain, initial=True)

@@ -133,7 +133,7 @@ class AttentionHeads(nn.Module):
         lengths: Tensor | None,
         prefix: Float[Tensor, "N P hidden"] | None = None,
     ) -> tuple[Float[Tensor, "N L inner"], AttentionState]:
-        """The heads' answers without the output projection.
+        """The heads' answers without the output projection: `answer` for the queries, keys and values of `x`.
 
         Args:
             x: left-aligned rows, at least one slot.
@@ -143,12 +143,28 @@ class AttentionHeads(nn.Module):
                 queries and keys that are not rotated, so that they mean the same to the first token and to the
                 millionth.
         """
-        time, c = x.shape[1], self.config
-        cos, sin = rotation(c.head_dim, c.rope_frequencies or c.rope_theta, state.position, time, x.device)
-        plain = self.heads(x, self.query, self.query_norm)
-        q = rotate(plain, cos, sin)
-        k = rotate(self.heads(x, self.key, self.key_norm), cos, sin)
-        v = self.heads(x, self.value)
+        return self.answer(*self.project(x), state, lengths, prefix)
+
+    def project(
+        self, x: Float[Tensor, "N L hidden"]
+    ) -> tuple[Float[Tensor, "N L H D"], Float[Tensor, "N L G D"], Float[Tensor, "N L G D"]]:
+        """Queries, keys and values, by heads and not rotated."""
+        q, k = self.heads(x, self.query, self.query_norm), self.heads(x, self.key, self.key_norm)
+        return q, k, self.heads(x, self.value)
+
+    def answer(
+        self,
+        q: Float[Tensor, "N L H D"],
+        k: Float[Tensor, "N L G D"],
+        v: Float[Tensor, "N L G D"],
+        state: AttentionState,
+        lengths: Tensor | None,
+        prefix: Float[Tensor, "N P hidden"] | None = None,
+    ) -> tuple[Float[Tensor, "N L inner"], AttentionState]:
+        """What `project` gave, turned by its positions and attended; see `mix`."""
+        time, c = q.shape[1], self.config
+        cos, sin = rotation(c.head_dim, c.rope_frequencies or c.rope_theta, state.position, time, q.device)
+        plain, q, k = q, rotate(q, cos, sin), rotate(k, cos, sin)
         unseen = None
         if state.k.shape[1]:
             unseen = _unseen_slots(state)

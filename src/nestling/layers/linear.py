@@ -5,7 +5,8 @@ N rows, L row length, H heads, K key width, V value width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.cacheable import CacheableLayer
-from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, rms_norm
+from nestling.layers.heads import NEW_FIELD, draw_filters, fast_dtype, free_of_weight_decay, rms_norm
 from nestling.layers.scalar_retention import (
     KERNELS,
     Kernel,
@@ -30,6 +31,9 @@ from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.rotary import rotate, rotation
 from nestling.ops.short_conv import short_conv
+
+SOFTPLUS_OF_ONE = math.log(math.e - 1)
+"""What softplus maps to 1."""
 
 CHOICES = {
     "feature_map": ("identity", "elu", "silu"),
@@ -68,6 +72,8 @@ class LinearMemoryConfig:
         output_norm: of every head: "rms", "group" (centred, with a bias: RetNet's GroupNorm), or "none".
         chunk_size: tokens in a chunk. It changes speed and rounding, not the result.
         norm_eps: of the output norm and the denominator.
+        initial: learn what the memory holds before the first token (NL section 3.2: linear attention with it is Linear
+            Attention++); without, it is empty. With a denominator the first sum of keys is learned too, and positive.
         kernel: whose code runs the memory. "nestling" is this package's own, on every device. "fla" is
             flash-linear-attention's Triton kernels on a CUDA GPU (`ops.fla_kernels`: precision and limits), which is
             checked when the layer reads its first token, so that such a config loads anywhere. Neither stands in for
@@ -95,6 +101,7 @@ class LinearMemoryConfig:
     chunk_size: int = 64
     norm_eps: float = 1e-6
     kernel: Kernel = "nestling"
+    initial: bool = field(default=False, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "key_dim", "value_expansion", "conv_size", "chunk_size"):
@@ -192,24 +199,40 @@ class LinearMemory(CacheableLayer):
         self.norm_weight = nn.Parameter(torch.ones(shape)) if c.output_norm != "none" else None
         self.norm_bias = nn.Parameter(torch.zeros(shape)) if group else None
         self.out_proj = nn.Linear(inner, c.hidden_size, bias=False)
-        free_of_weight_decay(self.conv, self.A_log, self.dt_bias, self.norm_weight, self.norm_bias)
+        self.initial = nn.Parameter(torch.empty(heads, c.value_width, c.key_width)) if c.initial else None
+        self.initial_sum = nn.Parameter(torch.empty(heads, c.key_width)) if c.initial and c.denominator else None
+        free_of_weight_decay(self.conv, self.A_log, self.dt_bias, self.norm_weight, self.norm_bias, self.initial_sum)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The convolution near the identity; retentions as Mamba-2 draws them."""
+        """The convolution near the identity; retentions as Mamba-2 draws them; a first memory as a linear layer's
+        weights, whose sum of keys weighs as much as one token of keys 1."""
         if self.conv is not None:
             draw_filters(self.conv)
         if self.A_log is not None and self.dt_bias is not None:
             draw_retention(self.A_log, self.dt_bias)
+        if self.initial is not None:
+            nn.init.normal_(self.initial, std=self.config.key_width**-0.5)
+        if self.initial_sum is not None:
+            nn.init.constant_(self.initial_sum, SOFTPLUS_OF_ONE)
 
     def first_state(self, x: Tensor) -> LinearMemoryState:
-        """An empty memory."""
+        """An empty memory, or the learned one."""
         c, dtype = self.config, fast_dtype(x)
+        shape = (len(x), c.num_heads, c.value_width + c.denominator, c.key_width)
         return LinearMemoryState(
-            weight=x.new_zeros(len(x), c.num_heads, c.value_width + c.denominator, c.key_width, dtype=dtype),
+            weight=x.new_zeros(shape, dtype=dtype) if self.initial is None else self._learned(dtype).expand(shape),
             conv=None if self.conv is None else x.new_zeros(len(x), c.conv_size - 1, self.streams, dtype=dtype),
             position=torch.zeros(len(x), dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
         )
+
+    def _learned(self, dtype: torch.dtype) -> Float[Tensor, "H V K"]:
+        """The first weights, with a denominator below them the first sum of keys."""
+        assert self.initial is not None
+        first = self.initial.to(dtype)
+        if self.initial_sum is None:
+            return first
+        return torch.cat([first, F.softplus(self.initial_sum.to(dtype))[:, None]], 1)
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
         """One matrix a head; the chunk is a matter of speed, so every token updates it."""
@@ -222,6 +245,7 @@ class LinearMemory(CacheableLayer):
                 objective=OBJECTIVES["l2" if c.erase else "dot"],
                 rule=rule,
                 state=c.num_heads * (c.value_width + c.denominator) * c.key_width,
+                initial=tuple(n for n in ("initial", "initial_sum") if getattr(self, n) is not None),
             ),
         )
 

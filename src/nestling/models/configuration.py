@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from nestling.layers.ada_transformer import AdaTransformerConfig
 from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig, LeveledFeedForwardConfig, check_level_name
@@ -41,6 +42,7 @@ ChannelConfig = FeedForwardConfig | ContinuumConfig | LeveledFeedForwardConfig
 MIXERS: dict[str, type[MixerConfig]] = {
     "self_modifying": SelfModifyingConfig,
     "attention": AttentionConfig,
+    "ada_transformer": AdaTransformerConfig,
     "linear_memory": LinearMemoryConfig,
     "mamba2": Mamba2Config,
     "ttt": TTTConfig,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nestling.layers.ada_transformer import AdaTransformer, AdaTransformerConfig
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
 from nestling.layers.feed_forward import (
@@ -56,6 +57,8 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
     match config:
         case SelfModifyingConfig():
             return SelfModifyingTitans(config)
+        case AdaTransformerConfig():
+            return AdaTransformer(config)
         case AttentionConfig():
             return SoftmaxAttention(config)
         case LinearMemoryConfig():
@@ -96,12 +99,14 @@ def build_channel(config: ChannelConfig | None) -> FeedForward | LeveledFeedForw
 class Block(nn.Module):
     """`x + mixer(norm(x))`, then the channel mixer on the result.
 
-    A feed-forward network is normalised and added here; a `ContinuumMemory` does that itself, once per level.
+    A feed-forward network is normalised and added here; a `ContinuumMemory` does that itself, once per level, and so
+    does an `AdaTransformer`, a whole block in place of the mixer.
     """
 
     def __init__(self, config: NestlingConfig, index: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        whole = isinstance(config.mixer_config(index), AdaTransformerConfig)
+        self.mixer_norm = None if whole else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(config.mixer_config(index))
         self.channel = build_channel(config.channel_config(index))
         plain = isinstance(self.channel, FeedForward | LeveledFeedForward)
@@ -116,8 +121,12 @@ class Block(nn.Module):
         self, x: Float[Tensor, "N L hidden"], state: BlockState | None, rows: Aligned
     ) -> tuple[Float[Tensor, "N L hidden"], BlockState]:
         """Run the block over left-aligned rows."""
-        y, mixer_state = self.mixer(self.mixer_norm(x), None if state is None else state.mixer, rows=rows)
-        x = x + y
+        before = None if state is None else state.mixer
+        if self.mixer_norm is None:
+            x, mixer_state = self.mixer(x, before, rows=rows)
+        else:
+            y, mixer_state = self.mixer(self.mixer_norm(x), before, rows=rows)
+            x = x + y
         channel_state: State | None = None
         match self.channel:
             case FeedForward() | LeveledFeedForward():

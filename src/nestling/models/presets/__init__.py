@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nestling.models.configuration import NestlingConfig
+from nestling.models.presets.adaptive import ada_transformer, linear_attention_pp
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.memory_caching import memory_caching, with_memory_caching
@@ -17,7 +18,9 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "hope_linear": hope_linear,
     "hope_attention": hope_attention,
     "transformer": transformer,
+    "ada_transformer": ada_transformer,
     "linear_attention": linear_attention,
+    "linear_attention_pp": linear_attention_pp,
     "retnet": retnet,
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
@@ -37,12 +40,14 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
 __all__ = [
     "PRESETS",
     "SIZES",
+    "ada_transformer",
     "deltanet",
     "gated_deltanet",
     "hope",
     "hope_attention",
     "hope_linear",
     "linear_attention",
+    "linear_attention_pp",
     "mamba2",
     "memory_caching",
     "moneta",

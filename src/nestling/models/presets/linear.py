@@ -15,6 +15,18 @@ from nestling.models.presets.sizes import (
     transformer_block_parameters,
 )
 
+LINEAR_ATTENTION: dict[str, Any] = {
+    "feature_map": "elu",
+    "normalise_qk": False,
+    "denominator": True,
+    "retention": "none",
+    "erase": False,
+    "conv_size": 1,
+    "output_gate": "none",
+    "output_norm": "none",
+}
+"""Settings of `LinearMemory` that linear attention and Linear Attention++ share."""
+
 RETNET_HEAD = 256
 RETNET_HEADS = 4
 
@@ -55,18 +67,7 @@ def linear_attention(
         1024
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
-    mixer = _memory(
-        chunk_size,
-        kernel,
-        feature_map="elu",
-        normalise_qk=False,
-        denominator=True,
-        retention="none",
-        erase=False,
-        conv_size=1,
-        output_gate="none",
-        output_norm="none",
-    )
+    mixer = _memory(chunk_size, kernel, **LINEAR_ATTENTION)
     return assemble(shape, [mixer], {"kind": "feed_forward"}, num_heads, intermediate_size, tie_word_embeddings)
 
 
