@@ -19,6 +19,8 @@ from nestling.levels.assignment import multi_frequency
 from nestling.optim import build
 
 HERE = Path(__file__).parent
+ROW = 512
+"""Tokens that a row of Hope's training reads in a step."""
 
 
 def mlp() -> NestedSystem:
@@ -38,7 +40,7 @@ def hope() -> NestedSystem:
     """Hope, with the levels of its continuum at three frequencies."""
     model = NestlingForCausalLM(presets.hope(size="tiny"))
     optimizer = multi_frequency(model, {"cms.0": 1, "cms.1": 8, "cms.2": 64}, partial(build, "adamw", model, lr=3e-3))
-    return inspect(model, optimizer)
+    return inspect(model, optimizer, tokens_per_step=ROW)
 
 
 def main() -> None:

@@ -177,6 +177,34 @@ def test_hope_with_levels() -> None:
     assert ("cms.2: gradient sum", "cms.2: AdamW exp_avg") in moves(system, "generation")
 
 
+def test_hope_on_the_clock_of_a_training() -> None:
+    """A state that is carried on makes slow memories slower than the weights (NL Definition 2)."""
+    model = tiny("hope", periods=(8, 64, None))
+    optimizer = multi_frequency(model, {"cms.1": 4}, partial(build, "sgd", model, lr=1e-3))
+    fast, slow = "blocks.*.channel level 0", "blocks.*.channel level 1"
+
+    def places(tokens: int | None, restart: int | None = None) -> tuple[dict[str, int], tuple[str, ...]]:
+        system = inspect(model, optimizer, tokens_per_step=tokens, restart=restart)
+        return {c.name: system.level_of(c.name) for c in system.components}, system.notes
+
+    found, notes = places(256)
+    assert found[fast] < found[slow] < found["blocks.*.mixer"] and not notes
+    found, notes = places(32)
+    assert found[fast] < found["blocks.*.mixer"] < found[slow] < found["blocks.*.channel.levels.1"]
+    assert not notes
+    found, _ = places(64)  # the gradient of a step has read the memory
+    assert found[slow] < found["blocks.*.mixer"] and found[slow] == found[fast] + 1
+    _, notes = places(None)
+    assert len(notes) == 1 and "which is so from 65 tokens a step" in notes[0]
+    _, notes = places(64, restart=64)
+    assert {note.partition(" is updated every 64 tokens")[0] for note in notes} == {
+        slow,
+        "blocks.*.mixer k, v, eta, alpha",
+    }
+    with pytest.raises(ValueError, match="tokens_per_step must be at least 1, or None if it is not known; got 0"):
+        inspect(model, optimizer, tokens_per_step=0)
+
+
 def test_the_nested_continuum_restarts_from_the_level_above() -> None:
     system = inspect(tiny("hope", variant="nested", periods=(8, 32, None)))
     assert ("blocks.*.channel level 1", "blocks.*.channel level 0") in moves(system, "initialisation")

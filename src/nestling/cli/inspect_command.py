@@ -29,6 +29,15 @@ def inspect(
             "is the fastest level's period.",
         ),
     ] = None,
+    tokens_per_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens that a row reads in an optimizer step, on which the order of levels depends. Default: those "
+            "of the run.",
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -47,7 +56,8 @@ def inspect(
         raise UserError(f"--plot {plot}: there is no directory {plot.parent}; make it first")
     quiet_libraries()
     model, _ = load_model(directory)
-    system = find_levels(model, _optimizer(model, directory, optimizer, levels))
+    made, tokens, restart = _optimizer(model, directory, optimizer, levels)
+    system = find_levels(model, made, tokens_per_step=tokens_per_step or tokens, restart=restart)
     if plot is not None:
         system.plot(plot)
     if as_json:
@@ -59,18 +69,19 @@ def inspect(
         say(console, f"picture written to {plot}")
 
 
-def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None) -> Any:
-    """The named optimizer or that of the run, over the given levels or those of the run; before its first step."""
+def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None) -> tuple[Any, int | None, int | None]:
+    """The named optimizer or that of the run, over the given levels or those of the run, before its first step; tokens
+    that a row reads in a step, and after which it starts anew, where a run or a converted model says so."""
     from nestling.levels.assignment import multi_frequency, parse_levels, steps_of
     from nestling.optim import NAMES, build
     from nestling.training.config import CONFIG_FILE, TrainConfig, read_run
 
-    run = read_run(directory)[0] if (directory / CONFIG_FILE).exists() else TrainConfig(out=str(directory))
-    run = run.resolved()
+    trained = (directory / CONFIG_FILE).exists()
+    run = (read_run(directory)[0] if trained else TrainConfig(out=str(directory))).resolved()
     if name == "none":
         if levels:
             raise UserError("--levels has no meaning with --optimizer none")
-        return None
+        return None, None, None
     if name is not None and name not in NAMES:
         raise UserError(f"unknown optimizer {name!r}; choose one of: {', '.join(NAMES)}, none")
     assert run.learning_rate is not None
@@ -82,8 +93,11 @@ def _optimizer(model: Any, directory: Path, name: str | None, levels: str | None
         weight_decay=run.weight_decay,
         betas=(run.beta1, run.beta2),
     )
+    clock = (run.row_tokens_per_step(), run.restart()) if trained else (None, None)
     if not (spec := run.levels if levels is None else levels):
         if own := getattr(model.config, "levels", None):  # a converted model that no run has trained
-            return multi_frequency(model, steps_of(own, min(own.values())), made)
-        return made()
-    return multi_frequency(model, parse_levels(spec), made, run.level_rate_exponent if levels is None else 0.0)
+            step = min(own.values())
+            return multi_frequency(model, steps_of(own, step), made), step, None
+        return made(), *clock
+    exponent = run.level_rate_exponent if levels is None else 0.0
+    return multi_frequency(model, parse_levels(spec), made, exponent), *clock

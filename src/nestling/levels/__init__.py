@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nestling.levels.components import Component, Frequency, SystemLevel, Transfer
 from nestling.levels.inspection import inspect
-from nestling.levels.problems import Problem, Runner, descent
+from nestling.levels.problems import Problem, descent
+from nestling.levels.runner import Runner
 from nestling.levels.system import NestedSystem
 
 __all__ = [

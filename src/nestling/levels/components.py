@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 Unit = Literal["query", "token", "item", "step", "never"]
@@ -10,33 +12,55 @@ Context = Literal["tokens", "gradients", "samples"]
 Kind = Literal["attention", "fast weights", "optimizer state", "parameters"]
 TransferKind = Literal["parametric", "non-parametric", "backpropagation", "initialisation", "generation"]
 
-_SPEED: dict[Unit, int] = {"query": 0, "token": 1, "item": 1, "step": 2, "never": 3}
-
 
 @dataclass(frozen=True)
 class Frequency:
     """How often a component is updated (NL Definition 2).
 
+    Definition 2 counts updates in a unit of time that all components share. Here that is one step of the optimizer:
+    `rate` is updates a step. A memory with a period of 512 tokens is slower than weights that move at every step if a
+    row reads 256 tokens a step, and faster if it reads 2,048.
+
     Attributes:
         unit: what `period` counts. "query": a non-parametric solution is found anew for every query, frequency
-            infinity; "never" is frequency 0, and `period` then means nothing for either. A step of the optimizer reads
-            whole sequences, so everything that is updated by the token (or by the item of another context) is faster
-            than all that is updated by the step.
-        period: tokens or steps between two updates.
+            infinity; "never" is frequency 0, and `period` then means nothing for either.
+        period: tokens, items of another context, or steps between two updates.
+        per_step: tokens or items that pass in one step (of one row: rows of a batch have memories of their own); None
+            if that is not known. Means nothing for the other units.
     """
 
     unit: Unit
     period: int = 1
+    per_step: int | None = None
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller is faster."""
-        return _SPEED[self.unit], 0 if self.unit in ("query", "never") else self.period
+    def rate(self) -> Fraction | float | None:
+        """Updates in one step: infinity for "query", and None where nobody knows how many tokens a step has."""
+        if self.unit in ("query", "never"):
+            return math.inf if self.unit == "query" else 0.0
+        passed = 1 if self.unit == "step" else self.per_step
+        return None if passed is None else Fraction(passed, self.period)
+
+    @property
+    def rank(self) -> tuple[int, Fraction | float]:
+        """Smaller is faster. What is updated by the token at an unknown rate stands above all that has a known one."""
+        if self.rate is None:
+            return 1, self.period
+        return (0, 0) if self.unit == "query" else (2, -self.rate)
 
     def __str__(self) -> str:
         if self.unit in ("query", "never"):
             return "∞" if self.unit == "query" else "0"
         return f"1 / {self.unit}" if self.period == 1 else f"1 / {self.period:,} {self.unit}s"
+
+    def rate_text(self) -> str:
+        """The rate in words where it says more than the period does, else nothing."""
+        rate = self.rate
+        if not isinstance(rate, Fraction) or self.unit == "step":
+            return ""
+        if rate >= 1:
+            return f"{float(rate):,.4g} / step"
+        return f"1 / {float(1 / rate):,.4g} steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +106,18 @@ class SystemLevel:
     Attributes:
         index: from 1, the fastest, as in Definition 2. (The paper's figures count the other way round, from the
             outermost loop.)
-        frequency: of all components.
+        frequency: of all components; where some count tokens and others steps, that of the first.
         components: in no order.
     """
 
     index: int
     frequency: Frequency
     components: tuple[Component, ...]
+
+    @property
+    def updates(self) -> str:
+        """How often, in every unit in which its components count: `1 / step = 1 / 256 tokens`."""
+        return " = ".join(dict.fromkeys(str(c.frequency) for c in self.components))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from nestling.levels.system import NestedSystem
 RECALLED = "what it recalls"
 
 
-def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: str | None = None) -> NestedSystem:
+def inspect(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    objective: str | None = None,
+    tokens_per_step: int | None = None,
+    restart: int | None = None,
+) -> NestedSystem:
     """Levels, components and knowledge transfers of any model with any optimizer (NL section 3).
 
     Everything is read from the objects. Layers of this package describe their memories (`DescribesMemories`); softmax
@@ -30,9 +37,14 @@ def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: 
         model: any module.
         optimizer: over its parameters; None for a model that is only used, whose parameters have frequency 0.
         objective: what the training minimises; None takes the loss a Hugging Face model names, or "the training loss".
+        tokens_per_step: tokens that a row reads between two steps of the optimizer (not those of the whole batch: every
+            row has memories of its own). On that clock what is updated by the token and what is updated by the step are
+            compared; None does not know it, and a note says when the order is right.
+        restart: tokens after which a row's memories start anew: its length, where no state is carried on. A note names
+            the memories whose period is no shorter, since none of their updates is ever read. None: they go on.
 
     Raises:
-        ValueError: the optimizer has parameters that are not the model's.
+        ValueError: the optimizer has parameters that are not the model's, or `tokens_per_step` is below 1.
 
     Examples:
         >>> import torch
@@ -42,6 +54,8 @@ def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: 
         >>> [[component.kind for component in level.components] for level in system.levels]
         [['optimizer state'], ['parameters']]
     """
+    if tokens_per_step is not None and tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step must be at least 1, or None if it is not known; got {tokens_per_step}")
     names = {id(p): name for name, p in model.named_parameters()}
     parts = [] if optimizer is None else find_optimizer_states(optimizer)
     strangers = [p for part in parts for p in part.parameters if id(p) not in names]
@@ -55,8 +69,14 @@ def inspect(model: nn.Module, optimizer: Optimizer | None = None, *, objective: 
         builder.add_part(part)
     builder.add_frozen(optimizer)
     for memory in find_memories(model):
+        if memory.component.frequency.unit == "token":
+            frequency = replace(memory.component.frequency, per_step=tokens_per_step)
+            memory.component = replace(memory.component, frequency=frequency)
         builder.add_memory(memory)
     builder.join_gradient_flow()
+    builder.let_steps_wait()
+    if restart is not None:
+        builder.note_unread(restart)
     title = type(model).__name__
     if optimizer is not None:
         inner = sorted({type(part.optimizer).__name__ for part in parts})
@@ -131,6 +151,23 @@ class _Builder:
             sources = [n for period, names in self.flows if period == slow for n in names]
             targets = [n for period, names in self.flows if period == fast for n in names]
             self._connect(sources, targets, "backpropagation", "errors")
+
+    def let_steps_wait(self) -> None:
+        """A gradient has read the memories: at equal frequency they come before all that is updated by the step."""
+        waiting = tuple(c.name for c in self.components if c.frequency.unit == "step")
+        self.components = [
+            replace(c, feeds=(*c.feeds, *waiting)) if c.kind == "fast weights" else c for c in self.components
+        ]
+
+    def note_unread(self, restart: int) -> None:
+        """Memories whose first update comes when their row ends."""
+        for c in self.components:
+            if c.kind == "fast weights" and c.frequency.period >= restart:
+                self.notes.append(
+                    f"{c.name} is updated every {c.frequency.period:,} tokens, and its rows start anew after "
+                    f"{restart:,}: training never reads an update of it; make rows longer or the period shorter, or "
+                    "carry the state on"
+                )
 
     def _add_parameters(self, members: Sequence[str], frequency: Frequency, rule: str, label: str) -> list[str]:
         made = []

@@ -143,7 +143,8 @@ def _clock(axes: Axes, level: SystemLevel, cycles: float, top: float, height: fl
     """Index, frequency in words, and a wave."""
     middle = top - height / 2
     axes.text(0.18, middle + 0.34, f"Level {level.index}", fontsize=11, fontweight="bold", color=INK, va="center")
-    axes.text(0.18, middle + 0.08, f"updates  {level.frequency}", fontsize=9, color=SOFT, va="center")
+    words = [level.updates, *filter(None, [level.frequency.rate_text()])]
+    axes.text(0.18, middle + 0.08, "updates  " + ", ".join(words), fontsize=9, color=SOFT, va="center")
     x = np.linspace(0.18, AXIS - 0.3, 800)
     wave = np.sin(2 * np.pi * cycles * (x - x[0]) / (x[-1] - x[0]))
     axes.plot(x, middle - 0.28 + 0.15 * wave, color=INK, lw=0.6 if cycles > 40 else 1.1, zorder=2)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from nestling.optim import MultiFrequency, OptimizerLevel
 from nestling.optim.multi_frequency import Factory
 
 Weights = dict[str, Tensor]
 Solved = Mapping[str, Any]
-"""What the problems in context came to, by name: weights, or with `history` the list of them."""
+"""What the problems in context came to, by name: weights or a solution, or with `history` the list of them; while a
+context is read, what they are at the moment."""
 
 
 class Rule(Protocol):
     """An update of fast weights: new weights and what the rule remembers (None at first)."""
 
     def __call__(self, weights: Weights, gradients: Weights, memory: Any) -> tuple[Weights, Any]: ...
+
+
+def whole(batch: Any) -> Iterable[Any]:
+    """The batch as the only item of a context."""
+    return (batch,)
 
 
 def descent(rate: float | Tensor) -> Rule:
@@ -36,7 +39,7 @@ def descent(rate: float | Tensor) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One optimization problem (objective, context, parameters), in one of the two ways to learn:
+    """One optimization problem (objective, context, parameters), in one of three ways to be solved:
 
     - in the stream: `parameters` and a `torch.optim` optimizer; they persist from step to step, and every `period`
       steps take the gradients summed since (`MultiFrequency`). Neighbours with the same `objective` are in one gradient
@@ -45,6 +48,15 @@ class Problem:
     - in context: `start` and a `rule`; the weights live for one step, begin at what `start` returns (parameters:
       transfer by initialisation; the output of a network: by generation) and learn from the items of the context, every
       `period` of them. The problems in the stream differentiate through all of it.
+    - non-parametric: `solution` gives the minimiser of the objective for every item of the context, a query. Nothing is
+      held from one item to the next, so its frequency is infinite (NL section 3.2; attention, Eq. 62-63).
+
+    Problems in context read their contexts one after the other, in the given order, unless they say otherwise:
+
+    - `beside`: they read one context together, item by item, so that they can interact at every token. A problem then
+      sees the others as they were before the item; those whose `feeds` name it, as they are after it.
+    - `inside`: the inner problems are solved anew within every item of this one's context, for example from its weights
+      of the moment (NL Eq. 72); to any depth.
 
     Attributes:
         name: of the problem, and of its weights in what the objectives are given.
@@ -54,12 +66,27 @@ class Problem:
         optimizer: in the stream: makes the optimizer, `partial(torch.optim.SGD, lr=0.1)`.
         start: in context: of the batch and the problems solved before to the first weights.
         rule: in context: the update; gradient descent at rate 0.1 by default, as in MAML's regression.
+        solution: non-parametric: of an item and the solved problems to the minimiser of the objective.
         context: in context: the items of a batch, one after the other; by default the batch is the one item.
+        given: in context: of an item and the weights of the moment, the own included, to what the objective takes for
+            an item. The own gradient takes it as given and does not pass through it; the gradients of slower problems
+            do. Self-generated keys, values and targets are made here (NL Eq. 83-84).
         period: steps, or items, between two updates.
-        history: in context: hand on the weights before the first item and after every one, not the last alone.
+        beside: in context: name of an earlier problem whose items this one reads with it.
+        inside: in context: problems within every item, which is their batch.
+        through: in context, with `inside`: the own gradient runs through the inner problems' learning. Without, what
+            they have become counts as given (the first-order meta-gradient).
+        history: in context: hand on the weights before the first item and after every one, not the last alone;
+            non-parametric: the solutions of all items. Problems inside another always hand on a list, one entry for
+            every item of that.
         differentiable: in context: gradients through the updates. Without, the first-order approximation.
         goal, flow, feeds: for tables and pictures: the objective in words, what the context is made of, and the names
             of problems of equal frequency that need this one's result.
+        span, per_step: for the order of levels: tokens (or samples) in an item of the context, and items that pass in
+            one optimizer step, None if that is not known.
+
+    Raises:
+        ValueError: a problem that is not well defined; the message says what is missing.
     """
 
     name: str
@@ -68,25 +95,43 @@ class Problem:
     optimizer: Factory | None = None
     start: Callable[[Any, Solved], Weights] | None = None
     rule: Rule = field(default_factory=lambda: descent(0.1))
-    context: Callable[[Any], Iterable[Any]] = lambda batch: (batch,)
+    solution: Callable[[Any, Solved], Tensor] | None = None
+    context: Callable[[Any], Iterable[Any]] = whole
+    given: Callable[[Any, Solved], Any] | None = None
     period: int = 1
+    beside: str = ""
+    inside: Sequence[Problem] = ()
+    through: bool = True
     history: bool = False
     differentiable: bool = True
     goal: str = "its own"
     flow: Literal["tokens", "gradients", "samples"] = "samples"
     feeds: tuple[str, ...] = ()
+    span: int = 1
+    per_step: int | None = None
 
     def __post_init__(self) -> None:
         given = self.parameters.parameters() if isinstance(self.parameters, nn.Module) else self.parameters
         object.__setattr__(self, "parameters", tuple(given))
-        if (self.start is None) != bool(self.parameters):
+        ways = [bool(self.parameters), self.start is not None, self.solution is not None]
+        if sum(ways) != 1:
             raise ValueError(
-                f"problem {self.name!r} needs either parameters (it learns in the stream) or start (in context)"
+                f"problem {self.name!r} needs either parameters (it learns in the stream), start (in context) or "
+                "solution (non-parametric), and only one of them"
             )
-        if self.start is None and self.optimizer is None:
+        if self.parameters and self.optimizer is None:
             raise ValueError(f"problem {self.name!r} needs an optimizer, for example partial(torch.optim.SGD, lr=0.1)")
-        if self.period < 1:
-            raise ValueError(f"the period of problem {self.name!r} must be at least 1, not {self.period}")
+        for word in ("period", "span"):
+            if getattr(self, word) < 1:
+                raise ValueError(f"the {word} of problem {self.name!r} must be at least 1, not {getattr(self, word)}")
+        if self.start is None and (self.inside or self.given is not None):
+            raise ValueError(f"problem {self.name!r} does not learn in context, so inside and given have no meaning")
+        if self.beside and (self.parameters or self.context is not whole):
+            raise ValueError(
+                f"problem {self.name!r} reads the context of {self.beside!r}: it learns in context and has none itself"
+            )
+        if any(p.parameters for p in self.inside):
+            raise ValueError(f"problems inside {self.name!r} live for one of its items, so none can be in the stream")
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -99,81 +144,38 @@ class Problem:
 
     def rule_text(self) -> str:
         """The learning rule in a few words."""
+        if self.solution is not None:
+            return "solved for every item"
         made = self.optimizer if self.start is None else self.rule
         inner = getattr(made, "func", made)
         options = [f"{k} {v:g}" for k, v in getattr(made, "keywords", {}).items() if isinstance(v, int | float) and v]
         return ", ".join([getattr(inner, "__name__", type(inner).__name__), *options])
 
-
-class Runner:
-    """Runs problems: first those in context, then those in the stream, each group in the given order.
-
-    Attributes:
-        optimizers: of the problems in the stream, for checkpoints and schedulers.
-    """
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        if not problems:
-            raise ValueError("a system needs at least one problem")
-        self.inside = [p for p in problems if p.start is not None]
-        stream = [p for p in problems if p.start is None]
-        self.flows = [list(flow) for _, flow in groupby(stream, key=lambda p: p.objective)]
-        self.optimizers = [
-            MultiFrequency({p.name: OptimizerLevel(p.tensors, p.period, p.optimizer) for p in flow})
-            for flow in self.flows
-        ]
-
-    def step(self, batch: Any) -> dict[str, float]:
-        """See `NestedSystem.step`."""
-        losses: dict[str, float] = {}
-        if not self.flows:
-            self._solve(batch, losses)
-        for flow, optimizer in zip(self.flows, self.optimizers, strict=True):
-            # Anew for every flow: the one before may have moved the parameters this one differentiates through.
-            loss = flow[0].objective(batch, self._solve(batch, losses))
-            tensors = [t for problem in flow for t in problem.tensors]
-            gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-            for t, gradient in zip(tensors, gradients, strict=True):
-                t.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad()
-            losses |= dict.fromkeys((p.name for p in flow), float(loss.detach()))
-        return losses
-
-    def solve(self, batch: Any) -> Solved:
-        """What the problems in context come to on a batch, without any change: for evaluation."""
-        return self._solve(batch, {})
-
-    def _solve(self, batch: Any, losses: dict[str, float]) -> dict[str, Any]:
-        solved: dict[str, Any] = {}
+    def family(self) -> Iterator[Problem]:
+        """The problem and all that are inside it, the innermost first."""
         for problem in self.inside:
-            assert problem.start is not None
-            weights = {
-                n: w if w.requires_grad else w.detach().requires_grad_()
-                for n, w in problem.start(batch, solved).items()
-            }
-            path: list[Weights] = [weights]
-            memory: Any = None
-            waiting: list[Any] = []
-            for item in problem.context(batch):
-                waiting.append(item)
-                if len(waiting) == problem.period:
-                    weights, memory, losses[problem.name] = _update(problem, weights, memory, waiting, solved)
-                    waiting = []
-                path.append(weights)
-            solved[problem.name] = path if problem.history else weights
-        return solved
+            yield from problem.family()
+        yield self
 
 
-def _update(
-    problem: Problem, weights: Weights, memory: Any, items: Sequence[Any], solved: Solved
-) -> tuple[Weights, Any, float]:
-    """One update of fast weights with the gradients of several items, all taken at the weights before it (Eq. 71)."""
-    with torch.enable_grad():
-        loss = torch.stack([problem.objective(item, {**solved, problem.name: weights}) for item in items]).sum()
-        kept = problem.differentiable
-        found = torch.autograd.grad(loss, list(weights.values()), create_graph=kept, allow_unused=True)
-        pairs = zip(weights.items(), found, strict=True)
-        gradients = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
-        weights, memory = problem.rule(weights, gradients, memory)
-    return weights, memory, float(loss.detach())
+def context_flows(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems that read one context together, in the order in which contexts are read.
+
+    Raises:
+        ValueError: `beside` names no earlier problem with a context of its own, or a problem comes before one whose
+            `feeds` name it.
+    """
+    flows: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if not problem.beside:
+            flows[problem.name] = [problem]
+            continue
+        if problem.beside not in flows:
+            raise ValueError(
+                f"problem {problem.name!r} is beside {problem.beside!r}, which is no earlier problem with a context"
+            )
+        flow = flows[problem.beside]
+        if late := [p.name for p in flow if p.name in problem.feeds]:
+            raise ValueError(f"problem {problem.name!r} feeds {late[0]!r} at the same item, so list it first")
+        flow.append(problem)
+    return list(flows.values())

@@ -21,7 +21,8 @@ from nestling.levels.components import (
     count_text,
     state_text,
 )
-from nestling.levels.problems import Problem, Runner
+from nestling.levels.problems import Problem
+from nestling.levels.runner import Runner
 
 WIDTH = 150
 """Columns of the tables in a file or a pipe; a terminal has its own."""
@@ -58,6 +59,9 @@ class NestedSystem:
     ) -> NestedSystem:
         """Sort components into levels by Definition 2: by frequency, and among equals those that others wait for first.
 
+        Frequencies are compared as updates in a step of the optimizer (`Frequency.rate`). Where it is not known how
+        many tokens a step has, a note says for which numbers the order is right.
+
         Raises:
             ValueError: two components of one name, or a transfer from or to a name that is no component's.
         """
@@ -72,6 +76,7 @@ class NestedSystem:
         for index, place in enumerate(order, 1):
             members = tuple(c for c in components if (c.frequency.rank, -heights[c.name]) == place)
             levels.append(SystemLevel(index, members[0].frequency, members))
+        notes = (*notes, *_unknown_rates(components))
         return cls(name, tuple(levels), tuple(dict.fromkeys(transfers)), tuple(dict.fromkeys(notes)), runner)
 
     @classmethod
@@ -87,25 +92,7 @@ class NestedSystem:
             ValueError: as `of`, or a problem that is not well defined.
         """
         runner = Runner(problems)
-        components = []
-        for problem in problems:
-            count, size = problem.size()
-            inside = problem.start is not None
-            components.append(
-                Component(
-                    name=problem.name,
-                    kind="fast weights" if inside else "parameters",
-                    frequency=Frequency(_unit(problem), problem.period),
-                    context=problem.flow,
-                    objective=problem.goal,
-                    rule=problem.rule_text(),
-                    parameters=0 if inside else count,
-                    parameter_bytes=0 if inside else size,
-                    state=count if inside else 0,
-                    state_bytes=size if inside else 0,
-                    feeds=problem.feeds,
-                )
-            )
+        components = [_component(p) for problem in problems for p in problem.family()]
         return cls.of(name, components, transfers, (), runner)
 
     def step(self, batch: Any) -> dict[str, float]:
@@ -140,14 +127,15 @@ class NestedSystem:
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `frequency` in words and as unit and period."""
+        """Plain JSON values; `frequency` in words, as unit and period, and as updates in a step (None: unknown, or
+        infinite where the unit is "query")."""
         levels = []
         for level in self.levels:
             members = [dataclasses.asdict(c) | {"feeds": list(c.feeds)} for c in level.components]
             for member, component in zip(members, level.components, strict=True):
                 member["frequency"] = str(component.frequency)
-            place = {"level": level.index, "frequency": str(level.frequency), **dataclasses.asdict(level.frequency)}
-            levels.append(place | {"components": members})
+            place = {"level": level.index, "frequency": level.updates, **dataclasses.asdict(level.frequency)}
+            levels.append(place | {"updates_per_step": _number(level.frequency), "components": members})
         transfers = [dataclasses.asdict(t) for t in self.transfers]
         return {"name": self.name, "levels": levels, "transfers": transfers, "notes": list(self.notes)}
 
@@ -185,7 +173,8 @@ class NestedSystem:
             levels.add_column(heading, justify="right")
         for level in self.levels:
             for i, c in enumerate(level.components):
-                first = (str(level.index), str(level.frequency)) if i == 0 else ("", "")
+                rate = level.frequency.rate_text()
+                first = (str(level.index), f"{level.updates}\n{rate}".strip()) if i == 0 else ("", "")
                 name = f"{c.name} (×{c.copies})" if c.copies > 1 else c.name
                 own = count_text(c.parameters, c.parameter_bytes)
                 levels.add_row(*first, name, c.context, f"{c.objective}\n{c.rule}", own, state_text(c))
@@ -211,10 +200,46 @@ def joined(transfers: Sequence[Transfer]) -> list[tuple[tuple[str, ...], tuple[s
     return [(tuple(sources), targets, kind, what) for (targets, kind, what), sources in rows.items()]
 
 
-def _unit(problem: Problem) -> Unit:
-    if problem.start is None:
-        return "step"
-    return "token" if problem.flow == "tokens" else "item"
+def _component(problem: Problem) -> Component:
+    count, size = problem.size()
+    frequency = Frequency("step", problem.period)
+    if problem.solution is not None:
+        frequency = Frequency("query")
+    elif problem.start is not None:
+        unit: Unit = "token" if problem.flow == "tokens" else "item"
+        passed = None if problem.per_step is None else problem.per_step * problem.span
+        frequency = Frequency(unit, problem.period * problem.span, passed)
+    return Component(
+        name=problem.name,
+        kind="attention" if problem.solution else "fast weights" if problem.start else "parameters",
+        frequency=frequency,
+        context=problem.flow,
+        objective=problem.goal,
+        rule=problem.rule_text(),
+        parameters=count,
+        parameter_bytes=size,
+        feeds=problem.feeds,
+    )
+
+
+def _unknown_rates(components: Sequence[Component]) -> list[str]:
+    """A note for every unit whose number in a step is not known, if that could change the order."""
+    steps = [c.frequency.period for c in components if c.frequency.unit == "step"]
+    notes = []
+    for unit in ("token", "item"):
+        periods = [c.frequency.period for c in components if c.frequency.unit == unit and c.frequency.rate is None]
+        if periods and steps:
+            most = max(periods) // min(steps)
+            notes.append(
+                f"how many {unit}s pass in a step of the optimizer is not known; what is updated by the {unit} is "
+                f"listed as faster than what is updated by the step, which is so from {most + 1:,} {unit}s a step"
+            )
+    return notes
+
+
+def _number(frequency: Frequency) -> float | None:
+    rate = frequency.rate
+    return None if rate is None or frequency.unit == "query" else float(rate)
 
 
 def _heights(components: dict[str, Component]) -> dict[str, int]:
@@ -225,7 +250,7 @@ def _heights(components: dict[str, Component]) -> dict[str, int]:
         if name not in heights:
             own = components[name]
             fed = [n for n in own.feeds if n in components and n not in above and n != name]
-            same = [n for n in fed if components[n].frequency == own.frequency]
+            same = [n for n in fed if components[n].frequency.rank == own.frequency.rank]
             heights[name] = 1 + max((height(n, (*above, name)) for n in same), default=-1)
         return heights[name]
 

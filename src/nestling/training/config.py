@@ -245,6 +245,14 @@ class TrainConfig:
         """Tokens an optimizer step is made of."""
         return self.batch_size * self.gradient_accumulation * self.sequence_length * processes
 
+    def row_tokens_per_step(self) -> int:
+        """Tokens that one row reads between two optimizer steps: a carried state goes through all batches of a step."""
+        return self.sequence_length * (self.gradient_accumulation if self.carry_state else 1)
+
+    def restart(self) -> int | None:
+        """Tokens after which a row's memories start anew; None: with its stream."""
+        return self.carry_tokens if self.carry_state else self.sequence_length
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = asdict(self)
