@@ -51,6 +51,19 @@ BLOCKS: dict[str, list[Step | list[Step]]] = {
         ("step", "gate, output", "x + (o * gate) W", ""),
         FEED_FORWARD,
     ],
+    "rwkv7": [
+        ("step", "token shift", "six mixes of x with the token before", ""),
+        ("step", "projections", "r, k, v;  w, a, gate of low rank", ""),
+        (
+            "memory",
+            "matrix memory",
+            "W = W (diag(w) - κ (aκ)') + v k';  o = W r",
+            "κ is k of length 1;\nreads after its write",
+        ),
+        ("step", "GroupNorm, the token's own value", "norm(o) + (r · ρ k) v", ""),
+        ("step", "gate, output", "x + (o * gate) W", ""),
+        FEED_FORWARD,
+    ],
     "mamba2": [
         ("step", "projections", "z, x, B, C, dt = norm(x) W", ""),
         ("step", "short convolution of x, B, C", "", ""),

@@ -51,13 +51,25 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "deltanet": {"retention": "none", "allow_neg_eigval": True, "output_gate": "none"},
     "gated deltanet": {"key_dim": 3, "value_expansion": 2},
+    "gated deltaproduct": {"key_dim": 3, "value_expansion": 2, "writes_per_token": 2, "allow_neg_eigval": True},
+    "comba": {
+        "key_dim": 3,
+        "value_expansion": 2,
+        "state_feedback": True,
+        "output_feedback": 0.5,
+        "output_gate": "sigmoid",
+    },
+    "kimi delta": {"retention": "channel", "output_gate": "sigmoid", "gate_rank": 3},
 }
 """The rows of the presets, at the width of the tests."""
 
 
 @dataclass
 class Tokens:
-    """What the memory of every head sees: `[N, T, H, D]`, rates `[N, T, H]`."""
+    """What the memory of every head sees: `[N, T, H, D]`, rates `[N, T, H]`, a `[N, T, H, K]` if it goes by channel.
+
+    With several writes a token, k, v and strength have as many in their order. `share` is Comba's b by head.
+    """
 
     q: Tensor
     k: Tensor
@@ -65,6 +77,7 @@ class Tokens:
     a: Tensor
     strength: Tensor
     gate: Tensor
+    share: Tensor | None
 
 
 def reference_linear(layer: LinearMemory, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +92,21 @@ def reference_linear(layer: LinearMemory, x: Tensor) -> tuple[Tensor, Tensor]:
         total = total + (1 + layer.initial_sum.exp()).log()
     outputs = []
     for t in range(x.shape[1]):
-        q, k, v = tokens.q[:, t], tokens.k[:, t], tokens.v[:, t]
-        a, strength = tokens.a[:, t, :, None, None], tokens.strength[:, t, :, None, None]
-        write = v[..., :, None] * k[..., None, :]
-        if c.erase:
-            state = a * state @ (eye - strength * k[..., :, None] * k[..., None, :]) + strength * write
-        else:
-            state = a * state + write
-        total = a[..., 0] * total + k
+        q = tokens.q[:, t]
+        for write in range(c.writes_per_token):
+            at = t * c.writes_per_token + write
+            k, v, strength = tokens.k[:, at], tokens.v[:, at], tokens.strength[:, at, :, None, None]
+            a = tokens.a[:, t] if write == 0 else torch.ones_like(tokens.a[:, t])
+            a = a if c.retention == "channel" else a[..., None].expand_as(k)
+            square, written = k[..., :, None] * k[..., None, :], v[..., :, None] * k[..., None, :]
+            if tokens.share is not None:
+                factor = torch.diag_embed(a) - tokens.share[:, None, None] * strength * square
+                state = state @ factor + strength * written
+            elif c.erase:
+                state = state @ torch.diag_embed(a) @ (eye - strength * square) + strength * written
+            else:
+                state = state @ torch.diag_embed(a) + written
+            total = a * total + k
         o = (state @ q[..., None])[..., 0]
         if c.denominator:
             o = o / ((total * q).sum(-1, keepdim=True) + c.norm_eps)
@@ -99,23 +119,33 @@ def tokens_of(layer: LinearMemory, x: Tensor) -> Tokens:
     """Projections, convolution, feature map, length and position."""
     c = layer.config
     heads, keys, values = c.num_heads, c.key_width, c.value_width
-    sizes = [heads * keys, heads * keys, heads * values]
-    sizes += [heads * values if c.output_gate != "none" else 0]
-    sizes += [heads if c.erase else 0, heads if c.retention == "data" else 0]
+    writes = c.writes_per_token
+    sizes = [heads * keys, writes * heads * keys, writes * heads * values]
+    rates = {"data": heads, "channel": heads * keys}.get(c.retention, 0)
+    sizes += [(c.gate_rank or heads * values) if c.output_gate != "none" else 0]
+    sizes += [writes * heads if c.erase else 0, (c.gate_rank or rates) if c.retention == "channel" else rates]
     q, k, v, gate, beta, step = (x @ layer.in_proj.weight.mT).split(sizes, -1)
+    gate = gate if layer.gate_up is None else gate @ layer.gate_up.weight.mT + layer.gate_up.bias
+    step = step if layer.retention_up is None else step @ layer.retention_up.weight.mT
     if layer.conv is not None:
         q, k, v = convolve(torch.cat([q, k, v], -1), layer.conv).split(sizes[:3], -1)
     if c.feature_map == "silu":
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     if c.feature_map == "elu":
         q, k = (torch.where(t > 0, t + 1, t.exp()) for t in (q, k))
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+    q = q.unflatten(-1, (heads, -1))
+    k, v = (t.unflatten(-1, (writes, heads, -1)).flatten(1, 2) for t in (k, v))
+    beta = beta.unflatten(-1, (writes, -1)).flatten(1, 2)
     if c.normalise_qk:
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-12).sqrt() for t in (q, k))
     if c.positions == "rope":
-        q, k = (torch.stack([turn(s[:, t], t, c.rope_theta) for t in range(x.shape[1])], 1) for s in (q, k))
+        q = torch.stack([turn(q[:, t], t, c.rope_theta) for t in range(q.shape[1])], 1)
+        k = torch.stack([turn(k[:, t], t // writes, c.rope_theta) for t in range(k.shape[1])], 1)
+    if layer.key_share is not None:
+        q = q - layer.key_share[:, None] * k[:, writes - 1 :: writes]
     strength = torch.sigmoid(beta) * (2 if c.allow_neg_eigval else 1)
-    return Tokens(q, k, v, retention(layer, step), strength, gate)
+    share = None if layer.erase_share is None else torch.sigmoid(layer.erase_share)
+    return Tokens(q, k, v, retention(layer, step), strength, gate, share)
 
 
 def finish(layer: LinearMemory, o: Tensor, gate: Tensor) -> Tensor:
@@ -135,13 +165,16 @@ def finish(layer: LinearMemory, o: Tensor, gate: Tensor) -> Tensor:
 
 
 def retention(layer: LinearMemory, step: Tensor) -> Tensor:
-    """a_t `[N, T, H]`."""
+    """a_t `[N, T, H]`, or `[N, T, H, K]` by channel."""
     heads = layer.config.num_heads
     if layer.config.retention == "fixed":
         return torch.tensor([1 - 2.0 ** (-5 - h) for h in range(heads)], dtype=step.dtype).expand(*step.shape[:2], -1)
     if layer.config.retention == "none":
         return step.new_ones(*step.shape[:2], heads)
     assert layer.A_log is not None and layer.dt_bias is not None
+    if layer.config.retention == "channel":
+        step = step.unflatten(-1, (heads, -1))
+        return torch.exp(-layer.A_log.exp()[:, None] * F.softplus(step + layer.dt_bias))
     return torch.exp(-layer.A_log.exp() * F.softplus(step + layer.dt_bias))
 
 

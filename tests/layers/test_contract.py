@@ -12,7 +12,8 @@ import torch
 from nestling.layers.ada_transformer import AdaTransformer, AdaTransformerConfig
 from nestling.layers.attention import AttentionConfig, SoftmaxAttention
 from nestling.layers.continuum import ContinuumConfig, ContinuumMemory
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.memory_caching import MemoryCaching
 from nestling.layers.memory_caching_config import CacheableConfig, MemoryCachingConfig
@@ -23,6 +24,7 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
+from nestling.layers.rwkv7 import RWKV7, RWKV7Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -88,6 +90,14 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "retnet": lambda: LinearMemory(linear(**ROWS["retnet"])),
     "deltanet": lambda: LinearMemory(linear(**ROWS["deltanet"])),
     "gated deltanet": lambda: LinearMemory(linear(**ROWS["gated deltanet"])),
+    "gated deltaproduct": lambda: LinearMemory(linear(**ROWS["gated deltaproduct"])),
+    "comba": lambda: LinearMemory(linear(**ROWS["comba"])),
+    "kimi delta": lambda: LinearMemory(linear(**ROWS["kimi delta"])),
+    "kimi delta three writes": lambda: LinearMemory(
+        linear(**ROWS["kimi delta"] | {"writes_per_token": 3, "state_feedback": True})
+    ),
+    "gated linear attention": lambda: LinearMemory(linear(retention="channel", erase=False, conv_size=1)),
+    "rwkv7": lambda: RWKV7(RWKV7Config(HIDDEN, 2, decay_rank=3, gate_rank=5, chunk_size=4)),
     "mamba2": lambda: Mamba2(mamba2()),
     "mamba2 groups": lambda: Mamba2(mamba2(num_heads=4, num_groups=2)),
     "lmm depth 1": lambda: NeuralMemory(lmm(depth=1)),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig, LinearMemoryState
+from nestling.layers.linear import LinearMemory, LinearMemoryState
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from tests.layers.battery import close, gradients, noise, weigh
 from tests.layers.reference_linear import ROWS, reference_linear
@@ -24,6 +25,11 @@ CASES: dict[str, dict[str, Any]] = ROWS | {
     "denominator with retention": ROWS["linear attention"] | {"retention": "data", "value_expansion": 3, "key_dim": 1},
     "denominator, length 1, convolution, gate": ROWS["linear attention"]
     | {"normalise_qk": True, "conv_size": 4, "output_gate": "silu", "output_norm": "rms"},
+    "three writes a token, by channel": ROWS["kimi delta"] | {"writes_per_token": 3, "gate_rank": None},
+    "gated linear attention": {"retention": "channel", "erase": False, "normalise_qk": False},
+    "feedback by channel": ROWS["kimi delta"] | {"state_feedback": True, "output_feedback": 0.3},
+    "two writes without erase": ROWS["linear attention"] | {"writes_per_token": 2, "retention": "fixed"},
+    "two writes, rotary, feedback": {"writes_per_token": 2, "positions": "rope", "output_feedback": 0.1},
     "one head, chunk 1": {"num_heads": 1, "chunk_size": 1},
     "one chunk": {"chunk_size": 64},
     "nothing around it": PLAIN | {"retention": "none"},
@@ -103,6 +109,36 @@ def test_gated_deltanet_that_forgets_nothing_is_deltanet() -> None:
     close(run(gated, x), run(plain, x))
 
 
+def test_kimi_delta_attention_whose_channels_forget_alike_is_gated_deltanet() -> None:
+    layer = make_layer(retention="channel")
+    with torch.no_grad():
+        for heads in (layer.in_proj.weight[-8:].view(2, 4, -1), layer.dt_bias):
+            assert heads is not None
+            heads.copy_(heads[:, :1].clone().expand_as(heads))
+    plain = make_layer()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            theirs = layer.get_parameter(name)
+            rows = [*range(len(theirs) - 8), -8, -4] if name == "in_proj.weight" else slice(None)
+            parameter.copy_(theirs[:, 0] if name == "dt_bias" else theirs[rows])
+    x = noise(2, 13, HIDDEN)
+    close(run(layer, x), run(plain, x))
+
+
+def test_several_writes_a_token_reflect_twice() -> None:
+    """Two full reflections along different keys turn what the memory holds; one can only mirror it."""
+    layer = make_layer(**PLAIN | {"writes_per_token": 2, "num_heads": 1, "retention": "none", "allow_neg_eigval": True})
+    with torch.no_grad():
+        layer.in_proj.weight[-2:].fill_(1e9)
+        layer.in_proj.weight[3 * HIDDEN : 5 * HIDDEN].zero_()
+        x = noise(1, 1, HIDDEN).abs()
+        state = LinearMemoryState(noise(1, 1, HIDDEN, HIDDEN, seed=3), None, None)
+        after = layer(x, state)[1].weight[0, 0]
+    turn = torch.linalg.lstsq(state.weight[0, 0], after).solution
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(HIDDEN).double(), rtol=1e-6, atol=1e-6)
+    assert float(torch.linalg.det(turn)) == pytest.approx(1.0)
+
+
 def test_gated_deltanet_that_forgets_everything_sees_one_token() -> None:
     """a_t = 0 leaves the value of the token itself, beta (k.q) v."""
     layer = make_layer(**PLAIN)
@@ -179,6 +215,12 @@ def test_the_delta_rule_recalls_what_it_wrote_last() -> None:
         ({"erase": False, "allow_neg_eigval": True}, "allow_neg_eigval=True .* needs erase=True"),
         ({"erase": False, "denominator": True}, "denominator=True .* only feature_map='elu'"),
         ({"norm_eps": 0.0}, "norm_eps must be positive, not 0.0"),
+        ({"writes_per_token": 0}, "writes_per_token must be at least 1, not 0"),
+        ({"erase": False, "state_feedback": True}, "state_feedback=True scales the erase"),
+        ({"allow_neg_eigval": True, "state_feedback": True}, "takes below -1; leave allow_neg_eigval off"),
+        (ROWS["linear attention"] | {"output_feedback": 1.0}, "denominator=True needs every"),
+        ({"gate_rank": 2, "output_gate": "none"}, "there is neither"),
+        ({"kernel": "fla", "retention": "channel"}, "kernel='fla' has neither a retention by channel"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -206,5 +248,6 @@ def test_autocast_keeps_the_memory_in_float32(row: str) -> None:
 
 
 def test_rates_and_filters_are_free_of_weight_decay() -> None:
-    free = {n for n, p in make_layer(output_norm="group").named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert free == {"conv", "A_log", "dt_bias", "norm_weight", "norm_bias"}
+    layer = make_layer(output_norm="group", state_feedback=True, output_feedback=1.0)
+    free = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert free == {"conv", "A_log", "dt_bias", "norm_weight", "norm_bias", "erase_share", "key_share"}

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.scalar_retention import fixed_log_retention
 from nestling.ops.chunk_rule import chunk_scan
 from tests.layers.battery import close, noise, weigh
@@ -145,6 +146,46 @@ def test_gated_delta_rule(time: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_gated_delta_product(time: int, writes: int) -> None:
+    """A token's writes are tokens: the first alone retains, the last alone reads."""
+    t, fla = sample(writes * time), fla_naive("gated_delta_product")
+    first = (torch.arange(writes * time) % writes == 0).double()[:, None]
+    last = slice(writes - 1, None, writes)
+
+    def ours() -> Found:
+        log_a = first * t["log_a"]
+        y, state = scan(t, log_retention=log_a, erase=log_a.exp() * t["beta"], inner_lr=t["beta"])
+        return y[:, last], state
+
+    def theirs() -> Found:
+        rest = {"scale": KEYS**-0.5, "initial_state": t["state"], "num_householder": writes}
+        g = t["log_a"][:, ::writes]
+        return fla.naive_recurrent_gated_delta_product(t["q"][:, last], t["k"], t["v"], g, t["beta"], **rest)
+
+    assert_equal(t, ours, theirs)
+
+
+@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("form", ["recurrent", "chunk"])
+def test_comba(time: int, form: str) -> None:
+    """The paper's factor of the state is a - b beta k k^T, as in their chunks; their recurrence keeps a part first."""
+    t, fla = sample(time), fla_naive("comba")
+    t["share"] = torch.sigmoid(noise(HEADS, seed=8)).requires_grad_()
+
+    def ours() -> Found:
+        erase = t["share"] * t["beta"] * (t["log_a"].exp() if form == "recurrent" else 1)
+        return scan(t, log_retention=t["log_a"], erase=erase, inner_lr=t["beta"])
+
+    def theirs() -> Found:
+        names = {"q": t["q"], "k": t["k"], "v": t["v"], "p": t["share"][:, None] * t["k"], "beta": t["beta"]}
+        rest = {"g": t["log_a"], "initial_state": t["state"], "output_final_state": True}
+        return getattr(fla, f"naive_{form}_comba")(**names, **rest)
+
+    assert_equal(t, ours, theirs)
+
+
+@pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("form", ["recurrent", "chunk"])
 def test_state_space_duality(time: int, form: str) -> None:
     """Mamba-2 as linear attention with a scalar retention: values dt x, keys B, log a = -A dt, here A = 1.5."""
@@ -176,6 +217,14 @@ def core(row: str, t: Tokens, layer: LinearMemory) -> Tensor:
     if row == "deltanet":
         moved = [s.transpose(1, 2) for s in (q, t.k, t.v, t.strength)]
         return fla_naive("delta_rule").delta_rule_recurrence(*moved)[0].transpose(1, 2)
+    if row == "gated deltaproduct":
+        product = fla_naive("gated_delta_product").naive_recurrent_gated_delta_product
+        return product(t.q, t.k, t.v, t.a.log(), t.strength, scale=1.0, num_householder=2)[0]
+    if row == "comba":
+        assert t.share is not None
+        return fla_naive("comba").naive_chunk_comba(q, t.k, t.v, t.share[:, None] * t.k, t.a.log(), t.strength)[0]
+    if row == "kimi delta":
+        return fla_naive("kda").naive_recurrent_kda(q, t.k, t.v, t.a.log(), t.strength)[0]
     gated = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule
     return gated(q, t.k, t.v, t.strength, t.a.log())[0]
 

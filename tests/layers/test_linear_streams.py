@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
+from nestling.layers.rwkv7 import RWKV7, RWKV7Config
 from nestling.layers.scalar_retention import data_log_retention
 from nestling.layers.sequence import SequenceLayer
 from nestling.memory.state import State
@@ -27,6 +29,7 @@ def linear(**settings: Any) -> LinearMemory:
 
 LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     **{row: (lambda settings=settings: linear(**settings)) for row, settings in ROWS.items()},
+    "rwkv7": lambda: RWKV7(RWKV7Config(HIDDEN, 2)),
     "mamba2": lambda: Mamba2(Mamba2Config(HIDDEN, 4, state_size=8, num_groups=2)),
 }
 
@@ -60,9 +63,10 @@ def stream(layer: SequenceLayer, tokens: int, call: int = CALL) -> Tensor:
 
 
 def assert_bounded(name: str, peaks: Tensor) -> None:
-    """What erases or forgets keeps its size; linear attention adds up, at most in proportion to the tokens."""
+    """What erases or forgets keeps its size. Linear attention adds up, at most in proportion to the tokens, and so do
+    two full reflections along one key, which leave the memory as it is but for the difference of their values."""
     calls = len(peaks)
-    allowed = 1.01 * calls if name.startswith("linear attention") else 3
+    allowed = 1.01 * calls if name.startswith(("linear attention", "gated deltaproduct")) else 3
     growth = peaks[-1] / peaks[: max(calls // 10, 2)].amax(0).clamp_min(1.0)
     report = {n: round(g, 2) for n, g in zip(hostile(0, 1), growth.tolist(), strict=True)}
     assert bool((growth <= allowed).all()), f"the fast weights grow: {report}"
@@ -80,7 +84,7 @@ def test_a_million_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
-@pytest.mark.parametrize("name", ["gated deltanet", "mamba2"])
+@pytest.mark.parametrize("name", ["gated deltanet", "gated deltaproduct", "comba", "kimi delta", "mamba2"])
 def test_retentions_at_their_ends(name: str, extreme: str) -> None:
     """Values and gradients."""
     layer = make_layer(name)

@@ -11,7 +11,8 @@ from transformers import Mamba2Config as TheirConfig
 from transformers import Mamba2ForCausalLM as TheirModel
 
 from nestling import NestlingForCausalLM, presets
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from tests.layers.battery import close, gradients, noise, weigh
 from tests.layers.reference_linear import reference_mamba2

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.memory_caching import MemoryCaching
 from nestling.layers.memory_caching_config import VARIANTS, CacheableConfig, MemoryCachingConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig

@@ -44,6 +44,11 @@ def rms_norm(x: Float[Tensor, "*batch D"], weight: Tensor, eps: float) -> Float[
     return safe_normalize(x, size * math.sqrt(eps)) * (weight * size).to(x.dtype)
 
 
+def group_norm(x: Float[Tensor, "*batch D"], weight: Tensor, bias: Tensor, eps: float) -> Float[Tensor, "*batch D"]:
+    """weight * (x - mean x) / sqrt(var x + eps) + bias over the last dimension."""
+    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps) + bias.to(x.dtype)
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """`[N, L, H * D]` to `[N, H, L, D]`."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)

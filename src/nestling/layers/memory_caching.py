@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nestling.layers.cacheable import CacheableLayer
 from nestling.layers.chunks import Span, run_checkpointed, scan_chunks
 from nestling.layers.heads import fast_dtype
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.memory_caching_config import CacheableConfig, MemoryCachingConfig
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
@@ -63,7 +64,7 @@ class MemoryCaching(SequenceLayer):
 
     Examples:
         >>> import torch
-        >>> from nestling.layers.linear import LinearMemoryConfig
+        >>> from nestling.layers.linear_config import LinearMemoryConfig
         >>> from nestling.layers.memory_caching import MemoryCaching
         >>> from nestling.layers.memory_caching_config import MemoryCachingConfig
         >>> inner = LinearMemoryConfig(hidden_size=32, num_heads=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 
 Variant = Literal["residual", "gated", "soup", "sparse"]

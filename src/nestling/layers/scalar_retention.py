@@ -1,4 +1,4 @@
-"""What layers with a scalar retention a token and head share: rates and masks.
+"""What linear memories share: rates, masks, and the scan of those with one retention a token and head.
 
 N rows, T time, H heads, D width.
 """
@@ -45,10 +45,12 @@ def fixed_log_retention(num_heads: int, like: Tensor) -> Float[Tensor, "H 1"]:
     return torch.log1p(-torch.exp2(-5 - head))[:, None]
 
 
-def data_log_retention(step: Float[Tensor, "N H T"], a_log: Float[Tensor, " H"]) -> Float[Tensor, "N H T"]:
+def data_log_retention(
+    step: Float[Tensor, "N H T *channels"], a_log: Float[Tensor, " H"]
+) -> Float[Tensor, "N H T *channels"]:
     """log a_t = -exp(A_log) step_t for steps >= 0 (Mamba-2; Gated DeltaNet section 3.4), not below -30."""
     rate = a_log.to(step.dtype).clamp_max(20.0).exp()
-    return (-rate[:, None] * step).clamp_min(MIN_LOG_RETENTION)
+    return (-rate.reshape(-1, *[1] * (step.dim() - 2)) * step).clamp_min(MIN_LOG_RETENTION)
 
 
 def scan_memory(
@@ -62,18 +64,22 @@ def scan_memory(
     log_retention: Float[Tensor, "N H T"] | None = None,
     inner_lr: Float[Tensor, "N H T"] | None = None,
     erase: bool = False,
+    feedback: Float[Tensor, "H 1"] | None = None,
     precision: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, "N H T V"], Float[Tensor, "N H V K"]]:
     """Outputs W_t q_t and the last fast weights of W_t = a_t W_{t-1} (I - l_t k_t k_t^T) + l_t v_t k_t^T.
 
-    Without `erase` the bracket is I. Arguments and errors as in `ops.fla_kernels.fla_scan`, which runs if `kernel` is
-    "fla"; else `ops.chunk_rule.chunk_scan` runs with `chunk_size`, in the dtype of its arguments.
+    Without `erase` the bracket is I; with `feedback` b the first term is W_{t-1} (a_t - b l_t k_t k_t^T). Arguments and
+    errors as in `ops.fla_kernels.fla_scan`, which runs if `kernel` is "fla" and has no feedback; else
+    `ops.chunk_rule.chunk_scan` runs with `chunk_size`, in the dtype of its arguments.
     """
     if kernel == "fla":
         rates = {"log_retention": log_retention, "inner_lr": inner_lr}
         return fla_scan(k, v, q, weight=weight, erase=erase, precision=precision, **rates)
     taken = None
-    if erase and inner_lr is not None:
+    if erase and inner_lr is not None and feedback is not None:
+        taken = feedback * inner_lr
+    elif erase and inner_lr is not None:
         # What is recalled comes from the retained weights.
         taken = inner_lr if log_retention is None else inner_lr * log_retention.exp()
     o, weight, _ = chunk_scan(

@@ -52,7 +52,9 @@ class DescribesMemories(Protocol):
 OBJECTIVES = {"l2": "½|M(k) − v|²", "dot": "−⟨M(k), v⟩", "lp": "|M(k) − v|ₚᵖ / p", "huber": "Huber(M(k) − v)"}
 
 
-def write_rule(*, retention: bool, erase: bool, momentum: bool = False, rate: str = "l") -> str:
+def write_rule(
+    *, retention: bool, erase: bool, momentum: bool = False, rate: str = "l", by_channel: bool = False
+) -> str:
     """The rule of section `ops` in one line, with the terms that are there.
 
     Args:
@@ -60,8 +62,9 @@ def write_rule(*, retention: bool, erase: bool, momentum: bool = False, rate: st
         erase: the delta projection.
         momentum: the write comes from a surprise S.
         rate: of the write; "" for 1.
+        by_channel: a_t has a number for every channel of the key.
     """
-    kept = ("a W" if retention else "W") + (" − e W k kᵀ" if erase else "")
+    kept = ("W" if not retention else "W diag(a)" if by_channel else "a W") + (" − e W k kᵀ" if erase else "")
     step = " ".join(part for part in (rate, "g kᵀ") if part)
     return f"W ← {kept} + S" if momentum else f"W ← {kept} − {step}"
 

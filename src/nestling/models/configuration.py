@@ -14,7 +14,7 @@ from nestling.layers.attention import AttentionConfig
 from nestling.layers.continuum import ContinuumConfig
 from nestling.layers.feed_forward import FeedForwardConfig, LeveledFeedForwardConfig, check_level_name
 from nestling.layers.heads import NEW_FIELD
-from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.memory_caching_config import CACHEABLE, MemoryCachingConfig
 from nestling.layers.neural_memory_config import (
@@ -23,6 +23,7 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
+from nestling.layers.rwkv7 import RWKV7Config
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
 from nestling.models.looping import check_loops
@@ -32,6 +33,7 @@ MixerConfig = (
     SelfModifyingConfig
     | AttentionConfig
     | LinearMemoryConfig
+    | RWKV7Config
     | Mamba2Config
     | TTTConfig
     | TitansConfig
@@ -44,6 +46,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
     "ada_transformer": AdaTransformerConfig,
     "linear_memory": LinearMemoryConfig,
+    "rwkv7": RWKV7Config,
     "mamba2": Mamba2Config,
     "ttt": TTTConfig,
     "neural_memory": NeuralMemoryConfig,

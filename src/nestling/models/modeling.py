@@ -25,7 +25,8 @@ from nestling.layers.feed_forward import (
     LeveledFeedForward,
     LeveledFeedForwardConfig,
 )
-from nestling.layers.linear import LinearMemory, LinearMemoryConfig
+from nestling.layers.linear import LinearMemory
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2, Mamba2Config
 from nestling.layers.memory_caching import MemoryCaching
 from nestling.layers.memory_caching_config import MemoryCachingConfig
@@ -36,6 +37,7 @@ from nestling.layers.neural_memory_config import (
     MemoryAsLayerConfig,
     NeuralMemoryConfig,
 )
+from nestling.layers.rwkv7 import RWKV7, RWKV7Config
 from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -63,6 +65,8 @@ def build_mixer(config: MixerConfig) -> SequenceLayer:
             return SoftmaxAttention(config)
         case LinearMemoryConfig():
             return LinearMemory(config)
+        case RWKV7Config():
+            return RWKV7(config)
         case Mamba2Config():
             return Mamba2(config)
         case TTTConfig():

@@ -5,6 +5,9 @@ For one weight matrix W of a memory, its inputs x_t and the gradients g_t of the
     S_t = b_t S_{t-1} - l_t g_t x_t^T                               surprise, with momentum (Titans Eq. 10)
     W_t = a_t W_{t-1} - e_t (W_{t-1} x_t) x_t^T + S_t               retention, delta erase, write (NL Eq. 88)
     y_t = W_t q_t  (read after write)  or  W_{t-1} q_t  (before)
+
+Where x and g come from the input alone, the retention may be a vector and the erase may have keys of its own
+(`token_diagonal_rule`).
 """
 
 from __future__ import annotations
@@ -64,3 +67,46 @@ def token_rule(
         weight = a[..., t, None, None] * weight - e[..., t, None, None] * recalled @ x_t.mT + step
         outputs.append(((before if read_before else weight) @ q_t)[..., 0])
     return torch.stack(outputs, dim=-2), weight, surprise
+
+
+def token_diagonal_rule(
+    k: Float[Tensor, "*batch T K"],
+    v: Float[Tensor, "*batch T V"],
+    q: Float[Tensor, "*batch T K"],
+    *,
+    weight: Float[Tensor, "*batch V K"],
+    retention: Float[Tensor, "*batch T K"],
+    recall_key: Float[Tensor, "*batch T K"] | None = None,
+    erase_key: Float[Tensor, "*batch T K"] | None = None,
+    erase: Float[Tensor, "*batch T"] | None = None,
+    inner_lr: Float[Tensor, "*batch T"] | None = None,
+) -> tuple[Float[Tensor, "*batch T V"], Tensor]:
+    """The rule with a retention for every channel of the key, and keys of its own for what is erased:
+
+        W_t = W_{t-1} (diag(a_t) - e_t b_t c_t^T) + l_t v_t k_t^T,    y_t = W_t q_t
+
+    Args:
+        k: keys of the write.
+        v: values.
+        q: queries.
+        weight: W_0.
+        retention: a_t in (0, 1].
+        recall_key: b_t, at which the memory is asked for what is to be erased; None erases nothing.
+        erase_key: c_t, along which that is taken away; None is k_t.
+        erase: e_t; None is 1.
+        inner_lr: l_t; None is 1.
+
+    Returns:
+        y and W_T.
+    """
+    outputs = []
+    for t in range(k.shape[-2]):
+        kept = weight * retention[..., t, None, :]
+        if recall_key is not None:
+            recalled = weight @ recall_key[..., t, :, None]
+            recalled = recalled if erase is None else erase[..., t, None, None] * recalled
+            kept = kept - recalled @ (k if erase_key is None else erase_key)[..., t, None, :]
+        written = v[..., t, :, None] @ k[..., t, None, :]
+        weight = kept + (written if inner_lr is None else inner_lr[..., t, None, None] * written)
+        outputs.append((weight @ q[..., t, :, None])[..., 0])
+    return torch.stack(outputs, dim=-2), weight

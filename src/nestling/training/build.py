@@ -11,10 +11,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.errors import UserError
 from nestling.layers.attention import AttentionConfig
-from nestling.layers.linear import LinearMemoryConfig
+from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.memory_caching_config import MemoryCachingConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.rwkv7 import RWKV7Config
 from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.ttt_config import TTTConfig
 from nestling.levels.assignment import steps_of
@@ -133,7 +134,9 @@ def _grows(mixer: MixerConfig) -> bool:
         case MemoryCachingConfig():
             return True
         # Fast weights, and attention in a segment or a window beside them (Titans, all of them neural memories).
-        case SelfModifyingConfig() | LinearMemoryConfig() | Mamba2Config() | TTTConfig() | NeuralMemoryConfig():
+        case SelfModifyingConfig() | NeuralMemoryConfig() | TTTConfig():
+            return False
+        case LinearMemoryConfig() | RWKV7Config() | Mamba2Config():
             return False
         case _:
             assert_never(mixer)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.adaptive import ada_transformer, linear_attention_pp
+from nestling.models.presets.delta import comba, gated_deltaproduct, kimi_delta, rwkv7
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.memory_caching import memory_caching, with_memory_caching
@@ -24,6 +25,10 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "retnet": retnet,
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
+    "gated_deltaproduct": gated_deltaproduct,
+    "comba": comba,
+    "kimi_delta": kimi_delta,
+    "rwkv7": rwkv7,
     "mamba2": mamba2,
     "samba": samba,
     "ttt_linear": ttt_linear,
@@ -41,17 +46,21 @@ __all__ = [
     "PRESETS",
     "SIZES",
     "ada_transformer",
+    "comba",
     "deltanet",
     "gated_deltanet",
+    "gated_deltaproduct",
     "hope",
     "hope_attention",
     "hope_linear",
+    "kimi_delta",
     "linear_attention",
     "linear_attention_pp",
     "mamba2",
     "memory_caching",
     "moneta",
     "retnet",
+    "rwkv7",
     "samba",
     "titans_lmm",
     "titans_mac",

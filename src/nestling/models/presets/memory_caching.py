@@ -8,6 +8,7 @@ from typing import Any
 
 from nestling.layers.memory_caching_config import CACHEABLE, Variant
 from nestling.models.configuration import NestlingConfig
+from nestling.models.presets.delta import comba, gated_deltaproduct, kimi_delta
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, retnet
 from nestling.models.presets.sizes import assemble, shape_of
 from nestling.models.presets.titans import moneta, titans_lmm, yaad
@@ -18,6 +19,9 @@ MEMORIES: dict[str, Callable[..., NestlingConfig]] = {
     "yaad": yaad,
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
+    "gated_deltaproduct": gated_deltaproduct,
+    "comba": comba,
+    "kimi_delta": kimi_delta,
     "linear_attention": linear_attention,
     "retnet": retnet,
 }

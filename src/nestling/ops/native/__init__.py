@@ -14,6 +14,7 @@ from nestling.ops.native.arguments import elsewhere
 from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.delta_rows import native_delta_rows_
+from nestling.ops.native.diagonal import native_diagonal
 from nestling.ops.native.loop import TOKENS, LoopShape, LoopTensors, native_loop
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
@@ -32,6 +33,7 @@ __all__ = [
     "fits",
     "native_chunk",
     "native_delta_rows_",
+    "native_diagonal",
     "native_inner",
     "native_loop",
     "native_normalize",

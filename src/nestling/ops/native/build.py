@@ -27,6 +27,7 @@ _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 _FUNCTIONS = {
     "chunk": ("ChunkArguments",),
     "delta_rows": ("DeltaRowsArguments",),
+    "diagonal": ("DiagonalArguments",),
     "lesson": ("BankArguments", "LessonArguments"),
     "loop": ("LoopArguments",),
     "normalize": ("NormalizeArguments",),
