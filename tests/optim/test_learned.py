@@ -95,6 +95,15 @@ def test_whitening_is_bounded(rate: float) -> None:
     assert max(float(s.square().mean().sqrt()) for s in steps) <= 1.0001 / math.sqrt(rate)
 
 
+def test_directions_without_gradients_are_raised_by_the_damping_alone() -> None:
+    """To 1 / sqrt(damping) over a gradient's root mean square, however long nothing comes from them."""
+    line = torch.zeros(D, N, dtype=torch.float64)
+    line[0] = 1.0
+    _, state = mapped(Whitening(0.5, damping=0.01), [line] * 60)
+    p = state["whitening"].diagonal()
+    torch.testing.assert_close(p[1:] / p[0], torch.full((D - 1,), (D / 0.01 + 1) ** 0.5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", [LearnedMap(rate=1.0), LearnedMap(rate=0.1)])
 def test_a_learned_map_is_bounded(kind: LearnedMap) -> None:
     """Its columns are of one size, so no gradient drives it away."""

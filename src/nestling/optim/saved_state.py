@@ -25,10 +25,12 @@ class Layout:
         values: by name; their type, shape and precision count.
         always: the names that are there with the saved settings and with the optimizer's own. A setting that changes
             while it runs (a momentum that falls to 0) leaves names behind, or brings them at the next step only.
+        spread: of a parameter that is spread over processes, the names of what has its shape and is spread likewise.
     """
 
     values: dict[str, Any]
     always: frozenset[str]
+    spread: frozenset[str] = frozenset()
 
 
 def copied_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -59,12 +61,15 @@ def layouts(
     known: dict[Any, Layout | None] = {}
     for place, (group, saved) in enumerate(zip(own, groups, strict=True)):
         for number, parameter in zip(saved["params"], group["params"], strict=True):
-            key = place, parameter.shape, parameter.dtype, parameter.device
+            key = place, parameter.shape, parameter.dtype, parameter.device, isinstance(parameter, DTensor)
             if key not in known:
                 now = _after_a_step(optimizer, group, parameter, step)
                 then = _after_a_step(optimizer, {**group, **saved}, parameter, step)
-                both = None if now is None or then is None else Layout(now | then, frozenset(now.keys() & then.keys()))
-                known[key] = both
+                known[key] = None
+                if now is not None and then is not None:
+                    values = now | then
+                    spread = _spread(optimizer, group, parameter, step, values)
+                    known[key] = Layout(values, frozenset(now.keys() & then.keys()), spread)
             found[number] = known[key]
     return found
 
@@ -84,6 +89,25 @@ def _after_a_step(
             continue
         return dict(twin.state[probe])
     return None
+
+
+def _spread(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    parameter: Tensor,
+    step: Callable[[Optimizer], object],
+    values: Mapping[str, Any],
+) -> frozenset[str]:
+    """A square memory of a square parameter is not spread: what is has twice the rows where the parameter has."""
+    if not isinstance(parameter, DTensor):
+        return frozenset()
+    longer = torch.empty((2 * parameter.shape[0], *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
+    then = _after_a_step(optimizer, group, longer, step) or {}
+    return frozenset(
+        name
+        for name, value in values.items()
+        if _kind(value) == _kind(parameter) and _kind(then.get(name, longer)) == _kind(longer)
+    )
 
 
 def check_state(
@@ -113,8 +137,7 @@ def check_state(
         for name in layout.values.keys() & saved.keys():
             if (wanted := _kind(layout.values[name])) != (found := _kind(saved[name])):
                 raise ValueError(f"{of}it has {found} for {name!r}, and not {wanted}")
-            spread = isinstance(parameter, DTensor) and wanted == _kind(parameter)
-            if spread and not isinstance(saved[name], DTensor):
+            if name in layout.spread and not isinstance(saved[name], DTensor):
                 raise ValueError(
                     f"{of}it has a whole tensor for {name!r}, and the parameter is spread over processes: save and "
                     "load with torch.distributed.checkpoint"
