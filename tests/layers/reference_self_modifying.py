@@ -13,6 +13,7 @@ Where this goes beyond the letter of the paper, as the layer does:
   instead, which keeps that gradient linear in the weight.
 - Weights after the first have inputs h of any length; their rates are divided by max(1, |h|^2).
 - In a layer of MLP memories the gates' memories move like first weights: chunk gradients, the first share.
+- With `anchored` a weight is W_0 + F, and what the rule keeps, erases and adds to is F.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 @dataclass
 class Memory:
-    """One memory of every row and head; a list entry per layer, `[N, H, out, in]`."""
+    """One memory of every row and head; a list entry per layer, `[N, H, out, in]`.
+
+    `start` and `running` are whole weights; `base` is the W_0 to which they fade, or zeros.
+    """
 
     start: list[Tensor]
     running: list[Tensor]
     surprise: list[Tensor]
+    base: list[Tensor]
     chunk: int
     activation: Callable[[Tensor], Tensor]
 
@@ -67,16 +72,24 @@ class Gates:
     lr: list[Tensor]
     b: Tensor
 
+    def shared(self, layer: SelfModifyingTitans) -> Gates:
+        """The rates of the memories other than M_memory."""
+        if layer.others is None:
+            return self
+        share = torch.sigmoid(layer.others)
+        fading = 1 - share * (self.e[-1] + self.lr[-1]) / 2
+        return Gates(self.a * fading, [share * e for e in self.e], [share * lr for lr in self.lr], self.b)
+
 
 def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, Memory]]:
     """The layer's output for rows `[N, T, hidden]` that start fresh, and all its memories after the last token."""
     c = layer.config
     memories = initial_memories(layer, len(x))
-    u, fixed_q, b = project(layer, x)
+    u, b = project(layer, x)
     outputs = []
     for t in range(x.shape[1]):
-        made = generate(layer, memories, u[:, t])
-        q = fixed_q[:, t] if "q" not in c.adapt else normalize(made["q"])
+        made = generate(memories, {role: stream[:, t] for role, stream in u.items()})
+        q = u["q"][:, t] if "q" not in c.adapt else normalize(made["q"])
         k, v = normalize(made["k"]), normalize(made["v"])
         gates = rates(layer, made["eta"], made.get("alpha"), b[:, t])
         before = list(memories["memory"].running)
@@ -87,7 +100,8 @@ def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, 
             if name in ("eta", "alpha") and not c.self_targets:
                 target = v.mean(-1, keepdim=True)
             is_gate_of_mlp = c.memory == "mlp" and name in ("eta", "alpha")
-            write(c, memory, k, target, gates, online=c.gradient == "online" and not is_gate_of_mlp)
+            own = gates if name == "memory" else gates.shared(layer)
+            write(c, memory, k, target, own, online=c.gradient == "online" and not is_gate_of_mlp)
         memory = memories["memory"]
         at = memory.start if c.read == "chunk" else before if c.read_before else memory.running
         outputs.append(memory(at, q))
@@ -97,8 +111,10 @@ def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, 
     return finish(layer, x, torch.stack(outputs, dim=1)), memories
 
 
-def project(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u and q = x W_q `[N, T, H, K]` after the causal convolution, SiLU and normalisation; b `[N, T, H]`."""
+def project(layer: SelfModifyingTitans, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What each memory reads, by role, and q = x W_q, `[N, T, H, K]` after the causal convolution, SiLU and
+    normalisation; b `[N, T, H]`.
+    """
     c = layer.config
     streams = x @ layer.in_proj.weight.mT
     width = layer.conv.shape[1]
@@ -106,11 +122,16 @@ def project(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, Tensor, Tens
     for t in range(x.shape[1]):
         for back in range(min(width, t + 1)):
             mixed[:, t] = mixed[:, t] + layer.conv[:, width - 1 - back] * streams[:, t - back]
-    parts = F.silu(mixed).split(c.hidden_size, -1)
-    u, q = (normalize(p.unflatten(-1, (c.num_heads, -1))) for p in (parts[0], parts[-1]))
+    parts = [normalize(p.unflatten(-1, (c.num_heads, -1))) for p in F.silu(mixed).split(c.hidden_size, -1)]
+    if c.own_streams:
+        q, k, v, gates = parts
+    else:
+        k = v = gates = parts[0]
+        q = parts[-1]
+    u = {"q": q, "k": k, "v": v, "eta": gates, "alpha": gates}
     if layer.momentum_proj is None:
-        return u, q, x.new_zeros(*x.shape[:2], c.num_heads)
-    return u, q, torch.sigmoid(layer.momentum_proj(x))
+        return u, x.new_zeros(*x.shape[:2], c.num_heads)
+    return u, torch.sigmoid(layer.momentum_proj(x))
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -118,9 +139,9 @@ def normalize(x: Tensor) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
 
 
-def generate(layer: SelfModifyingTitans, memories: dict[str, Memory], u: Tensor) -> dict[str, Tensor]:
+def generate(memories: dict[str, Memory], u: dict[str, Tensor]) -> dict[str, Tensor]:
     """k, v, eta, alpha (and q) of one token, each by its own memory (Eq. 83)."""
-    return {name: m(m.start, u) for name, m in memories.items() if name != "memory"}
+    return {name: m(m.start, u[name]) for name, m in memories.items() if name != "memory"}
 
 
 def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tensor) -> Gates:
@@ -132,12 +153,14 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
         assert layer.alpha_bias is not None
         a = torch.sigmoid(alpha[..., 0] + layer.alpha_bias) ** (1 / 16)
     share = torch.sigmoid(layer.share)
-    if c.gradient == "online" and c.objective == "l2":
-        total = a * c.max_erase * size
-        e = total / (1 + share[-1]) if c.erase else torch.zeros_like(size)
-        steps = [s * (e if c.erase else total) for s in share]
+    whole = a * c.max_erase * size
+    if c.share_of == "rate":
+        e, steps = (1 - share[-1]) * whole, [s * whole for s in share]
+    elif c.gradient == "online" and c.objective == "l2":
+        e = whole / (1 + share[-1]) if c.erase else torch.zeros_like(size)
+        steps = [s * (e if c.erase else whole) for s in share]
         if not c.erase:
-            steps[-1] = total
+            steps[-1] = whole
     elif c.erase:
         full = c.max_erase * size
         e = a * full
@@ -148,26 +171,28 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
         steps = [s * size * reach for s in share]
     kept = 1 - b
     if c.online:
-        e = e * (1 - b**2) / (1 + b - b**2)
+        e, whole = (t * (1 - b**2) / (1 + b - b**2) for t in (e, whole))
         kept, b = (1 - b) ** 2 / (1 + b), a * b
     before_last = [e] * (c.layers - 1)
     if layer.hidden_erase is not None:
-        before_last = [h * e for h in torch.sigmoid(layer.hidden_erase)]
+        before_last = [h * (whole if c.share_of == "rate" else e) for h in torch.sigmoid(layer.hidden_erase)]
     return Gates(a, [*before_last, e], [step * kept for step in steps], b)
 
 
 def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, online: bool) -> None:
-    """One token's write to every weight: S = b S - l grad;  W = a W - e (W x) x^T + S (Eq. 88)."""
+    """One token's write to every weight W = W_0 + F: S = b S - l grad;  F = a F - e (F x) x^T + S (Eq. 88)."""
     gradients, inputs = inner_gradients(rule, memory, memory.start, k, target)
     if online:
         gradients[-1] = online_gradient(rule, memory.running, inputs, k, target)
     for layer, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
         power = 1.0 if layer == 0 else x.square().sum(-1).clamp_min(1.0)
         e, lr = ((rate / power)[..., None, None] for rate in (gates.e[layer], gates.lr[layer]))
-        weight, column = memory.running[layer], x[..., None]
+        base, column = memory.base[layer], x[..., None]
+        weight = memory.running[layer] - base
         surprise = gates.b[..., None, None] * memory.surprise[layer] - lr * gradient
         memory.surprise[layer] = surprise
-        memory.running[layer] = gates.a[..., None, None] * weight - e * (weight @ column) @ column.mT + surprise
+        kept = gates.a[..., None, None] * weight - e * (weight @ column) @ column.mT
+        memory.running[layer] = base + kept + surprise
 
 
 def inner_gradients(
@@ -233,8 +258,11 @@ def bank_memories(bank: MemoryBank, state: BankState, chunk: int) -> dict[str, M
                 found[name].append(own)
         return found
 
-    start, running = unstack(state.start), unstack(state.running)
+    first = bank.base(state.start[0].dtype)
     empty = [torch.zeros_like(w) for w in state.running]
+    anchor = empty if first is None else [w.expand_as(e) for w, e in zip(first, empty, strict=True)]
+    start, running = ([a + w for a, w in zip(anchor, own, strict=True)] for own in (state.start, state.running))
+    start, running, base = unstack(start), unstack(running), unstack(anchor)
     surprise = unstack(empty if state.surprise is None else state.surprise)
     activation = ACTIVATIONS[bank.activation]
-    return {n: Memory(start[n], running[n], surprise[n], chunk, activation) for n in start}
+    return {n: Memory(start[n], running[n], surprise[n], base[n], chunk, activation) for n in start}

@@ -35,6 +35,14 @@ from tests.layers.reference_linear import ROWS
 HIDDEN = 8
 self_modifying = partial(SelfModifyingConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 ada_transformer = partial(AdaTransformerConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
+HOPE: dict[str, Any] = {
+    "gradient": "online",
+    "share_of": "rate",
+    "own_streams": True,
+    "anchored": True,
+    "others_scale": 0.3,
+    "gate_bias": 1.0,
+}
 ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)
 linear = partial(LinearMemoryConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
@@ -65,6 +73,8 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "titans depth 3 checkpointed": lambda: SelfModifyingTitans(
         self_modifying(depth=3, gradient="online", checkpoint_chunks=2, conv_size=1)
     ),
+    "hope matrix": lambda: SelfModifyingTitans(self_modifying(memory="matrix", **HOPE)),
+    "hope mlp self chunk": lambda: SelfModifyingTitans(self_modifying(self_chunk_size=8, **HOPE)),
     "attention": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, num_kv_heads=1)),
     "attention window": lambda: SoftmaxAttention(AttentionConfig(HIDDEN, 2, window=5)),
     "attention biases wide heads": lambda: SoftmaxAttention(

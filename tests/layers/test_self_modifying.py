@@ -14,6 +14,16 @@ from tests.layers.reference_self_modifying import reference, state_memories
 MATRIX: dict[str, Any] = {"memory": "matrix"}
 MLP: dict[str, Any] = {"memory": "mlp"}
 
+WHOLE: dict[str, Any] = {
+    "gradient": "online",
+    "share_of": "rate",
+    "own_streams": True,
+    "anchored": True,
+    "identity": True,
+    "others_scale": 0.3,
+    "gate_bias": 1.0,
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "matrix": MATRIX,
     "matrix no erase": MATRIX | {"erase": False},
@@ -60,6 +70,22 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp no retention": MLP | {"use_retention": False, "momentum": True},
     "mlp depth 3 expansion 2": MLP | {"depth": 3, "expansion": 2, "momentum": True},
     "mlp depth 3 online self chunk": MLP | {"depth": 3, "gradient": "online", "self_chunk_size": 8},
+    "matrix share of rate": MATRIX | {"gradient": "online", "share_of": "rate"},
+    "matrix anchored momentum": MATRIX | {"anchored": True, "momentum": True},
+    "matrix other rates": MATRIX | {"anchored": True, "others_scale": 0.3},
+    "matrix own streams": MATRIX | {"own_streams": True, "adapt": ("memory", "k", "q", "eta")},
+    "matrix whole": MATRIX | WHOLE,
+    "matrix whole self chunk": MATRIX | WHOLE | {"self_chunk_size": 8},
+    "matrix whole chunk read": MATRIX | WHOLE | {"read": "chunk"},
+    "mlp share of rate": MLP | {"gradient": "online", "share_of": "rate"},
+    "mlp online no self targets": MLP | {"gradient": "online", "self_targets": False},
+    "mlp anchored momentum": MLP | {"anchored": True, "momentum": True},
+    "mlp other rates momentum": MLP | {"anchored": True, "others_scale": 0.3, "momentum": True},
+    "mlp own streams": MLP | {"own_streams": True, "adapt": ("memory", "v", "alpha")},
+    "mlp whole": MLP | WHOLE,
+    "mlp whole self chunk": MLP | WHOLE | {"self_chunk_size": 8, "activation": "gelu"},
+    "mlp whole depth 3": MLP | WHOLE | {"depth": 3, "expansion": 2, "adapt": ("memory", "k", "v", "q", "eta", "alpha")},
+    "mlp whole memory only": MLP | WHOLE | {"adapt": ("memory",), "read_before": True},
     "mlp plain face": MLP | {"conv_size": 1, "output_gate": False, "max_erase": 1.0, "inner_lr_scale": 0.7},
 }
 
@@ -128,7 +154,9 @@ def test_equals_the_token_by_token_reference(name: str) -> None:
     assert_same(gradients(weigh([y, *found]), x, layer), gradients(weigh([expected, *wanted]), x, layer))
 
 
-@pytest.mark.parametrize("name", ["matrix", "mlp momentum", "mlp self chunk momentum", "mlp adaptive q"])
+@pytest.mark.parametrize(
+    "name", ["matrix", "mlp momentum", "mlp self chunk momentum", "mlp adaptive q", "matrix whole", "mlp whole"]
+)
 def test_everything_that_is_learned_receives_a_gradient(name: str) -> None:
     """Every parameter, every head, and every memory's initial weights apart, for a loss of the output alone."""
     layer = make_layer(**CASES[name])
@@ -151,6 +179,8 @@ def test_everything_that_is_learned_receives_a_gradient(name: str) -> None:
         MATRIX | {"gradient": "online", "self_chunk_size": 4},
         MLP | {"momentum": True},
         MLP | {"erase": False, "self_chunk_size": 4},
+        MATRIX | WHOLE,
+        MLP | WHOLE | {"self_chunk_size": 4},
     ],
     ids=str,
 )
@@ -162,7 +192,8 @@ def test_gradcheck_of_the_whole_layer(settings: dict[str, Any]) -> None:
 
     def run(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         y, state = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
-        return (y, *(t for _, t in state.tensors() if t.is_floating_point()))
+        # The zero: a difference to the first weights that has not begun to change depends on nothing.
+        return (y, *(t + 0 * y.sum() for _, t in state.tensors() if t.is_floating_point()))
 
     assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
 

@@ -28,18 +28,18 @@ def test_a_frozen_matrix_memory_is_the_gated_delta_rule() -> None:
         **MATRIX, adapt=("memory",), self_targets=False, gradient="online", erase=False, chunk_size=8, clip=1e6
     )
     x = sample(2, 21, 8)
-    u, q, b = project(layer, x)
+    u, b = project(layer, x)
     memories = initial_memories(layer, 2)
     weight = memories["memory"].running[0]
     outputs = []
     for t in range(21):
-        made = generate(layer, memories, u[:, t])
+        made = generate(memories, {role: stream[:, t] for role, stream in u.items()})
         k, v = normalize(made["k"]), normalize(made["v"])
         gates = rates(layer, made["eta"], made["alpha"], b[:, t])
         a, lr = gates.a[..., None, None], gates.lr[0][..., None]
         error = (weight @ k[..., None])[..., 0] - v
         weight = a * weight - (lr * error)[..., None] * k[..., None, :]
-        outputs.append((weight @ q[:, t, :, :, None])[..., 0])
+        outputs.append((weight @ u["q"][:, t, :, :, None])[..., 0])
     y, state = layer(x)
     torch.testing.assert_close(state.main.running[0], weight, rtol=1e-9, atol=1e-11)
     o = torch.stack(outputs, 1)
@@ -65,7 +65,7 @@ def test_momentum_that_fades_at_once_is_no_momentum(settings: dict[str, Any]) ->
 
 def online_twin(layer: SelfModifyingTitans) -> SelfModifyingTitans:
     """The same layer with online gradients, `max_erase` scaled so that e and l are the same numbers."""
-    _, _, b = project(layer, sample(1, 1, 8))
+    _, b = project(layer, sample(1, 1, 8))
     eta, alpha = sample(1, 2, 1), sample(1, 2, 1, seed=2)
     other = twin(layer, gradient="online")
     ratio = rates(layer, eta, alpha, b[:, 0]).e[-1] / rates(other, eta, alpha, b[:, 0]).e[-1]

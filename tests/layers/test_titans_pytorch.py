@@ -12,7 +12,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nestling.memory.bank import BankState, MemoryBank, Rates
+from nestling.memory.bank import BankState, MemoryBank
+from nestling.memory.lesson import Rates
 from nestling.memory.rule import Rule
 from nestling.ops.chunk_step import ChunkDecay
 from tests.layers.battery import noise

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from nestling.memory.bank import MemoryBank, activate
+from nestling.memory.activation import activate
+from nestling.memory.bank import MemoryBank
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
@@ -29,7 +30,7 @@ def test_outputs_start_at_unit_variance(depth: int) -> None:
     bank = MemoryBank(("memory", "k"), ("eta", "alpha"), 8, width, depth, 2, "silu")
     x = torch.nn.functional.normalize(torch.randn(1, 8, 64, width), dim=-1)
     weights = bank(1, False, torch.float32).start
-    made = {n: t.detach() for n, t in bank.read(weights, x, ("memory", "k", "eta", "alpha")).items()}
+    made = {n: t.detach() for n, t in bank.read(weights, {"memory": x, "k": x, "gates": x}).items()}
     assert made["k"].shape == (1, 8, 64, width) and made["eta"].shape == (1, 8, 64)
     for gate in ("eta", "alpha"):
         assert 0.7 < float(made[gate].std()) < 1.4
@@ -45,8 +46,8 @@ def test_reading_some_memories_is_reading_all(depth: int) -> None:
     bank = MemoryBank(("memory", "k", "v"), ("eta",), 2, 4, depth, 1, "gelu").double()
     weights = bank(3, False, torch.float64).start
     x = torch.randn(3, 2, 5, 4, dtype=torch.float64)
-    everything = bank.read(weights, x, ("memory", "k", "v", "eta"))
-    some = bank.read(weights, x, ("k", "v", "eta"))
+    everything = bank.read(weights, dict.fromkeys(("memory", "k", "v", "gates"), x))
+    some = bank.read(weights, dict.fromkeys(("k", "v", "gates"), x))
     assert list(some) == ["k", "v", "eta"]
     for name, tensor in some.items():
         torch.testing.assert_close(tensor, everything[name])

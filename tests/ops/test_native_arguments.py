@@ -42,7 +42,7 @@ def test_names_come_from_the_declaration() -> None:
     assert list(fields)[:3] == ["problems", "heads", "tokens"]
     assert fields["start"] == Field("start", "P", native.MAX_LAYERS)
     assert fields["given"].names == enumerators("Role") == ("k_role", "v_role", "q_role", "eta_role", "alpha_role")
-    assert fields["kind"].names == ("online", "erase", "free", "dot") and fields["kind"].count is None
+    assert fields["kind"].names == ("online", "erase", "free", "dot", "split") and fields["kind"].count is None
     assert fields["clip"].code == "d" and fields["d_start"].backward and not fields["dot"].backward
     assert {f.name for f in declared()["ChunkArguments"].fields if f.bytes} == {"valid"}
 

@@ -21,6 +21,14 @@ pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler
 ALL = ("memory", "k", "v", "q", "eta", "alpha")
 MATRIX: dict[str, Any] = {"memory": "matrix"}
 ONLINE: dict[str, Any] = {"gradient": "online"}
+WHOLE: dict[str, Any] = ONLINE | {
+    "share_of": "rate",
+    "own_streams": True,
+    "anchored": True,
+    "others_scale": 0.3,
+    "identity": True,
+    "gate_bias": 1.0,
+}
 TITANS: list[dict[str, Any]] = [
     {},
     {"momentum": True},
@@ -52,6 +60,27 @@ TITANS: list[dict[str, Any]] = [
     MATRIX | ONLINE | {"erase": False},
     MATRIX | ONLINE | {"objective": "dot", "self_targets": False},
     MATRIX | {"read_before": True},
+    ONLINE,
+    ONLINE | {"depth": 3, "self_targets": False},
+    ONLINE | {"erase": False, "clip": 0.3},
+    ONLINE | {"objective": "dot"},
+    WHOLE,
+    WHOLE | {"adapt": ALL, "depth": 3, "expansion": 2},
+    WHOLE | {"adapt": ("memory", "k", "eta"), "clip": 0.3, "activation": "gelu"},
+    WHOLE | {"adapt": ("memory",)},
+    WHOLE | {"adapt": ("memory", "alpha"), "self_targets": False, "hidden_size": 38},
+    WHOLE | {"gradient": "chunk", "share_of": "erase", "momentum": True},
+    WHOLE | MATRIX,
+    WHOLE | MATRIX | {"adapt": ALL, "clip": 0.3},
+    WHOLE | MATRIX | {"adapt": ("memory",), "self_targets": False},
+    WHOLE | MATRIX | {"adapt": ("memory", "eta", "alpha"), "self_targets": False, "hidden_size": 38},
+    WHOLE | MATRIX | {"gradient": "chunk", "share_of": "erase", "momentum": True},
+    WHOLE | MATRIX | {"objective": "dot", "share_of": "erase"},
+    {"anchored": True, "momentum": True},
+    {"anchored": True, "others_scale": 0.3, "momentum": True},
+    {"anchored": True, "others_scale": 0.3, "erase": False},
+    MATRIX | ONLINE | {"anchored": True, "others_scale": 0.3, "erase": False},
+    {"own_streams": True, "adapt": ALL},
 ]
 MEMORY: list[dict[str, Any]] = [
     {},
@@ -213,7 +242,6 @@ def test_checkpointed(calls, make) -> None:
         {"objective": "huber"},
         {"objective": "lp"},
         {"read": "chunk"},
-        ONLINE,
         {"self_chunk_size": 14},
         {"depth": 9},
         {"chunk_size": 129},

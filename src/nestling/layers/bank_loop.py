@@ -14,7 +14,8 @@ from nestling.memory.rule import Rule
 from nestling.ops import native
 from nestling.ops.native import LoopShape, LoopTensors, RateRule
 
-Plain = Callable[[dict[str, Tensor], Scales, BankState], tuple[Tensor, BankState]]
+Base = list[Tensor] | None
+Plain = Callable[[dict[str, Tensor], Scales, Base, BankState], tuple[Tensor, BankState]]
 
 
 @dataclass(frozen=True)
@@ -40,34 +41,34 @@ class BankLoop:
         plain: Plain,
         tokens: dict[str, Tensor],
         scales: Scales,
+        base: Base,
         state: BankState,
         grid: Grid,
     ) -> tuple[Tensor, BankState]:
         """Answers `[N, H, L, V]` and the bank after the last token.
 
         Args:
-            plain: the same chunk after chunk, of the tokens, the scales and the state.
+            plain: the same chunk after chunk, of the tokens, the scales, the base and the state.
             tokens: what the memories do not make of "k", "v", "q" `[N, H, L, K]`, "eta", "alpha" and "log_b"
-                `[N, H, L]`, and "u" `[N, H, L, K]`, of which they make the rest.
+                `[N, H, L]`, and `[N, H, L, K]` of which they make the rest: "u_k", "u_v", "u_q" and "u_gates".
             scales: of the rates.
+            base: `MemoryBank.base`.
             state: of the bank before the first token.
             grid: of the call.
         """
-        time = tokens["q" if "q" in tokens else "u"].shape[2]
+        time = next(iter(tokens.values())).shape[2]
         if not self.covered(tokens, state, grid):
-            return plain(tokens, scales, state)
+            return plain(tokens, scales, base, state)
         shape = self._shape(min(self.chunk - grid.phase, time), state)
-        named: dict[str, Tensor | None] = dict(tokens)
-        if not shape.deep and not shape.gates:
-            named["u"] = None
         layers = len(state.start)
         split = any(a is not b for a, b in zip(state.start, state.running, strict=True))
         given = LoopTensors(
-            [named.get(name) for name in native.TOKENS],
-            [scales.eta_bias, scales.alpha_bias, scales.share, scales.hidden_erase],
+            [tokens.get(name) for name in native.TOKENS],
+            [scales.eta_bias, scales.alpha_bias, scales.share, scales.hidden_erase, scales.others],
             state.start,
             state.running if split else [None] * layers,
             state.surprise or [None] * layers,
+            base or [None] * layers,
         )
         y, (running, surprise, begun) = native.native_loop(_flat(plain, begins=grid.slots > self.chunk), shape, given)
         start = state.start if begun[0] is None else begun
@@ -81,7 +82,6 @@ class BankLoop:
         simple = (
             rule.objective in ("l2", "dot")
             and rule.read == "token"
-            and (rule.gradient == "chunk" or depth == 1)
             and not (rule.online and rule.momentum)
             and depth <= native.MAX_LAYERS
         )
@@ -92,11 +92,9 @@ class BankLoop:
 
     def _shape(self, first: int, state: BankState) -> LoopShape:
         rule, bank = self.rule, self.bank
-        online = rule.gradient == "online"
-        # Minus the target is all that is left of an online gradient, and all there is of the dot product's.
-        linear = online or rule.objective == "dot"
+        dot = rule.objective == "dot"
         memories = native.BankShape(
-            len(bank.deep), len(bank.gates), bank.hidden, bank.activation, self.self_targets, linear, rule.clip, 1
+            len(bank.deep), len(bank.gates), bank.hidden, bank.activation, self.self_targets, dot, rule.clip, 1
         )
         return LoopShape(
             memories,
@@ -105,7 +103,7 @@ class BankLoop:
             first,
             bank.deep[1:],
             bank.gates,
-            fold=online and rule.objective == "l2",
+            fold=rule.gradient == "online" and not dot,
             momentum=state.surprise is not None,
             read_before=rule.read_before,
         )
@@ -116,13 +114,14 @@ def _flat(plain: Plain, begins: bool) -> Callable[[LoopTensors], list[Tensor | N
 
     def run(given: LoopTensors) -> list[Tensor | None]:
         tokens = {n: t for n, t in zip(native.TOKENS, given.tokens, strict=True) if t is not None}
-        eta_bias, alpha_bias, share, hidden = given.scales
+        eta_bias, alpha_bias, share, hidden, others = given.scales
         assert eta_bias is not None and share is not None
         start = list(given.start)
         running = [t for t in given.running if t is not None] or start
         surprise = [t for t in given.surprise if t is not None] or None
-        scales = Scales(eta_bias, alpha_bias, share, hidden)
-        y, after = plain(tokens, scales, BankState(start, running, surprise))
+        base = [t for t in given.base if t is not None] or None
+        scales = Scales(eta_bias, alpha_bias, share, hidden, others)
+        y, after = plain(tokens, scales, base, BankState(start, running, surprise))
         nothing: list[Tensor | None] = [None] * len(start)
         # Where the last chunk is complete its weights are the running ones.
         began = begins and after.start[0] is not after.running[0]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestling.memory.bank import BankState, MemoryBank, Mix, Rates
+from nestling.memory.bank import BankState, MemoryBank, Mix
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
+from nestling.memory.lesson import Rates
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
 
@@ -87,6 +88,7 @@ def learn_chunk(
     rates: Rates,
     q: Tensor | None,
     self_targets: bool,
+    base: list[Tensor] | None = None,
     mix: Mix | None = None,
 ) -> tuple[Tensor | None, BankState]:
     """Targets, gradients and write of one chunk, and the first deep memory's answers to `q` as `rule.read` says.
@@ -100,11 +102,18 @@ def learn_chunk(
         rates: of the chunk.
         q: queries; None reads nothing.
         self_targets: every memory's target is its own M(v_t), else v_t.
+        base: `MemoryBank.base`.
         mix: see `MemoryBank.update`; for reads of every token's own weights.
     """
-    lesson = bank.lesson(rule, state.start, key, value, self_targets)
-    fresh = state.start[0] is state.running[0]
-    y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, mix)
+    start = whole(state.start, base)
+    lesson = bank.lesson(rule, start, key, value, self_targets, base)
+    fresh = base is None and state.start[0] is state.running[0]
+    y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, base, mix)
     if q is not None and rule.read == "chunk":
-        y = bank.read(state.start, q, bank.deep + bank.gates)[bank.deep[0]]
+        y = bank.read(start, dict.fromkeys((*bank.deep, "gates"), q))[bank.deep[0]]
     return y, after
+
+
+def whole(weights: list[Tensor], base: list[Tensor] | None) -> list[Tensor]:
+    """W_0 + F, or the weights themselves where the state holds whole ones."""
+    return weights if base is None else [b + w for b, w in zip(base, weights, strict=True)]

@@ -18,10 +18,11 @@ from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.layers.sequence import Aligned
-from nestling.memory.bank import BankState, MemoryBank, Mix, Rates
+from nestling.memory.bank import BankState, MemoryBank, Mix
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
 from nestling.memory.kept import KeptMemories
+from nestling.memory.lesson import Rates
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
@@ -192,7 +193,7 @@ class LongTermMemory(nn.Module):
         stream, tail = short_conv(self.in_proj(x)[..., :width], self.conv[:width], state.conv, lengths)
         with torch.autocast(x.device.type, enabled=False):
             q = safe_normalize(split_heads(F.silu(stream.to(tail.dtype)), self.config.head_dim))
-            o = self.bank.read(state.weights, q, ("memory",))["memory"]
+            o = self.bank.read(state.weights, {"memory": q})["memory"]
             return merge_normalised(o, self.norm, self.config.norm_eps, x.dtype), Retrieval(state.weights, tail)
 
     def _learn(
@@ -221,7 +222,9 @@ class LongTermMemory(nn.Module):
         if kept is not None and inside:
             tokens["shares"] = kept.shares
 
-        def plain(tokens: dict[str, Tensor], scales: Scales, bank: BankState) -> tuple[Tensor, BankState]:
+        def plain(
+            tokens: dict[str, Tensor], scales: Scales, base: list[Tensor] | None, bank: BankState
+        ) -> tuple[Tensor, BankState]:
             def run(span: Span, part: dict[str, Tensor], bank: BankState, grid: Grid) -> tuple[Tensor, BankState]:
                 valid = grid.valid_slots(*span, part["k"].device)
                 gates = Gates(part["eta"], part.get("alpha"), part.get("log_b"), valid)
@@ -232,10 +235,10 @@ class LongTermMemory(nn.Module):
             return scan_chunks(tokens, grid, c.chunk_size, bank, run)
 
         if c.ascend or c.inner_steps > 1 or inside:
-            o, bank = plain(tokens, scales, state.bank)
+            o, bank = plain(tokens, scales, None, state.bank)
         else:
             loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
-            o, bank = loop.run(plain, tokens, scales, state.bank, grid)
+            o, bank = loop.run(plain, tokens, scales, None, state.bank, grid)
         return (o if kept is None or inside else kept.combine(tokens["q"], o, c.activation)), bank
 
     def _chunk(

@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.memory.bank import Rates
+from nestling.memory.lesson import Rates
 from nestling.memory.rule import Rule
 from nestling.ops import native
 from nestling.ops.chunk_step import ChunkDecay
 from nestling.ops.native import RateRule
 
-Kind = Literal["online", "erase", "free", "dot"]
+Kind = Literal["online", "erase", "free", "dot", "split"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,28 @@ class Scales:
         share: `[layers, H]` share of the erase that becomes the inner learning rate.
         hidden_erase: `[layers - 1, H]` share of the erase in the layers before the last, or None without erase or
             hidden layers.
+        others: `[H]` share of the rates that the memories after a bank's first take, or None for all.
     """
 
     eta_bias: Tensor
     alpha_bias: Tensor | None
     share: Tensor
     hidden_erase: Tensor | None
+    others: Tensor | None = None
 
 
-def rate_rule(rule: Rule, max_erase: float, chunk: int) -> RateRule:
-    """The formula a learning rule needs; `chunk` is the longest time, in tokens, a gradient is stale."""
+def rate_rule(rule: Rule, max_erase: float, chunk: int, split: bool = False) -> RateRule:
+    """The formula a learning rule needs.
+
+    Args:
+        rule: of the memory.
+        max_erase: largest (e_t + folded l_t) / a_t.
+        chunk: the longest time, in tokens, a gradient is stale.
+        split: the share is of the whole rate and not of the erase.
+    """
     kind: Kind = "free" if rule.objective != "dot" else "dot"
     if rule.online:
-        kind = "online"
+        kind = "split" if split else "online"
     elif rule.erase:
         kind = "erase"
     return RateRule(kind, max_erase, 1.0 / chunk, online_only=not rule.erase)
@@ -73,6 +82,7 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         "free"     e_t = 0, l_t = share eta_t max(floor, 1 - a_t) (1 - b_t)
         "dot"      e_t = 0, l_t = share eta_t (1 - b_t)
         "online"   e_t + l_t = k_t r_t, l_t = share e_t; or e_t = 0 with `online_only`
+        "split"    e_t + l_t = k_t r_t, l_t = share k_t r_t
 
     Online gradients with momentum follow weights that the surprise still moves. With b_t = a_t beta,
 
@@ -80,7 +90,7 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
 
     which for a beta that stays the same keeps every write a contraction (derived in `docs/paper_map.md`).
 
-    Layers before the last take the share `hidden_erase` of e_t.
+    Layers before the last take the share `hidden_erase` of e_t, in "split" of k_t r_t.
 
     Args:
         rule: which of these, and its constants.
@@ -98,13 +108,13 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
         scales.hidden_erase,
     )
     layers, log_b = scales.share.shape[0], gates.log_momentum
-    follows = rule.kind == "online" and log_b is not None
+    follows = rule.kind in ("online", "split") and log_b is not None
     compiled = layers <= native.MAX_LAYERS and not follows and native.fits(gates.eta)
     made = native.native_rates(_plain, rule, tensors) if compiled else _plain(rule, *tensors)
     log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
     if follows and log_b is not None:
         log_b = log_b + log_a
-    return Rates(erase or None, lr, ChunkDecay(log_a, log_b, gates.valid))
+    return Rates(erase or None, lr, ChunkDecay(log_a, log_b, gates.valid), scales.others)
 
 
 def _plain(
@@ -135,23 +145,29 @@ def _plain(
             shares[-1] = torch.ones_like(shares[-1])
         else:
             erase = rate = rate / (1 + shares[-1])
+    elif rule.kind == "split":
+        rate = full * keep
+        erase = rate * (1 - shares[-1])
     elif rule.kind == "erase":
         erase, rate = keep * full, keep * torch.minimum(full, 2 - full)
     elif rule.kind == "free":
         rate = eta * (rule.floor if log_a is None else (-torch.expm1(log_a)).clamp_min(rule.floor))
     else:
         rate = eta
+    whole = rate
     if log_b is not None:
         less = -torch.expm1(log_b)
-        if rule.kind == "online":
+        if rule.kind in ("online", "split"):
             beta = log_b.exp()
             rate = rate * less * less / (1 + beta)
-            erase = None if erase is None else erase * less * (1 + beta) / (1 + beta * less)
+            of_erase = less * (1 + beta) / (1 + beta * less)
+            erase, whole = None if erase is None else erase * of_erase, whole * of_erase
         else:
             rate = rate * less
     log_a = torch.zeros_like(eta) if log_a is None else log_a
     erases = []
     if erase is not None:
         hidden = [] if hidden_erase is None else list(hidden_erase[:, :, None])
-        erases = [*(erase * s for s in hidden), erase]
+        of_hidden = whole if rule.kind == "split" else erase
+        erases = [*(of_hidden * s for s in hidden), erase]
     return (log_a, *(rate * s for s in shares), *erases)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
-from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
+from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks, whole
 from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
@@ -23,6 +23,9 @@ from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
 __all__ = ["ADAPTIVE", "SelfModifyingConfig", "SelfModifyingState", "SelfModifyingTitans"]
+
+Base = list[Tensor] | None
+Bases = tuple[Base, Base]
 
 
 @dataclass
@@ -45,14 +48,16 @@ class SelfModifyingState(State):
 class SelfModifyingTitans(SequenceLayer):
     """Memories that generate their keys, values, rates and targets, and learn all of them in context.
 
-    For the weights at the start of a chunk (NL Eq. 90) and u = silu(conv(x W_in)), normalised per head:
+    For the weights at the start of a chunk (NL Eq. 90) and inputs u = silu(conv(x W_u)), normalised per head, one for
+    all memories or with `own_streams` one each for k, v, q and the rates:
 
         k_t = M_k(u_t), v_t = M_v(u_t), eta_t = M_eta(u_t), alpha_t = M_alpha(u_t); q_t = silu(conv(x W_q)) or M_q(u_t)
         target of every memory m: M_m(v_t);  write (k_t, M_m(v_t)) by the rule;  o_t = M_memory,t(q_t)
 
-    with k, v and q of length 1. From a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias),
-    `rates.chunk_rates` makes e_t and l_t, which stay in their stable range whatever the memories say. An MLP's layers
-    before the last use a learnable share of e_t.
+    with k, v and q of length 1. With `anchored` the memories are W_0 + F, and the rule moves F. From
+    a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias), `rates.chunk_rates` makes e_t and l_t,
+    which stay in their stable range whatever the memories say. An MLP's layers before the last use a learnable share of
+    e_t.
 
     Examples:
         >>> import torch
@@ -77,13 +82,17 @@ class SelfModifyingTitans(SequenceLayer):
         self.main = self._bank([n for n in adaptive if n == "memory" or not split])
         self.own = self._bank([n for n in adaptive if n != "memory"]) if split and len(adaptive) > 1 else None
         fixed = [n for n in deep + gates if n not in c.adapt]
-        self.fixed = self._bank(fixed) if fixed else None
+        self.fixed = self._bank(fixed, anchored=False) if fixed else None
 
-        streams = 2 if self.fixed_q else 1
-        self.in_proj = nn.Linear(c.hidden_size, streams * c.hidden_size, bias=False)
-        self.conv = nn.Parameter(torch.empty(streams * c.hidden_size, c.conv_size))
+        # In the order in which the projection has them.
+        self.streams: tuple[str, ...] = ("q", "k", "v", "gates")
+        if not c.own_streams:
+            self.streams = ("all", "q") if self.fixed_q else ("all",)
+        self.in_proj = nn.Linear(c.hidden_size, len(self.streams) * c.hidden_size, bias=False)
+        self.conv = nn.Parameter(torch.empty(len(self.streams) * c.hidden_size, c.conv_size))
         self.momentum_proj = nn.Linear(c.hidden_size, c.num_heads) if c.momentum else None
-        self.gate_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if c.output_gate else None
+        biased = c.gate_bias is not None
+        self.gate_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=biased) if c.output_gate else None
         self.out_norm = nn.Parameter(torch.ones(self.head_dim))
         self.out_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.eta_bias = nn.Parameter(torch.empty(c.num_heads))
@@ -91,24 +100,44 @@ class SelfModifyingTitans(SequenceLayer):
         self.share = nn.Parameter(torch.empty(c.layers, c.num_heads))
         hidden = c.layers - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
-        free_of_weight_decay(self.share, self.hidden_erase, self.conv)
+        self.others = nn.Parameter(torch.empty(c.num_heads)) if c.others_scale is not None else None
+        free_of_weight_decay(self.share, self.hidden_erase, self.others, self.conv)
         self.reset_parameters()
 
-    def _bank(self, names: list[str]) -> MemoryBank:
+    def _bank(self, names: list[str], anchored: bool | None = None) -> MemoryBank:
         c = self.config
         deep, gates = (tuple(n for n in names if n in group) for group in (DEEP, GATES))
-        return MemoryBank(deep, gates, c.num_heads, self.head_dim, c.layers, c.expansion, c.activation, c.gate_scale)
+        return MemoryBank(
+            deep,
+            gates,
+            c.num_heads,
+            self.head_dim,
+            c.layers,
+            c.expansion,
+            c.activation,
+            c.gate_scale,
+            c.anchored if anchored is None else anchored,
+            c.identity,
+        )
 
     def reset_parameters(self) -> None:
-        """Retentions from 0.958 to 0.9998 over the heads, rates at mid-range, the convolution near identity."""
+        """Retentions from `retention_start`, rates at mid-range, the convolution near identity."""
         c = self.config
         nn.init.zeros_(self.eta_bias)
         if self.alpha_bias is not None:
             with torch.no_grad():
-                self.alpha_bias.copy_(torch.linspace(0.0, 6.0, c.num_heads))
-        nn.init.constant_(self.share, logit(c.share))
+                self.alpha_bias.copy_(torch.linspace(*c.retention_start, c.num_heads))
+        with torch.no_grad():
+            for layer, share in enumerate(c.shares):
+                self.share[layer] = logit(share)
         if self.hidden_erase is not None:
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
+        if self.others is not None and c.others_scale is not None:
+            nn.init.constant_(self.others, logit(c.others_scale))
+        if self.gate_proj is not None and c.gate_bias is not None:
+            with torch.no_grad():
+                self.gate_proj.weight *= 0.1
+                self.gate_proj.bias.fill_(c.gate_bias)
         draw_filters(self.conv)
         if self.momentum_proj is not None:
             # sigmoid(0) = 0.5: a surprise that fades over a few tokens.
@@ -193,50 +222,63 @@ class SelfModifyingTitans(SequenceLayer):
         self, streams: Tensor, b: Tensor | None, state: SelfModifyingState, lengths: Tensor | None
     ) -> tuple[Tensor, BankState, BankState | None]:
         """All chunks: outputs `[N, H, L, V]` and the banks' new states."""
-        dtype = state.conv.dtype
-        streams = F.silu(streams.to(dtype))
-        parts = [safe_normalize(split_heads(s, self.head_dim)) for s in streams.split(self.config.hidden_size, -1)]
-        tokens: dict[str, Tensor] = {"u": parts[0]}
-        if self.fixed_q:
-            tokens["q"] = parts[1]
+        c, dtype = self.config, state.conv.dtype
+        tokens = self._tokens(streams.to(dtype))
         if b is not None:
             tokens["log_b"] = F.logsigmoid(b.to(dtype)).transpose(1, 2)
-        if self.fixed is not None:
-            names = self.fixed.deep + self.fixed.gates
-            weights = self.fixed(streams.shape[0], False, dtype).start
-            tokens |= self.fixed.read(weights, parts[0], names, unit=True)
-
-        c, scales = self.config, self._scales(dtype)
+        scales, bases = self._scales(dtype), (self.main.base(dtype), self.own.base(dtype) if self.own else None)
         grid = Grid.of(state.position, lengths, streams.shape[1], c.outer_chunk)
 
         def plain(
-            tokens: dict[str, Tensor], scales: Scales, main: BankState, own: BankState | None = None
+            tokens: dict[str, Tensor], scales: Scales, bases: Bases, main: BankState, own: BankState | None = None
         ) -> tuple[Tensor, BankState, BankState | None]:
             def run(
                 span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
             ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
-                return self._chunk(span, tokens, scales, banks, grid)
+                return self._chunk(span, tokens, scales, bases, banks, grid)
 
             o, banks = scan_chunks(tokens, grid, c.outer_chunk, (main, own), run)
             return o, *banks
 
         if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks:
-            return plain(tokens, scales, state.main, state.own)
+            return plain(tokens, scales, bases, state.main, state.own)
+
+        def alone(tokens: dict[str, Tensor], scales: Scales, base: Base, main: BankState) -> tuple[Tensor, BankState]:
+            return plain(tokens, scales, (base, None), main)[:2]
+
         loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
-        o, main = loop.run(lambda *given: plain(*given)[:2], tokens, scales, state.main, grid)
+        o, main = loop.run(alone, tokens, scales, bases[0], state.main, grid)
         return o, main, None
+
+    def _tokens(self, streams: Tensor) -> dict[str, Tensor]:
+        """Inputs `[N, H, L, K]` of the adaptive memories, "u_" and their role, and what fixed ones make of theirs."""
+        parts = [
+            safe_normalize(split_heads(s, self.head_dim)) for s in F.silu(streams).split(self.config.hidden_size, -1)
+        ]
+        given = dict(zip(self.streams, parts, strict=True))
+        inputs = {role: given.get(role, given.get("all", parts[0])) for role in ("k", "v", "q", "gates")}
+        tokens = {"q": inputs["q"]} if self.fixed_q else {}
+        for bank in (self.main, self.own):
+            if bank is not None:
+                tokens |= {f"u_{role}": inputs[role] for role in roles(bank)}
+        if self.fixed is not None:
+            weights = self.fixed(len(streams), False, streams.dtype).start
+            tokens |= self.fixed.read(weights, {role: inputs[role] for role in roles(self.fixed)}, unit=True)
+        return tokens
 
     def _scales(self, dtype: torch.dtype) -> Scales:
         """What the rates learn across sequences, the same in all chunks."""
         alpha = None if self.alpha_bias is None else self.alpha_bias.to(dtype)
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
-        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden)
+        others = None if self.others is None else torch.sigmoid(self.others.to(dtype))
+        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others)
 
     def _chunk(
         self,
         span: Span,
         tokens: dict[str, Tensor],
         scales: Scales,
+        bases: Bases,
         banks: tuple[BankState, BankState | None],
         grid: Grid,
     ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
@@ -246,9 +288,9 @@ class SelfModifyingTitans(SequenceLayer):
         if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
         start, end = span
-        generated = generate(self, tokens, main, own)
+        generated = generate(self, tokens, bases, main, own)
         if own is not None and self.own is not None:
-            _, own = step(self, self.own, own, generated, scales, start, end, grid)
+            _, own = step(self, self.own, own, generated, scales, bases[1], start, end, grid)
             own = grid.cross(own, end, self.config.outer_chunk)
         outputs = []
         sub = chunk_spans(start, end, self.config.chunk_size)
@@ -256,20 +298,21 @@ class SelfModifyingTitans(SequenceLayer):
         cut = [e - s for s, e in sub]
         split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
         for i, (s, e) in enumerate(sub):
-            y, main = step(self, self.main, main, {n: t[i] for n, t in split.items()}, scales, s, e, grid)
+            part = {n: t[i] for n, t in split.items()}
+            y, main = step(self, self.main, main, part, scales, bases[0], s, e, grid)
             main = grid.cross(main, e, self.config.chunk_size)
             assert y is not None
             outputs.append(y)
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], (main, own)
 
-    def _generate(self, tokens: dict[str, Tensor], main: BankState, own: BankState | None) -> dict[str, Tensor]:
+    def _generate(
+        self, tokens: dict[str, Tensor], bases: Bases, main: BankState, own: BankState | None
+    ) -> dict[str, Tensor]:
         """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
-        made = dict(tokens)
-        for bank, state in ((self.main, main), (self.own, own)):
-            names = () if bank is None else tuple(n for n in bank.deep + bank.gates if n != "memory")
-            if names and bank is not None and state is not None:
-                made |= bank.read(state.start, tokens["u"], names, unit=True)
-        made.pop("u", None)
+        made = {n: t for n, t in tokens.items() if not n.startswith("u_")}
+        for bank, state, base in ((self.main, main, bases[0]), (self.own, own, bases[1])):
+            if bank is not None and state is not None and roles(bank):
+                made |= bank.read(whole(state.start, base), {r: tokens[f"u_{r}"] for r in roles(bank)}, unit=True)
         return made
 
     def _step(
@@ -278,6 +321,7 @@ class SelfModifyingTitans(SequenceLayer):
         state: BankState,
         tokens: dict[str, Tensor],
         scales: Scales,
+        base: Base,
         start: int,
         end: int,
         grid: Grid,
@@ -288,7 +332,15 @@ class SelfModifyingTitans(SequenceLayer):
         gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
         rates = chunk_rates(c.rates, gates, scales)
         q = tokens["q"] if bank is self.main else None
-        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets)
+        if bank is not self.main and rates.others is not None:
+            # A bank without M_memory takes the share whole.
+            rates = rates.shared()
+        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base)
+
+
+def roles(bank: MemoryBank) -> tuple[str, ...]:
+    """What the memories of a bank make: of "k", "v", "q", and "gates" for the rates."""
+    return tuple(n for n in bank.deep if n != "memory") + (("gates",) if bank.gates else ())
 
 
 # Functions of the class: all layers of a model share one compilation, and nothing is compiled before the first call.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from nestling.layers.heads import NEW_FIELD
 from nestling.layers.rates import rate_rule
 from nestling.memory.rule import Rule
 from nestling.ops.native import RateRule
@@ -35,6 +36,10 @@ class SelfModifyingConfig(Rule):
         max_erase: upper end of (e_t + folded l_t) / a_t. 2 allows negative eigenvalues, which state tracking needs.
         inner_lr_scale: first value of the learnable share l_t / e_t, in (0, 1); None is 0.5 for matrices and 0.1 for
             MLPs, whose hidden layers take a step of |W|^2 times the rate.
+        share_of: what that is a share of. "erase": l_t = share e_t, of which 1 is NL Eq. 88. "rate", for online
+            gradients: of the whole rate r_t, l_t = share r_t and e_t = (1 - share) r_t, so that a share near 1 replaces
+            what a key holds by its new value, and a share near 0 only takes it away. The layers before an MLP's last
+            then start with the share `hidden_erase_scale`.
         hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
             the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
             the layer after it.
@@ -50,6 +55,23 @@ class SelfModifyingConfig(Rule):
             every chunk length). Off by default, since a short run never earns it back, and on a CPU the C++ of
             `nestling.ops.native` is faster.
         norm_eps: of the output norm.
+        own_streams: q, k, v and the rates each come from a projection and a convolution of their own (NL section 8.3).
+            Without it one projection serves all but q, and has to hold a token and the one before it at once, in the
+            width of a head.
+        anchored: the memories are W_0 + F with the meta-learned W_0, and retention, erase and writes act on F. Without
+            it retention takes the generators of keys, values and rates to nothing on a long text.
+        identity: deep memories start as the identity, so that M_k, M_v hand their projections on until they have
+            learned something. Random ones hide which key was which.
+        others_scale: first value of the learnable share of the rates that the memories other than M_memory take, in
+            (0, 1). A rate strong enough to store a value in one token is strong enough to erase a generator in a
+            chunk. They also fade as fast as they are written, by 1 - share (e_t + l_t) / 2 a token, so that what they
+            add to W_0 is a mean over their last writes and never outgrows it. Needs `anchored`. None: all take the same
+            rates (NL Eq. 88 to the letter).
+        retention_start: logits of the retentions at the start, of the first head and of the last, with the others
+            evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
+            over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
+        gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
+            None is no bias. silu of a projection without one multiplies the answers by random signs.
 
     Raises:
         ValueError: sizes that do not divide, unknown memories, or a rule that has no closed form.
@@ -75,10 +97,20 @@ class SelfModifyingConfig(Rule):
     checkpoint_chunks: int | None = None
     compile_chunks: bool = False
     norm_eps: float = 1e-6
+    share_of: Literal["erase", "rate"] = field(default="erase", metadata=NEW_FIELD)
+    own_streams: bool = field(default=False, metadata=NEW_FIELD)
+    anchored: bool = field(default=False, metadata=NEW_FIELD)
+    identity: bool = field(default=False, metadata=NEW_FIELD)
+    others_scale: float | None = field(default=None, metadata=NEW_FIELD)
+    retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
+    gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "adapt", tuple(self.adapt))
+        object.__setattr__(self, "retention_start", tuple(self.retention_start))
+        if len(self.retention_start) != 2:
+            raise ValueError(f"retention_start is two logits, first head and last, not {self.retention_start}")
         sizes = (
             "hidden_size",
             "num_heads",
@@ -116,6 +148,19 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"gate_scale is positive, not {self.gate_scale}")
         if not 0 < self.hidden_erase_scale < 1:
             raise ValueError(f"hidden_erase_scale is in (0, 1), not {self.hidden_erase_scale}")
+        if self.others_scale is not None and not 0 < self.others_scale < 1:
+            raise ValueError(f"others_scale is in (0, 1), or None for the rates of M_memory; not {self.others_scale}")
+        if self.others_scale is not None and not self.anchored:
+            raise ValueError(
+                "others_scale needs anchored=True: the other memories fade fast, and without it to nothing"
+            )
+        if self.share_of not in ("erase", "rate"):
+            raise ValueError(f"share_of is 'erase' or 'rate', not {self.share_of!r}")
+        if self.share_of == "rate" and not (self.gradient == "online" and self.objective == "l2" and self.erase):
+            raise ValueError(
+                "share_of='rate' divides the rate of an online write, which takes what a key holds along with it; it "
+                "needs gradient='online', objective='l2' and erase=True"
+            )
 
     @property
     def outer_chunk(self) -> int:
@@ -127,6 +172,8 @@ class SelfModifyingConfig(Rule):
         """First value of l_t / e_t."""
         if self.inner_lr_scale is not None:
             return self.inner_lr_scale
+        if self.share_of == "rate":
+            return 0.9
         return 0.5 if self.memory == "matrix" else 0.1
 
     @property
@@ -135,6 +182,12 @@ class SelfModifyingConfig(Rule):
         return self.depth if self.memory == "mlp" else 1
 
     @property
+    def shares(self) -> list[float]:
+        """First values of the shares, a layer each."""
+        hidden = self.hidden_erase_scale if self.share_of == "rate" else self.share
+        return [hidden] * (self.layers - 1) + [self.share]
+
+    @property
     def rates(self) -> RateRule:
         """The formula of the rates (see `layers.rates.chunk_rates`)."""
-        return rate_rule(self, self.max_erase, self.outer_chunk)
+        return rate_rule(self, self.max_erase, self.outer_chunk, split=self.share_of == "rate")

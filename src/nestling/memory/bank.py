@@ -9,18 +9,19 @@ weights are stacked along the output dimension: `[N, H, M * hidden + G, K]`; fur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from nestling.memory.activation import ACTIVATIONS, activate
+from nestling.memory.lesson import Lesson, Rates, Trace, above_base, online_gradient
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
 from nestling.ops import native
-from nestling.ops.chunk_step import ChunkDecay, chunk_step
+from nestling.ops.chunk_step import chunk_step
 from nestling.ops.normalize import safe_normalize
 
 Mix = Callable[[int, Tensor, Tensor], Tensor]
@@ -40,38 +41,6 @@ class BankState(State):
     start: list[Tensor]
     running: list[Tensor]
     surprise: list[Tensor] | None
-
-
-@dataclass
-class Trace:
-    """A forward pass: layer inputs and products W x (layer 0 first), slopes act'(z) before layers 1.., and the output.
-
-    `output` is `[N, H, L, M * V + G]` for depth 1; else `[N, H, M, L, V]`, with the gates `[N, H, L, G]` apart.
-    """
-
-    inputs: list[Tensor]
-    recalled: list[Tensor]
-    slopes: list[Tensor]
-    output: Tensor
-    gates: Tensor | None
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a chunk teaches: every layer's inputs x, products W x with the chunk's first weights, and gradients g."""
-
-    inputs: list[Tensor]
-    recalled: list[Tensor]
-    gradients: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Per-token rates of a chunk, `[N, H, L]` for every layer: e_t (None without erase) and l_t; what decays."""
-
-    erase: list[Tensor] | None
-    inner_lr: list[Tensor]
-    decay: ChunkDecay
 
 
 class InitialWeights(nn.ParameterList):
@@ -113,9 +82,12 @@ class MemoryBank(nn.Module):
         expansion: int,
         activation: str,
         gate_scale: float = 1.0,
+        anchored: bool = False,
+        identity: bool = False,
     ) -> None:
         super().__init__()
         self.deep, self.gates, self.gate_scale = deep, gates, gate_scale
+        self.anchored, self.identity = anchored, identity
         self.width, self.depth, self.activation = width, depth, activation
         self.hidden = width if depth == 1 else width * expansion
         count = len(deep)
@@ -128,15 +100,39 @@ class MemoryBank(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """First weights N(0, 1/K); last weights of an MLP at half that, so that the residual leads at the start."""
+        """First weights N(0, 1/K); last weights of an MLP at half that, so that the residual leads at the start.
+
+        With `identity`, matrices are the identity and the last weights of MLPs are zero.
+        """
         for i, weight in enumerate(self.initial):
             last = i == self.depth - 1 and self.depth > 1
-            nn.init.normal_(weight, std=(0.5 if last else 1.0) / math.sqrt(weight.shape[-1]))
+            std = 0.0 if last and self.identity else 0.5 if last else 1.0
+            nn.init.normal_(weight, std=std / math.sqrt(weight.shape[-1]))
         with torch.no_grad():
             self.initial[0][:, len(self.deep) * self.hidden :] /= self.gate_scale
+            if self.identity and self.depth == 1:
+                eye = torch.eye(self.width, dtype=self.initial[0].dtype, device=self.initial[0].device)
+                self.initial[0][:, : len(self.deep) * self.hidden] = eye.repeat(len(self.deep), 1)
 
     def forward(self, batch_size: int, momentum: bool, dtype: torch.dtype) -> BankState:
-        """The meta-learned fast weights, one copy a row; gradients reach the parameters through it.
+        """The fast weights before the first token, one copy a row: the meta-learned ones, or no difference to them.
+
+        Gradients reach the parameters through them, or through `base`.
+        """
+        weights = self._initial(dtype)
+        if self.anchored:
+            rows = [w.new_zeros(batch_size, *w.shape) for w in weights]
+        else:
+            rows = [w.expand(batch_size, *w.shape) for w in weights]
+        surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
+        return BankState(start=rows, running=list(rows), surprise=surprise)
+
+    def base(self, dtype: torch.dtype) -> list[Tensor] | None:
+        """W_0 of every layer, `[H, ...]`; None where the state holds whole weights."""
+        return self._initial(dtype) if self.anchored else None
+
+    def _initial(self, dtype: torch.dtype) -> list[Tensor]:
+        """The meta-learned weights, one tensor a layer, `[H, ...]`.
 
         The first weights of MLPs and gates are scaled by sqrt(K): their inputs have length 1, and hidden activations
         and logits should start at unit variance while the parameters keep the size of other linear layers'.
@@ -146,37 +142,43 @@ class MemoryBank(nn.Module):
         if self.depth == 1:
             scale[: len(self.deep) * self.hidden] = 1.0
         scale[len(self.deep) * self.hidden :] *= self.gate_scale
-        weights = [first * scale, *deeper]
-        rows = [w.expand(batch_size, *w.shape) for w in weights]
-        surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
-        return BankState(start=rows, running=list(rows), surprise=surprise)
+        return [first * scale, *deeper]
 
-    def read(self, weights: list[Tensor], x: Tensor, names: tuple[str, ...], unit: bool = False) -> dict[str, Tensor]:
-        """Outputs of the named memories at given weights: deep `[N, H, L, V]`, gates `[N, H, L]`.
+    def read(self, weights: list[Tensor], inputs: dict[str, Tensor], unit: bool = False) -> dict[str, Tensor]:
+        """Outputs of memories at given whole weights: deep `[N, H, L, V]`, gates `[N, H, L]`.
 
-        `names` is all of the bank's, or all but the first deep memory. With `unit`, deep outputs have length 1.
+        Args:
+            weights: one tensor a layer.
+            inputs: `[N, H, L, K]` by the name of the memory that reads it: all of the bank's deep memories, or all but
+                the first; and "gates" for all gates, if there are any.
+            unit: deep outputs have length 1.
         """
-        skip = len(self.deep) - sum(n in names for n in self.deep)
-        deep = self.deep[skip:]
+        deep = tuple(n for n in self.deep if n in inputs)
+        skip = len(self.deep) - len(deep)
+        given = [inputs[n] for n in (*deep, *(("gates",) if self.gates else ()))]
 
-        def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
-            first, *deeper = weights
-            trace = self.trace([first[..., skip * self.hidden :, :], *(w[:, :, skip:] for w in deeper)], x)
-            return trace.output, trace.gates
+        def plain(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._read(skip, tensors[: len(given)], tensors[len(given) :])
 
-        if 1 < self.depth <= native.MAX_LAYERS and native.fits(x, weights[0]):
-            output, gates = native.native_read(plain, self._shape(first=skip), x, weights)
+        if self.depth <= native.MAX_LAYERS and native.fits(given[0], weights[0]):
+            output, gates = native.native_read(plain, self._shape(first=skip), given, weights)
         else:
-            output, gates = plain(x, *weights)
-        if self.depth == 1:
-            parts = list(output.split([self.width] * len(deep) + [1] * len(self.gates), dim=-1))
-            if unit:
-                parts[: len(deep)] = [safe_normalize(p) for p in parts[: len(deep)]]
-        else:
-            output = safe_normalize(output) if unit else output
-            parts = [*output.unbind(2), *(() if gates is None else gates.split(1, dim=-1))]
-        values = dict(zip(deep + self.gates, parts, strict=True))
-        return {n: t.squeeze(-1) if n in self.gates else t for n, t in values.items()}
+            output, gates = plain(*given, *weights)
+        values = dict(zip(deep, (safe_normalize(output) if unit else output).unbind(2), strict=True))
+        return values if gates is None else values | dict(zip(self.gates, gates.unbind(-1), strict=True))
+
+    def _read(self, skip: int, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`read` out of torch's operations: deep outputs `[N, H, M - skip, L, V]`, gates `[N, H, L, G]` or None."""
+        count, (first, *deeper) = len(self.deep) - skip, weights
+        stacked, gates = first[..., skip * self.hidden :, :].split([count * self.hidden, len(self.gates)], dim=-2)
+        made = inputs[-1] @ gates.mT if self.gates else None
+        if not count:
+            return inputs[-1].new_empty(*inputs[-1].shape[:2], 0, *inputs[-1].shape[2:]), made
+        x = torch.stack(tuple(inputs[:count]), dim=2)
+        z = x @ stacked.unflatten(-2, (count, self.hidden)).mT
+        for weight in deeper:
+            z = ACTIVATIONS[self.activation](z) @ weight[:, :, skip:].mT
+        return z + x if self.depth > 1 else z, made
 
     def first_deep(self, weights: list[Tensor]) -> list[Tensor]:
         """The layers of the first deep memory alone, `[N, H, out, in]` each."""
@@ -189,19 +191,28 @@ class MemoryBank(nn.Module):
             len(self.deep), len(self.gates), self.hidden, self.activation, self_targets, dot, clip, first
         )
 
-    def lesson(self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool) -> Lesson:
+    def lesson(
+        self,
+        rule: Rule,
+        weights: list[Tensor],
+        key: Tensor,
+        value: Tensor,
+        self_targets: bool,
+        base: list[Tensor] | None = None,
+    ) -> Lesson:
         """What a chunk teaches the memories at its first weights.
 
         Args:
             rule: the learning rule.
-            weights: fast weights at the chunk's start.
+            weights: whole weights at the chunk's start.
             key: `[N, H, L, K]`.
             value: `[N, H, L, K]`.
             self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
+            base: W_0 of every layer where the state is the difference to it.
         """
         compiled = 1 < self.depth <= native.MAX_LAYERS and rule.objective in ("l2", "dot")
         if not compiled or (rule.online and self_targets) or not native.fits(key, weights[0]):
-            return self._lesson(rule, weights, key, value, self_targets, rule.online)
+            return above_base(self._lesson(rule, weights, key, value, self_targets, rule.online), rule, base)
 
         def plain(key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             made = self._lesson(rule, list(weights), key, value, self_targets, online=False)
@@ -210,8 +221,8 @@ class MemoryBank(nn.Module):
         shape = self._shape(rule, self_targets)
         inputs, recalled, gradients = native.native_inner(plain, shape, key, value, weights)
         if rule.online:
-            gradients[-1] = _online_gradient(rule, key, value.unsqueeze(2))
-        return Lesson([key, *inputs], recalled, gradients)
+            gradients[-1] = online_gradient(rule, key, value.unsqueeze(2)).expand_as(recalled[-1])
+        return above_base(Lesson([key, *inputs], recalled, gradients), rule, base)
 
     def _lesson(
         self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool, online: bool
@@ -225,7 +236,7 @@ class MemoryBank(nn.Module):
             target, gate_target = self.shared_target(value)
         gradients = self.gradients(rule, weights, at_key, target, gate_target)
         if online:
-            gradients[-1] = _online_gradient(rule, key if self.depth > 1 else None, target)
+            gradients[-1] = online_gradient(rule, key if self.depth > 1 else None, target).expand_as(at_key.output)
         return Lesson(at_key.inputs, at_key.recalled, gradients)
 
     def trace(self, weights: list[Tensor], x: Tensor) -> Trace:
@@ -281,6 +292,7 @@ class MemoryBank(nn.Module):
         rates: Rates,
         fresh: bool,
         q: Tensor | None = None,
+        base: list[Tensor] | None = None,
         mix: Mix | None = None,
     ) -> tuple[Tensor | None, BankState]:
         """Write one chunk, and read the first deep memory at q, every token at its own fast weights.
@@ -292,40 +304,25 @@ class MemoryBank(nn.Module):
             state: before the chunk.
             lesson: of the chunk.
             rates: of the chunk.
-            fresh: running and start weights are the same, so that `lesson` holds the products with both.
+            fresh: running and start weights are the same, and whole, so that `lesson` holds the products with both.
             q: queries `[N, H, L, K]`, or None.
+            base: W_0 of every layer where the state is the difference to it.
             mix: changes every layer's answers on their way to the next layer.
 
         Returns:
             y `[N, H, L, V]` (None without q), and the state after the chunk, its chunk start unchanged.
         """
         running, surprises, z = [], [], q
-        for layer, (x, g) in enumerate(zip(lesson.inputs, lesson.gradients, strict=True)):
-            lr, erase = rates.inner_lr[layer], None if rates.erase is None else rates.erase[layer]
-            online = rule.online and layer == self.depth - 1
+        for layer in range(self.depth):
             if z is not None and layer > 0:
                 z = ACTIVATIONS[self.activation](z)
-            weight, asked = state.running[layer], z
-            surprise = None if state.surprise is None else state.surprise[layer]
-            recalled = lesson.recalled[layer] if fresh and (online or erase is not None) else None
-            z, after, surprise = chunk_step(
-                x,
-                g,
-                lr,
-                erase,
-                rates.decay,
-                weight,
-                surprise,
-                recalled=recalled,
-                q=z,
-                answers=self.hidden if layer < self.depth - 1 else self.width,
-                # Keys have length 1; hidden activations have any length.
-                normalise=layer > 0,
-                read_before=rule.read_before,
-                online=online,
-            )
-            if mix is not None and asked is not None and z is not None:
-                z = mix(layer, asked, z)
+            answer, after, surprise = self._write(rule, state, lesson, rates, fresh, layer, z)
+            if z is not None and answer is not None:
+                if base is not None:
+                    first = base[layer][:, 0] if layer else base[0][:, : answer.shape[-1]]
+                    answer = answer + z @ first.mT
+                answer = answer if mix is None else mix(layer, z, answer)
+            z = answer
             running.append(after)
             if surprise is not None:
                 surprises.append(surprise)
@@ -333,26 +330,45 @@ class MemoryBank(nn.Module):
             z = z + q
         return z, BankState(state.start, running, surprises or None)
 
+    def _write(
+        self, rule: Rule, state: BankState, lesson: Lesson, rates: Rates, fresh: bool, layer: int, q: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Answers of one layer's first memory, its weights and its surprise after a chunk."""
 
-def _online_gradient(rule: Rule, key: Tensor | None, target: Tensor) -> Tensor:
-    """What the gradient of an output weight is without W x, which the write adds token by token (`chunk_step`).
+        def step(part: slice, rates: Rates, q: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+            """The memories in `part`; layer 0 holds them one after the other as rows."""
+            lr, erase = rates.inner_lr[layer], None if rates.erase is None else rates.erase[layer]
+            online = rule.online and layer == self.depth - 1
+            x, g, recalled = lesson.inputs[layer], lesson.gradients[layer], lesson.recalled[layer]
+            surprise = None if state.surprise is None else state.surprise[layer]
+            if layer:
+                x, g, recalled, weight = (t[:, :, part] for t in (x, g, recalled, state.running[layer]))
+                surprise = None if surprise is None else surprise[:, :, part]
+            else:
+                rows = slice(part.start * self.hidden, None if part.stop is None else part.stop * self.hidden)
+                g, recalled, weight = g[..., rows], recalled[..., rows], state.running[0][..., rows, :]
+                surprise = None if surprise is None else surprise[..., rows, :]
+            return chunk_step(
+                x,
+                g,
+                lr,
+                erase,
+                rates.decay,
+                weight,
+                surprise,
+                recalled=recalled if fresh and (online or erase is not None) else None,
+                q=q,
+                answers=self.hidden if layer < self.depth - 1 else self.width,
+                # Keys have length 1; hidden activations have any length.
+                normalise=layer > 0,
+                read_before=rule.read_before,
+                online=online,
+            )
 
-    `key` `[N, H, L, K]` is the residual of an MLP; `target` has the layout of the output.
-    """
-    wanted = target.clamp(-rule.clip, rule.clip)
-    return -wanted if key is None else key.unsqueeze(2) - wanted
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-
-
-def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """act(z) and act'(z)."""
-    if name == "silu":
-        gate = torch.sigmoid(z)
-        h = z * gate
-        return h, gate + h * (1 - gate)
-    if name == "gelu":
-        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    return torch.relu(z), (z > 0).to(z.dtype)
+        if rates.others is None or len(self.deep) + (0 if layer else len(self.gates)) == 1:
+            return step(slice(0, None), rates, q)
+        answer, first, first_s = step(slice(0, 1), rates, q)
+        _, rest, rest_s = step(slice(1, None), rates.shared(), None)
+        dim = 2 if layer else -2
+        surprise = None if first_s is None or rest_s is None else torch.cat([first_s, rest_s], dim)
+        return answer, torch.cat([first, rest], dim), surprise

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestling.memory.bank import ACTIVATIONS
+from nestling.memory.activation import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class KeptMemories:
         Args:
             q: queries.
             o: answers of the running memory.
-            activation: of a memory of several layers, one of `memory.bank.ACTIVATIONS`.
+            activation: of a memory of several layers, one of `memory.activation.ACTIVATIONS`.
         """
         x = q.unsqueeze(1)
         for layer, weight in enumerate(self.weights):

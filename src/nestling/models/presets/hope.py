@@ -9,6 +9,18 @@ from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.sizes import assemble, shape_of
 
 DEFAULT_TARGET = "value"
+MEMORIES: dict[str, Any] = {
+    "kind": "self_modifying",
+    "gradient": "online",
+    "share_of": "rate",
+    "own_streams": True,
+    "anchored": True,
+    "identity": True,
+    "others_scale": 0.05,
+    "retention_start": [4.0, 8.0],
+    "gate_bias": 1.0,
+}
+"""What all sizes of Hope share. `SelfModifyingConfig` says what each is for, `docs/architectures.md` what it does."""
 
 
 def hope(
@@ -54,7 +66,7 @@ def hope(
         ('self_modifying', [16, None])
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
-    mixer = {"kind": "self_modifying", "memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}
+    mixer = MEMORIES | {"memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -77,7 +89,7 @@ def hope_linear(
 ) -> NestlingConfig:
     """Hope with matrix-valued memories, several times faster; arguments as in `hope`."""
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
-    mixer = {"kind": "self_modifying", "memory": "matrix", "chunk_size": chunk_size, "momentum": momentum}
+    mixer = MEMORIES | {"memory": "matrix", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
 

@@ -9,9 +9,10 @@
 #include <cstdint>
 
 constexpr int64_t most_layers = 8;  // of a memory
+constexpr int64_t most_inputs = 5;  // of a read: of four memories, and of the gates
 
 enum class Activation : int64_t { silu, gelu, relu };
-enum class RateKind : int64_t { online, erase, free, dot };
+enum class RateKind : int64_t { online, erase, free, dot, split };
 enum class DeltaScale : int64_t { nlms, bounded, literal };
 
 // What memories can make for a chunk; the last one counts them.

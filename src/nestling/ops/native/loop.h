@@ -16,7 +16,7 @@ template <class T>
 struct LoopArguments {
     int64_t problems, heads, tokens, chunk, first;  // first: tokens of the first chunk
     int64_t K, hidden, layers, memories, gates, self_targets, dot;
-    int64_t fold;   // l joins the erase (online gradients of a matrix)
+    int64_t fold;   // l joins the last layer's erase (online gradients)
     int64_t split;  // the first chunk's running weights are not its first ones
     int64_t momentum, before, online_only, threads;
     int64_t keep;  // a backward pass will come
@@ -24,13 +24,17 @@ struct LoopArguments {
     Activation activation;
     RateKind kind;
     int64_t made[all_roles];  // index among the generated memories, or among the gates; -1 for what is given
-    const T *u, *given[all_roles], *log_b;  // [problems, tokens(, K)], null where there is none
+    // [problems, tokens(, K)], null where there is none. u: what the memory of a role reads; the gates read eta's.
+    const T *u[all_roles], *given[all_roles], *log_b;
     const T *eta_bias, *alpha_bias, *share, *hidden_erase;
+    const T* others;              // [heads], share of the rates for the memories after the first; null is all
+    const T* base[most_layers];   // [heads, ...], what the weights, in the state and below, are the difference to; or null
     const T *start[most_layers], *running[most_layers], *surprise[most_layers];
     T *y, *last[most_layers], *last_surprise[most_layers], *last_start[most_layers];
     T* kept;
     const T *dy, *d_last[most_layers], *d_last_surprise[most_layers], *d_last_start[most_layers];
-    T *d_u, *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase;
+    T *d_u[all_roles], *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase, *d_others;
+    T* d_base[most_layers];  // [problems, ...]
     T *d_start[most_layers], *d_running[most_layers], *d_surprise[most_layers];
 
     int64_t chunks() const { return 1 + (tokens - first + chunk - 1) / chunk; }
@@ -40,9 +44,15 @@ struct LoopArguments {
     int64_t at(int64_t i, int64_t n) const { return i * tokens + begin(n); }
 
     bool retains() const { return given[alpha_role] || made[alpha_role] >= 0; }
-    bool rates_erase() const { return kind == RateKind::erase || (kind == RateKind::online && !online_only); }
+    bool rates_erase() const {
+        return kind == RateKind::erase || kind == RateKind::split || (kind == RateKind::online && !online_only);
+    }
     bool erases() const { return fold || rates_erase(); }
+    bool erases(int64_t l) const { return rates_erase() || (fold && l == layers - 1); }
     bool fresh(int64_t n) const { return n || !split; }
+    bool anchored() const { return base[0]; }
+    // The lesson's products are those of the weights that are written.
+    bool recalls(int64_t n, int64_t l) const { return fresh(n) && erases(l) && !anchored(); }
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }
@@ -53,6 +63,17 @@ struct LoopArguments {
         return (n + step - 1) / step * step;
     }
     int64_t stack(int64_t l) const { return l ? memories : 1; }      // memories of layer l with a weight of their own
+    // Parts of layer l that are written by themselves: its memories; of the stacked layer 0 the first memory and, where
+    // they have other rates, the rest.
+    int64_t parts(int64_t l) const { return l ? memories : others && memories + gates > 1 ? 2 : 1; }
+    int64_t apart() const { return parts(0) > 1 ? hidden : 0; }
+    int64_t outputs(int64_t l, int64_t part) const {
+        if (l || !apart()) return wide(l);
+        return part ? rows() - hidden : hidden;
+    }
+    // Numbers of a layer before a part: of the weights, and of what every token has.
+    int64_t weights_before(int64_t l, int64_t part) const { return l ? part * wide(l) * inputs(l) : part * hidden * K; }
+    int64_t outputs_before(int64_t l, int64_t part, int64_t C) const { return l ? part * C * wide(l) : part * C * hidden; }
     int64_t wide(int64_t l) const { return l ? outputs(l) : rows(); }  // outputs of such a weight
     int64_t numbers(int64_t l) const { return stack(l) * wide(l) * inputs(l); }  // of all weights of layer l
     int64_t given_numbers(int64_t l) const { return l ? numbers(l) : (memories * hidden + gates) * K; }
@@ -61,7 +82,7 @@ struct LoopArguments {
         BankArguments<T> b{};
         b.problems = b.threads = b.first = 1, b.memories = memories, b.C = length(n), b.K = K, b.hidden = hidden;
         b.layers = layers, b.gates = gates, b.padding = rows() - memories * hidden - gates;
-        b.self_targets = self_targets, b.dot = dot, b.clip = clip;
+        b.self_targets = self_targets, b.dot = dot, b.clip = clip, b.apart = apart(), b.online = fold;
         std::copy_n(W, layers, b.W);
         return b;
     }
@@ -89,6 +110,7 @@ struct Kept {
     T *recalled[most_layers], *g[most_layers], *zv[most_layers], *E[most_layers];
     T* answer[most_layers];                  // of the reads of layers before the last
     T *unit, *H[most_layers], *query[most_layers];  // shared: raw normalised, act(recalled), act(answer)
+    T *lr_others[most_layers], *e_others[most_layers], *log_a_others;  // shared: rates of the memories after the first
 
     Kept(const LoopArguments<T>& s, Pieces<T>& own, Pieces<T>& shared) {
         const int64_t C = s.longest(), L = s.layers;
@@ -106,7 +128,10 @@ struct Kept {
             if (l < L - 1) z[l] = own.take(s.generated() * C * s.hidden), answer[l] = own.take(C * s.hidden);
             if (l < L - 1 && s.self_targets) zv[l] = own.take(hidden);
             H[l] = l ? shared.take(hidden) : nullptr, query[l] = l ? shared.take(C * s.hidden) : nullptr;
+            lr_others[l] = s.others ? shared.take(C) : nullptr;
+            e_others[l] = s.others && s.erases() ? shared.take(C) : nullptr;
         }
+        log_a_others = s.others ? shared.take(C) : nullptr;
     }
 
     static size_t room(const LoopArguments<T>& s) { return rooms(s).first; }
@@ -160,16 +185,39 @@ struct LoopChunk {
         return a;
     }
 
-    // Layer l's write, and its read where there is one.
-    ChunkArguments<T> write_args(int64_t l) const {
+    // The write of a part of layer l, and its read where there is one.
+    ChunkArguments<T> write_args(int64_t l, int64_t part) const {
         ChunkArguments<T> a{};
-        a.problems = a.threads = 1, a.memories = s.stack(l), a.C = C, a.K = s.inputs(l), a.V = s.wide(l);
+        a.problems = a.threads = a.memories = 1, a.C = C, a.K = s.inputs(l), a.V = s.outputs(l, part);
         a.Q = s.outputs(l), a.normalise = l > 0, a.before = s.before;
-        a.x = l ? k.H[l] : vectors(k_role), a.g = k.g[l], a.lr = k.lr[l], a.erase = k.e[l], a.log_a = k.log_a;
-        a.log_b = s.momentum ? s.log_b + at : nullptr;
-        a.W = k.W[l], a.S = k.S[l], a.recalled = s.fresh(n) && s.erases() ? k.recalled[l] : nullptr;
-        a.q = l ? k.query[l] : vectors(q_role), a.y = l < s.layers - 1 ? k.answer[l] : s.y + at * s.K;
-        a.kept = k.E[l];
+        const int64_t of_tokens = s.outputs_before(l, part, C), of_weights = s.weights_before(l, part);
+        const bool shared = part && s.others;
+        a.x = l ? k.H[l] + part * C * s.hidden : vectors(k_role), a.g = k.g[l] + of_tokens, a.kept = k.E[l] + of_tokens;
+        a.lr = shared ? k.lr_others[l] : k.lr[l], a.erase = !s.erases(l) ? nullptr : shared ? k.e_others[l] : k.e[l];
+        a.log_a = shared ? k.log_a_others : k.log_a, a.log_b = s.momentum ? s.log_b + at : nullptr;
+        a.W = k.W[l] + of_weights, a.S = s.momentum ? k.S[l] + of_weights : nullptr;
+        a.recalled = s.recalls(n, l) ? k.recalled[l] + of_tokens : nullptr;
+        if (part) return a;
+        a.q = query(l), a.y = answers(l);
         return a;
+    }
+
+    const T* query(int64_t l) const { return l ? k.query[l] : vectors(q_role); }
+    T* answers(int64_t l) const { return l < s.layers - 1 ? k.answer[l] : s.y + at * s.K; }
+
+    // The rates of the memories after the first, from those of the first. They fade as fast as they are written.
+    void share_rates() const {
+        if (!s.others) return;
+        for (int64_t l = 0; l < s.layers; l++) {
+            scaled(k.lr_others[l], s.others[head], k.lr[l], C);
+            if (s.erases(l)) scaled(k.e_others[l], s.others[head], k.e[l], C);
+        }
+        for (int64_t t = 0; t < C; t++) k.log_a_others[t] = k.log_a[t] + std::log1p(-s.others[head] * written(t) / 2);
+    }
+
+    // e_t + l_t of the last layer, where a folded e_t holds l_t already.
+    T written(int64_t t) const {
+        const int64_t top = s.layers - 1;
+        return (s.fold ? T(0) : k.lr[top][t]) + (s.erases(top) ? k.e[top][t] : T(0));
     }
 };

@@ -16,8 +16,9 @@ from nestling.ops.native.rates import RateRule
 from nestling.ops.native.second_order import through_torch
 
 VECTORS, GATES = ("k", "v", "q"), ("eta", "alpha")
-TOKENS = ("u", *VECTORS, *GATES, "log_b")
-SCALES = ("eta_bias", "alpha_bias", "share", "hidden_erase")
+INPUTS = ("u_k", "u_v", "u_q", "u_gates")
+TOKENS = (*INPUTS, *VECTORS, *GATES, "log_b")
+SCALES = ("eta_bias", "alpha_bias", "share", "hidden_erase", "others")
 AFTER = ("last", "last_surprise", "last_start")
 
 
@@ -32,7 +33,7 @@ class LoopShape:
         first: tokens of the first chunk, which an earlier call may have begun.
         deep: what memories after the first make: "k", "v", "q".
         gates: what the gates make: "eta", "alpha".
-        fold: l joins the erase (online gradients of matrices).
+        fold: l joins the last layer's erase (online gradients).
         momentum: whether there is a surprise.
         read_before: tokens read the weights before their own write.
     """
@@ -92,10 +93,12 @@ class LoopTensors:
 
     Attributes:
         tokens: for every name of `TOKENS` a tensor `[N, H, T, K]` (gates `[N, H, T]`), or None for what memories make.
-        scales: bias of eta and of alpha `[H]`, share `[L, H]`, share of hidden layers `[L - 1, H]`; or None.
+        scales: bias of eta and of alpha `[H]`, share `[L, H]`, share of hidden layers `[L - 1, H]`, share of the
+            memories after the first `[H]`; or None.
         start: weights at the start of the first chunk, a layer each.
         running: weights before the first token where they are others, else Nones.
         surprise: a layer each, or Nones.
+        base: `[H, ...]`, what the weights are the difference to, or Nones.
     """
 
     tokens: Sequence[Tensor | None]
@@ -103,6 +106,7 @@ class LoopTensors:
     start: Sequence[Tensor]
     running: Sequence[Tensor | None]
     surprise: Sequence[Tensor | None]
+    base: Sequence[Tensor | None]
 
     @property
     def like(self) -> Tensor:
@@ -114,19 +118,22 @@ class LoopTensors:
         """All as the fields of LoopArguments."""
         by_name = dict(zip(TOKENS, self.tokens, strict=True))
         scales = dict(zip(SCALES, self.scales, strict=True))
-        given = {"u": by_name.pop("u"), "log_b": by_name.pop("log_b"), "given": _roles(by_name), **scales}
-        return given | {"start": self.start, "running": self.running, "surprise": self.surprise}
+        k, v, q, gates = (by_name.pop(name) for name in INPUTS)
+        u = _roles({"k": k, "v": v, "q": q, "eta": gates, "alpha": None})
+        given = {"u": u, "log_b": by_name.pop("log_b"), "given": _roles(by_name), **scales}
+        return given | {"start": self.start, "running": self.running, "surprise": self.surprise, "base": self.base}
 
     def flat(self) -> list[Any]:
         """All in a row, as autograd wants them."""
-        return [*self.tokens, *self.scales, *self.start, *self.running, *self.surprise]
+        return [*self.tokens, *self.scales, *self.start, *self.running, *self.surprise, *self.base]
 
     @staticmethod
     def of(flat: Sequence[Any]) -> LoopTensors:
         """The reverse of `flat`."""
-        tokens, scales, weights = flat[:7], flat[7:11], flat[11:]
-        layers = len(weights) // 3
-        return LoopTensors(tokens, scales, weights[:layers], weights[layers : 2 * layers], weights[2 * layers :])
+        tokens, rest = flat[: len(TOKENS)], flat[len(TOKENS) :]
+        scales, weights = rest[: len(SCALES)], rest[len(SCALES) :]
+        layers = len(weights) // 4
+        return LoopTensors(tokens, scales, *(weights[i : i + layers] for i in range(0, 4 * layers, layers)))
 
 
 Plain = Callable[[LoopTensors], Sequence[Tensor | None]]
@@ -183,13 +190,14 @@ class _Loop(torch.autograd.Function):
         given = _checked(ctx.shape, LoopTensors.of(flat))
         layers = len(given.start)
         rows, heads = given.start[0].shape[:2]
-        sizes = ((), (), (layers,), (layers - 1,))
+        sizes = ((), (), (layers,), (layers - 1,), ())
         sums = [None if t is None else t.new_zeros(rows, heads, *of) for t, of in zip(given.scales, sizes, strict=True)]
         tokens, start, running, surprise = (
             [None if t is None else torch.empty_like(t) for t in group]
             for group in (given.tokens, given.start, given.running, given.surprise)
         )
-        found = LoopTensors(tokens, sums, start, running, surprise)  # type: ignore[arg-type]
+        base = [None if t is None else t.new_empty(rows, *t.shape) for t in given.base]
+        found = LoopTensors(tokens, sums, start, running, surprise, base)  # type: ignore[arg-type]
         dy, *last = [None if t is None else t.contiguous() for t in upstream]
         arriving = {f"d_{n}": last[i * layers : (i + 1) * layers] for i, n in enumerate(AFTER)}
         unread = {"y": None, **dict.fromkeys(AFTER, ())}
@@ -197,7 +205,8 @@ class _Loop(torch.autograd.Function):
         arguments |= {f"d_{name}": tensors for name, tensors in found.named.items()}
         call("loop", kept.dtype, True, arguments)
         scales = [None if t is None else (t.sum(0).T if t.dim() == 3 else t.sum(0)) for t in sums]
-        return None, None, None, *tokens, *scales, *start, *running, *surprise
+        of_base = [None if t is None else t.sum(0) for t in base]
+        return None, None, None, *tokens, *scales, *start, *running, *surprise, *of_base
 
 
 def _roles(values: dict[str, Any]) -> dict[str, Any]:
@@ -212,13 +221,16 @@ def _checked(shape: LoopShape, given: LoopTensors) -> LoopTensors:
     rows, heads, time, width = like.shape
     layers = len(made.start)
     for name, tensor in zip(TOKENS, made.tokens, strict=True):
-        expect(name, tensor, like, rows, heads, time, *((width,) if name in ("u", *VECTORS) else ()))
-    eta_bias, alpha_bias, share, hidden = made.scales
+        expect(name, tensor, like, rows, heads, time, *((width,) if name in (*INPUTS, *VECTORS) else ()))
+    eta_bias, alpha_bias, share, hidden, others = made.scales
     for name, tensor in (("the bias of eta", eta_bias), ("the bias of alpha", alpha_bias)):
         expect(name, tensor, like, heads)
     expect("share", share, like, layers, heads)
     expect("the share of hidden layers", hidden, like, layers - 1, heads)
+    expect("the share of the other memories", others, like, heads)
     bank = shape.bank
+    for anchor, start in zip(made.base, made.start, strict=True):
+        expect("a first weight's base", anchor, like, *start.shape[1:])
     for group in (made.start, made.running, made.surprise):
         expect("a first weight", group[0], like, rows, heads, bank.memories * bank.hidden + bank.gates, width)
         for weight, out in zip(group[1:], bank.widths(width, layers)[1:], strict=True):

@@ -13,8 +13,9 @@ struct Upstream {
     T *W[most_layers], *S[most_layers];    // of the weights and surprise after the chunk
     T *W0[most_layers], *S0[most_layers];  // before it
     T* start[most_layers];                 // of the first weights where they are not the running ones
-    T *x0, *H[most_layers], *g[most_layers], *recalled[most_layers];
-    T *lr[most_layers], *e[most_layers], *log_a, *log_b, *each[4];  // each: of every memory, before the sum
+    T *base[most_layers], *whole[most_layers];  // of W_0, of all chunks; of W_0 + F at the start of a chunk
+    T *x0, *x_part, *H[most_layers], *g[most_layers], *recalled[most_layers];
+    T *lr[most_layers], *e[most_layers], *log_a, *log_a_others, *log_b, *each[4];  // each: of every memory, before the sum
     T *vectors[3], *raw, *gates, *eta, *alpha, *log_b_of_rates, *answers, *query;
 
     Upstream(const LoopArguments<T>& s, Pieces<T>& p) {
@@ -23,11 +24,12 @@ struct Upstream {
             const int64_t all = s.numbers(l), of_layer = s.stack(l) * C * s.wide(l);
             W[l] = p.take(all), W0[l] = p.take(all), start[l] = s.split ? p.take(all) : nullptr;
             S[l] = s.momentum ? p.take(all) : nullptr, S0[l] = s.momentum ? p.take(all) : nullptr;
+            base[l] = s.anchored() ? p.take(all) : nullptr, whole[l] = s.anchored() ? p.take(all) : nullptr;
             H[l] = l ? p.take(s.memories * C * s.hidden) : nullptr;
             g[l] = p.take(of_layer), recalled[l] = p.take(of_layer), lr[l] = p.take(C), e[l] = p.take(C);
         }
-        x0 = p.take(C * s.K), log_a = p.take(C), log_b = p.take(C), log_b_of_rates = p.take(C);
-        for (T*& t : each) t = p.take(s.memories * C);
+        x0 = p.take(C * s.K), x_part = p.take(C * s.K), log_a = p.take(C), log_a_others = p.take(C), log_b = p.take(C), log_b_of_rates = p.take(C);
+        for (T*& t : each) t = p.take(std::max<int64_t>(s.memories, 2) * C);
         for (T*& t : vectors) t = p.take(C * s.K);
         raw = p.take(made), gates = p.take(C * s.gates), eta = p.take(C), alpha = p.take(C);
         answers = p.take(C * std::max(s.K, s.hidden)), query = p.take(C * std::max(s.K, s.hidden));
@@ -38,23 +40,34 @@ template <class T, Activation KIND>
 struct BackwardChunk : LoopChunk<T> {
     using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at, LoopChunk<T>::n, LoopChunk<T>::i;
     const Upstream<T>& d;
-    const T* const* start;
+    const T *const *start, *const *base;
     Scratch<T>& mem;
 
     BackwardChunk(
         const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const Upstream<T>& up, const T* const* first,
-        Scratch<T>& m
+        const T* const* initial, Scratch<T>& m
     )
-        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), mem(m) {}
+        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), base(initial), mem(m) {}
 
     BankArguments<T> bank() const {
         BankArguments<T> b = s.bank(n, start);
-        std::copy_n(s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
+        std::copy_n(s.anchored() ? d.whole : s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
+        if (s.anchored()) b.base = base[s.layers - 1], b.dbase = d.base[s.layers - 1];
         return b;
+    }
+
+    // W_0 + F passes its gradients on to both.
+    void part_whole() {
+        for (int64_t l = 0; s.anchored() && l < s.layers; l++) {
+            add_scaled(d.base[l], T(1), d.whole[l], s.numbers(l));
+            add_scaled((s.fresh(n) ? d.W0 : d.start)[l], T(1), d.whole[l], s.numbers(l));
+        }
     }
 
     // Makes again what the forward pass did not keep.
     void prepare() {
+        this->share_rates();
+        for (int64_t l = 0; s.anchored() && l < s.layers; l++) zero(d.whole[l], s.numbers(l));
         for (int64_t t = 0; t < s.generated() * C; t++) {
             const T *in = k.raw + t * s.K, r = k.scale[t], bound = static_cast<T>(unit_bound);
             T* out = k.unit + t * s.K;
@@ -66,13 +79,18 @@ struct BackwardChunk : LoopChunk<T> {
             for (int64_t m = 0; m < s.memories; m++)
                 for (int64_t t = 0; t < C; t++) {
                     const int64_t row = m * C + t;
-                    const int64_t from = l > 1 ? row * s.hidden : t * s.rows() + m * s.hidden;
-                    const T* in = k.recalled[l - 1] + from;
+                    const T* in = l > 1 ? k.recalled[l - 1] + row * s.hidden : stacked(k.recalled[0], m, t);
                     T* out = k.H[l] + row * s.hidden;
 #pragma omp simd
                     for (int64_t j = 0; j < s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
                 }
         }
+    }
+
+    // A memory's outputs of layer 0.
+    const T* stacked(const T* data, int64_t m, int64_t t) const {
+        if (!m || !s.apart()) return data + t * (s.apart() ? s.hidden : s.rows()) + m * s.hidden;
+        return data + C * s.hidden + t * (s.rows() - s.hidden) + (m - 1) * s.hidden;
     }
 
     void activations(const T* in, T* out) const {
@@ -87,18 +105,13 @@ struct BackwardChunk : LoopChunk<T> {
         zero(d_query, C * s.K);
         if (up && L > 1) std::copy_n(up, C * s.K, d_query);
         zero(d.log_a, C);
+        zero(d.log_a_others, C);
         zero(d.log_b, C);
         for (int64_t l = L - 1; l >= 0; l--) {
-            ChunkArguments<T> a = this->write_args(l);
-            a.dy = up, a.dW2 = d.W[l], a.dS2 = d.S[l], a.dW = d.W0[l], a.dS = d.S0[l];
-            a.dx = l ? d.H[l] : d.x0, a.dg = d.g[l], a.drecalled = a.recalled ? d.recalled[l] : nullptr, a.dq = d.query;
-            a.dlr = d.each[0], a.derase = d.each[1], a.dlog_a = d.each[2], a.dlog_b = d.each[3];
-            for (int64_t m = 0; m < a.memories; m++) {
-                mem.reset(chunk_room(C, a.K, a.V));
-                Backward<T>(a, m, mem).run();
-            }
-            sum_memories(l, a.memories);
+            for (int64_t part = 0; part < s.parts(l); part++) write_part(l, part, up);
+            sum_parts(l);
             if (!up) continue;
+            read_base(l, up);
             if (!l) {
                 add_scaled(d_query, T(1), d.query, C * s.K);
                 continue;
@@ -111,14 +124,53 @@ struct BackwardChunk : LoopChunk<T> {
         }
     }
 
-    void sum_memories(int64_t l, int64_t memories) {
+    void write_part(int64_t l, int64_t part, const T* up) {
+        ChunkArguments<T> a = this->write_args(l, part);
+        const int64_t of_weights = s.weights_before(l, part), of_tokens = s.outputs_before(l, part, C);
+        a.dy = up, a.dW2 = d.W[l] + of_weights, a.dW = d.W0[l] + of_weights;
+        if (s.momentum) a.dS2 = d.S[l] + of_weights, a.dS = d.S0[l] + of_weights;
+        a.dx = l ? d.H[l] + part * C * s.hidden : part ? d.x_part : d.x0, a.dg = d.g[l] + of_tokens;
+        a.drecalled = a.recalled ? d.recalled[l] + of_tokens : nullptr, a.dq = d.query;
+        a.dlr = d.each[0] + part * C, a.derase = d.each[1] + part * C;
+        a.dlog_a = d.each[2] + part * C, a.dlog_b = d.each[3] + part * C;
+        mem.reset(chunk_room(C, a.K, a.V));
+        Backward<T>(a, 0, mem).run();
+        if (!l && part) add_scaled(d.x0, T(1), d.x_part, C * s.K);
+    }
+
+    // Of the part of an answer that W_0 gives.
+    void read_base(int64_t l, const T* up) {
+        if (!s.anchored()) return;
+        const int64_t in = s.inputs(l), out = s.outputs(l);
+        matmul<T>({up, out, 1}, {base[l], in}, d.query, in, C, in, out, {.add = true});
+        matmul<T>({up, 1, out}, {this->query(l), in}, d.base[l], in, out, in, C, {.add = true});
+    }
+
+    void sum_parts(int64_t l) {
         zero(d.lr[l], C);
         zero(d.e[l], C);
-        for (int64_t m = 0; m < memories; m++) {
-            add_scaled(d.lr[l], T(1), d.each[0] + m * C, C);
-            if (s.erases()) add_scaled(d.e[l], T(1), d.each[1] + m * C, C);
-            add_scaled(d.log_a, T(1), d.each[2] + m * C, C);
-            if (s.momentum) add_scaled(d.log_b, T(1), d.each[3] + m * C, C);
+        for (int64_t part = 0; part < s.parts(l); part++) {
+            const bool shared = part && s.others;
+            const T *lr = d.each[0] + part * C, *e = d.each[1] + part * C, share = shared ? s.others[this->head] : T(1);
+            add_scaled(d.lr[l], share, lr, C);
+            if (s.erases(l)) add_scaled(d.e[l], share, e, C);
+            if (shared) s.d_others[i] += dot(lr, k.lr[l], C) + (s.erases(l) ? dot(e, k.e[l], C) : T(0));
+            add_scaled(shared ? d.log_a_others : d.log_a, T(1), d.each[2] + part * C, C);
+            if (s.momentum) add_scaled(d.log_b, T(1), d.each[3] + part * C, C);
+        }
+    }
+
+    // log a' = log a + log(1 - share * written / 2), of the memories after the first.
+    void fade_back() {
+        if (!s.others) return;
+        const int64_t top = s.layers - 1;
+        const T share = s.others[this->head];
+        for (int64_t t = 0; t < C; t++) {
+            const T up = d.log_a_others[t], written = this->written(t), g = -up / (2 - share * written);
+            d.log_a[t] += up;
+            s.d_others[i] += g * written;
+            if (!s.fold) d.lr[top][t] += g * share;
+            if (s.erases(top)) d.e[top][t] += g * share;
         }
     }
 
@@ -128,7 +180,8 @@ struct BackwardChunk : LoopChunk<T> {
         p.dkey = d.vectors[k_role], p.dvalue = d.vectors[v_role];
         std::copy_n(k.recalled, s.layers, p.recalled), std::copy_n(k.g, s.layers, p.g);
         std::copy_n(k.zv, s.layers, p.zv), std::copy_n(d.H, s.layers, p.dH), std::copy_n(d.g, s.layers, p.dg);
-        if (s.fresh(n) && s.erases()) std::copy_n(d.recalled, s.layers, p.drecalled);
+        std::copy_n(k.H, s.layers, p.H);
+        for (int64_t l = 0; l < s.layers; l++) p.drecalled[l] = s.recalls(n, l) ? d.recalled[l] : nullptr;
         const BankArguments<T> b = bank();
         mem.reset(b.room());
         Lesson<T, KIND>(b, p, 0, mem).run(true);
@@ -136,7 +189,8 @@ struct BackwardChunk : LoopChunk<T> {
     }
 
     void rates() {
-        if (s.fold) add_scaled(d.lr[0], T(1), d.e[0], C);
+        fade_back();
+        if (s.fold) add_scaled(d.lr[s.layers - 1], T(1), d.e[s.layers - 1], C);
         T share[most_layers], hidden[most_layers];
         RatesArguments<T> a = this->rate_args(share, hidden);
         std::copy_n(d.lr, s.layers, a.d_lr), std::copy_n(d.e, s.layers, a.d_e);
@@ -170,7 +224,10 @@ struct BackwardChunk : LoopChunk<T> {
         for (auto [role, from] : {std::pair{eta_role, d.eta}, std::pair{alpha_role, d.alpha}})
             for (int64_t t = 0; s.made[role] >= 0 && t < C; t++) d.gates[t * s.gates + s.made[role]] = from[t];
         ReadArguments<T> r{};
-        r.x = s.u + at * s.K, r.dvalues = d.raw, r.dgates = d.gates, r.dx = s.d_u + at * s.K;
+        for (Role role : {k_role, v_role, q_role})
+            if (const int64_t m = s.made[role]; m >= 0) r.x[m] = s.u[role] + at * s.K, r.dx[m] = s.d_u[role] + at * s.K;
+        if (s.gates) r.x[most_inputs - 1] = s.u[eta_role] + at * s.K, r.dx[most_inputs - 1] = s.d_u[eta_role] + at * s.K;
+        r.dvalues = d.raw, r.dgates = d.gates;
         std::copy_n(k.z, s.layers, r.z);
         const BankArguments<T> b = bank();
         mem.reset(b.room());
@@ -184,11 +241,16 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
     Pieces<T> count;
     Upstream<T>(s, count);
     size_t room = count.used + Kept<T>::shared_room(s) + 16;
-    for (int64_t l = 0; l < L; l++) room += s.numbers(l) + 16;
+    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 3 : 1) * (s.numbers(l) + 16);
     held.reset(room);
     Upstream<T> d(s, held);
     T* shared = held.take(Kept<T>::shared_room(s));
-    T* first[most_layers];
+    T *first[most_layers], *base[most_layers], *whole[most_layers];
+    for (int64_t l = 0; s.anchored() && l < L; l++) {
+        base[l] = held.take(s.numbers(l)), whole[l] = held.take(s.numbers(l));
+        s.load(s.base, i % s.heads, l, base[l]);
+        zero(d.base[l], s.numbers(l));
+    }
     for (int64_t l = 0; l < L; l++) {
         first[l] = held.take(s.numbers(l));
         if (s.split) s.load(s.start, i, l, first[l]), zero(d.start[l], s.numbers(l));
@@ -198,12 +260,15 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
     }
     for (int64_t n = N - 1; n >= 0; n--) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared);
-        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.fresh(n) ? k.W : first, mem);
+        const T* const* start = s.fresh(n) ? k.W : first;
+        for (int64_t l = 0; s.anchored() && l < L; l++) sum(whole[l], base[l], start[l], s.numbers(l));
+        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.anchored() ? whole : start, base, mem);
         chunk.prepare();
         chunk.write();
         chunk.lesson();
         chunk.rates();
         chunk.generate();
+        chunk.part_whole();
         for (int64_t l = 0; l < L; l++) {
             const int64_t given = s.given_numbers(l);
             if (n == N - 1 && s.d_last_start[l]) add_scaled(d.W0[l], T(1), s.d_last_start[l] + i * given, given);
@@ -214,5 +279,6 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
         s.store(s.split ? d.start[l] : d.W[l], i, l, s.d_start);
         if (s.split) s.store(d.W[l], i, l, s.d_running);
         if (s.momentum) s.store(d.S[l], i, l, s.d_surprise);
+        if (s.anchored()) s.store(d.base[l], i, l, s.d_base);
     }
 }

@@ -13,18 +13,30 @@ struct ForwardChunk : LoopChunk<T> {
     const T* const* start;
     Scratch<T>& mem;
     T* spare;  // [memories, C, K] and [C, gates]: what nobody reads again
+    const T* const* base;
+    const T* const* base_turned;
 
     ForwardChunk(
-        const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m, T* room
+        const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m,
+        T* room, const T* const* initial, const T* const* turned
     )
-        : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room) {}
+        : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room), base(initial), base_turned(turned) {}
+
+    BankArguments<T> bank() const {
+        BankArguments<T> b = s.bank(this->n, start);
+        b.base = s.anchored() ? base[s.layers - 1] : nullptr;
+        return b;
+    }
 
     void generate() {
         if (!s.generated() && !s.gates) return;
-        const BankArguments<T> bank = s.bank(this->n, start);
+        const BankArguments<T> bank = this->bank();
         ReadArguments<T> r{};
         T* gates = spare + s.memories * C * s.K;
-        r.x = s.u + at * s.K, r.values = k.raw, r.gate_values = gates;
+        for (Role role : {k_role, v_role, q_role})
+            if (s.made[role] >= 0) r.x[s.made[role]] = s.u[role] + at * s.K;
+        if (s.gates) r.x[most_inputs - 1] = s.u[eta_role] + at * s.K;
+        r.values = k.raw, r.gate_values = gates;
         std::copy_n(k.z, s.layers, r.z);
         r.z[s.layers - 1] = spare;
         mem.reset(bank.room());
@@ -38,12 +50,13 @@ struct ForwardChunk : LoopChunk<T> {
     void rates() {
         T share[most_layers], hidden[most_layers];
         rates::forward(this->rate_args(share, hidden), 0, 0);
-        if (!s.fold) return;
-        for (int64_t t = 0; t < C; t++) k.e[0][t] = k.lr[0][t] + (s.rates_erase() ? k.e[0][t] : T(0));
+        const int64_t top = s.layers - 1;
+        for (int64_t t = 0; s.fold && t < C; t++) k.e[top][t] = k.lr[top][t] + (s.rates_erase() ? k.e[top][t] : T(0));
+        this->share_rates();
     }
 
     void lesson() {
-        const BankArguments<T> bank = s.bank(this->n, start);
+        const BankArguments<T> bank = this->bank();
         LessonArguments<T> p{};
         p.key = this->vectors(k_role), p.value = this->vectors(v_role);
         std::copy_n(k.H, s.layers, p.H), std::copy_n(k.recalled, s.layers, p.recalled);
@@ -51,9 +64,9 @@ struct ForwardChunk : LoopChunk<T> {
         p.zv[s.layers - 1] = spare;
         mem.reset(bank.room());
         // What of the stack is padding holds zeros.
-        const int64_t used = s.memories * s.hidden + s.gates, row = s.rows();
+        const int64_t apart = s.apart(), used = s.memories * s.hidden + s.gates - apart, row = s.rows() - apart;
         for (T* stacked : {k.recalled[0], k.g[0]})
-            for (int64_t t = 0; t < C; t++) zero(stacked + t * row + used, row - used);
+            for (int64_t t = 0; t < C; t++) zero(stacked + C * apart + t * row + used, row - used);
         Lesson<T, KIND>(bank, p, 0, mem).run(false);
     }
 
@@ -65,12 +78,16 @@ struct ForwardChunk : LoopChunk<T> {
 #pragma omp simd
                 for (int64_t j = 0; j < C * s.hidden; j++) out[j] = act<T, KIND>(in[j]).value;
             }
-            ChunkArguments<T> a = this->write_args(l);
-            a.W2 = W2[l], a.S2 = S2[l];
-            for (int64_t m = 0; m < a.memories; m++) {
+            for (int64_t part = 0; part < s.parts(l); part++) {
+                ChunkArguments<T> a = this->write_args(l, part);
+                const int64_t before = s.weights_before(l, part);
+                a.W2 = W2[l] + before, a.S2 = s.momentum ? S2[l] + before : nullptr;
                 mem.reset(chunk_room(C, a.K, a.V));
-                chunk_forward(a, m, mem);
+                chunk_forward(a, 0, mem);
             }
+            if (!s.anchored()) continue;
+            const int64_t in = s.inputs(l), out = s.outputs(l);
+            matmul<T>({this->query(l), in, 1}, {base_turned[l], out}, this->answers(l), out, C, out, in, {.add = true});
         }
         if (s.layers > 1) add_scaled(s.y + at * s.K, T(1), this->vectors(q_role), C * s.K);
     }
@@ -80,10 +97,16 @@ template <class T, Activation KIND>
 void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
     const int64_t L = s.layers, N = s.chunks(), C = s.longest();
     size_t room = s.memories * C * s.K + C * s.gates + 16 + Kept<T>::shared_room(s);
-    for (int64_t l = 0; l < L; l++) room += 3 * (s.numbers(l) + 16);
+    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 6 : 3) * (s.numbers(l) + 16);
     held.reset(room);
     T* shared = held.take(Kept<T>::shared_room(s));
     T *first[most_layers], *last[most_layers], *last_s[most_layers];
+    T *base[most_layers], *turned[most_layers], *whole[most_layers];
+    for (int64_t l = 0; s.anchored() && l < L; l++) {
+        base[l] = held.take(s.numbers(l)), turned[l] = held.take(s.numbers(l)), whole[l] = held.take(s.numbers(l));
+        s.load(s.base, i % s.heads, l, base[l]);
+        transpose(base[l], s.inputs(l), s.outputs(l), s.inputs(l), turned[l]);
+    }
     for (int64_t l = 0; l < L; l++) {
         first[l] = held.take(s.numbers(l)), last[l] = held.take(s.numbers(l)), last_s[l] = held.take(s.numbers(l));
         if (s.split) s.load(s.start, i, l, first[l]);
@@ -94,7 +117,9 @@ void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch
     T* spare = held.take(s.memories * C * s.K + C * s.gates);
     for (int64_t n = 0; n < N; n++) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n, shared);
-        ForwardChunk<T, KIND> chunk(s, i, n, k, s.fresh(n) ? k.W : first, mem, spare);
+        const T* const* start = s.fresh(n) ? k.W : first;
+        for (int64_t l = 0; s.anchored() && l < L; l++) sum(whole[l], base[l], start[l], s.numbers(l));
+        ForwardChunk<T, KIND> chunk(s, i, n, k, s.anchored() ? whole : start, mem, spare, base, turned);
         chunk.generate();
         chunk.rates();
         chunk.lesson();

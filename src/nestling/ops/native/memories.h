@@ -20,10 +20,13 @@ struct BankArguments {
     int64_t problems, memories, C, K, hidden, layers, gates, self_targets, dot, threads;
     int64_t first;    // memory from which a read starts
     int64_t padding;  // rows of layer 0 after the gates, all zero
+    int64_t apart;    // of layer 0's products and gradients, the first so many outputs stand before all others
+    int64_t online;   // the last layer's gradient leaves out what the weight itself gives, F x
     double clip;
     Activation activation;
     const T* W[most_layers];
-    T* dW[most_layers];
+    const T* base;  // online: W_0 of the last layer, where its weight is W_0 + F; else null
+    T *dW[most_layers], *dbase;
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }
@@ -33,7 +36,7 @@ struct BankArguments {
     }
     int64_t wide() const { return std::max({K, hidden, gates}); }  // of any row of working memory
     int64_t gate_offset(int64_t b) const { return (b * rows() + memories * hidden) * K; }
-    size_t room() const { return wide() * wide() + (3 + 2 * layers) * C * wide() + 64 * (4 + 2 * layers); }
+    size_t room() const { return wide() * wide() + (8 + 2 * layers) * C * wide() + 64 * (10 + 2 * layers); }
 };
 
 // One activation at one point: value, slope and curvature.

@@ -14,6 +14,7 @@ from nestling.ops.native.build import call, expect
 from nestling.ops.native.second_order import through_torch
 
 MAX_LAYERS = constant("most_layers")
+MAX_INPUTS = constant("most_inputs")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class BankShape:
     def numbers(self, x: Tensor, layers: int) -> dict[str, Any]:
         """The fields of BankArguments but the weights."""
         problems, chunk, width = x.flatten(0, -3).shape
-        sizes = {"problems": problems, "C": chunk, "K": width, "layers": layers, "padding": 0}
-        return asdict(self) | sizes | {"threads": torch.get_num_threads()}
+        sizes = {"problems": problems, "C": chunk, "K": width, "layers": layers, "padding": 0, "apart": 0}
+        return asdict(self) | sizes | {"online": False, "base": None, "threads": torch.get_num_threads()}
 
     def check(self, weights: Sequence[Tensor], *inputs: Tensor) -> None:
         """Refuse weights and inputs that do not belong to this bank.
@@ -55,7 +56,7 @@ class BankShape:
         x = inputs[0]
         *batch, _, width = x.shape
         for other in inputs[1:]:
-            expect("value", other, x, *x.shape)
+            expect("an input", other, x, *x.shape)
         expect("a first weight", weights[0], x, *batch, self.memories * self.hidden + self.gates, width)
         for weight, out in zip(weights[1:], self.widths(width, len(weights))[1:], strict=True):
             expect("a weight", weight, x, *batch, self.memories, out, self.hidden)
@@ -68,13 +69,26 @@ class BankShape:
 Plain = Callable[..., Sequence[Tensor | None]]
 
 
-def native_read(plain: Plain, shape: BankShape, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Outputs `[..., M - first, C, K]` and gates `[..., C, G]` (None without gates) at x `[..., C, K]`.
+def native_read(
+    plain: Plain, shape: BankShape, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs `[..., M - first, C, K]` and gates `[..., C, G]` (None without gates).
 
-    `plain` is the same out of torch's operations, with x and the weights as arguments.
+    Args:
+        plain: the same out of torch's operations, with the inputs and the weights as arguments.
+        shape: of the bank.
+        inputs: `[..., C, K]` for each of these memories, and one for the gates if there are any.
+        weights: `[..., M * hidden + G, K]`, then `[..., M, out, hidden]`.
     """
-    values, gates = _Read.apply(plain, shape, x, *weights)  # type: ignore[no-untyped-call]
+    values, gates = _Read.apply(plain, shape, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
     return values, gates
+
+
+def _places(shape: BankShape, inputs: Sequence[Any]) -> list[Any]:
+    """Inputs in the places C++ has for them: the gates' is the last."""
+    deep = list(inputs[: shape.memories - shape.first])
+    gates = inputs[-1] if shape.gates else None
+    return [*deep, *[None] * (MAX_INPUTS - 1 - len(deep)), gates]
 
 
 def native_inner(
@@ -96,17 +110,17 @@ def native_inner(
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plain: Plain, shape: BankShape, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        given = (x, *weights)
-        shape.check(weights, x)
-        x, *weights = (t.contiguous() for t in (x, *weights))  # type: ignore[assignment]
+    def forward(ctx: Any, plain: Plain, shape: BankShape, reads: int, *given: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs, weights = ([t.contiguous() for t in part] for part in (given[:reads], given[reads:]))
+        shape.check(weights, *inputs)
+        x, layers = inputs[0], len(weights)
         *batch, chunk, width = x.shape
-        count, layers = shape.memories - shape.first, len(weights)
+        count = shape.memories - shape.first
         z = [x.new_empty(*batch, count, chunk, out) for out in shape.widths(width, layers)]
         values = x.new_empty(*batch, count, chunk, width)
         gates = x.new_empty(*batch, chunk, shape.gates) if shape.gates else None
-        ctx.numbers = shape.numbers(x, layers)
-        read = {"x": x, "values": values, "gate_values": gates, "z": z}
+        ctx.numbers, ctx.shape, ctx.reads, ctx.layers = shape.numbers(x, layers), shape, reads, layers
+        read = {"x": _places(shape, inputs), "values": values, "gate_values": gates, "z": z}
         call("read", x.dtype, False, ctx.numbers | {"W": weights}, read)
         ctx.save_for_backward(*given, *z)
         ctx.plain = plain
@@ -115,19 +129,19 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_values: Tensor | None, d_gates: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        layers = len(rest) // 2
-        weights, z = rest[:layers], rest[layers:]
+        saved = ctx.saved_tensors
+        given, z = saved[: -ctx.layers], saved[-ctx.layers :]
         if torch.is_grad_enabled():
-            return None, None, *through_torch(ctx.plain, (x, *weights), (d_values, d_gates))
-        x, *weights = (t.contiguous() for t in (x, *weights))
+            return None, None, None, *through_torch(ctx.plain, given, (d_values, d_gates))
+        inputs, weights = ([t.contiguous() for t in part] for part in (given[: ctx.reads], given[ctx.reads :]))
         d_weights = [torch.zeros_like(w) for w in weights]
-        dx = torch.empty_like(x)
+        d_inputs = [torch.empty_like(t) for t in inputs]
         d_values, d_gates = (None if t is None else t.contiguous() for t in (d_values, d_gates))
-        read = {"x": x, "values": None, "gate_values": None, "z": z}
-        bank = ctx.numbers | {"W": weights, "dW": d_weights}
-        call("read", x.dtype, True, bank, read | {"dvalues": d_values, "dgates": d_gates, "dx": dx})
-        return None, None, dx, *d_weights
+        read = {"x": _places(ctx.shape, inputs), "values": None, "gate_values": None, "z": z}
+        read |= {"dvalues": d_values, "dgates": d_gates, "dx": _places(ctx.shape, d_inputs)}
+        bank = ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None}
+        call("read", inputs[0].dtype, True, bank, read)
+        return None, None, None, *d_inputs, *d_weights
 
 
 class _Inner(torch.autograd.Function):
@@ -168,5 +182,5 @@ class _Inner(torch.autograd.Function):
         lesson |= {"recalled": kept[:layers], "g": kept[layers : 2 * layers], "zv": kept[2 * layers :]}
         lesson |= {"dH": [None, *coming[: layers - 1]], "drecalled": coming[layers - 1 : 2 * layers - 1]}
         lesson |= {"dg": coming[2 * layers - 1 :]}
-        call("lesson", weights[0].dtype, True, ctx.numbers | {"W": weights, "dW": d_weights}, lesson)
+        call("lesson", weights[0].dtype, True, ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None}, lesson)
         return None, None, *d_inputs, *d_weights

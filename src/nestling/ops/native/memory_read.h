@@ -4,24 +4,26 @@
 #include "memories.h"
 
 // Pointers of `read`: values [B, count, C, K] and gates [B, C, G] of the memories from `first` on; z kept for backward.
+// x [B, C, K]: what each of these memories reads, and in the last place what the gates read.
 template <class T>
 struct ReadArguments {
-    const T* x;
+    const T* x[most_inputs];
     T *values, *gate_values, *z[most_layers];
     const T *dvalues, *dgates;
-    T* dx;
+    T* dx[most_inputs];
 };
 
 template <class T, Activation KIND>
 void read_one(const BankArguments<T>& s, const ReadArguments<T>& r, int64_t b, Scratch<T>& mem, bool backward) {
     Work<T, KIND> work(s, mem);
     const int64_t C = s.C, K = s.K, L = s.layers, count = s.memories - s.first;
-    const T* x = r.x + b * C * K;
     T* dz[most_layers];
     for (int64_t l = 0; l < L; l++) dz[l] = mem.take(C * s.outputs(l));
-    T* dx = backward ? r.dx + b * C * K : nullptr;
-    if (backward) zero(dx, C * K);
+    for (T* dx : r.dx)
+        if (backward && dx) zero(dx + b * C * K, C * K);
     for (int64_t i = 0; i < count; i++) {
+        const T* x = r.x[i] + b * C * K;
+        T* dx = backward ? r.dx[i] + b * C * K : nullptr;
         Rows<T> z[most_layers];
         for (int64_t l = 0; l < L; l++) z[l] = {r.z[l] + (b * count + i) * C * s.outputs(l), s.outputs(l)};
         const int64_t at = (b * count + i) * C * K;
@@ -36,9 +38,11 @@ void read_one(const BankArguments<T>& s, const ReadArguments<T>& r, int64_t b, S
         }
     }
     if (!s.gates) return;
+    const T* x = r.x[most_inputs - 1] + b * C * K;
     if (!backward) {
         work.gates(b, x, r.gate_values + b * C * s.gates, s.gates);
     } else if (r.dgates) {
-        work.linear_back(s.gate_offset(b), s.gates, x, r.dgates + b * C * s.gates, s.gates, dx);
+        work.linear_back(s.gate_offset(b), s.gates, x, r.dgates + b * C * s.gates, s.gates,
+                         r.dx[most_inputs - 1] + b * C * K);
     }
 }

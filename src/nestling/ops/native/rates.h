@@ -21,7 +21,9 @@ struct RatesArguments {
 
     T largest() const { return static_cast<T>(max_erase); }
     T least() const { return static_cast<T>(floor); }
-    bool erases() const { return kind == RateKind::erase || (kind == RateKind::online && !online_only); }
+    bool erases() const {
+        return kind == RateKind::erase || kind == RateKind::split || (kind == RateKind::online && !online_only);
+    }
 };
 
 namespace rates {
@@ -55,11 +57,15 @@ struct Token {
         switch (s.kind) {
             case RateKind::online: base = full * keep / (s.online_only ? T(1) : 1 + last), step = base; break;
             case RateKind::erase: base = keep * full, step = keep * std::min(full, 2 - full); break;
+            case RateKind::split: step = keep * full, base = step * (1 - last); break;
             case RateKind::free: step = eta * present * (s.alpha ? std::max(left, s.least()) : s.least()); break;
             default: step = eta * present;
         }
         rate = step * pass;
     }
+
+    // What the layers before the last take a share of.
+    T whole(RateKind kind) const { return kind == RateKind::split ? step : base; }
 };
 
 template <class T>
@@ -71,7 +77,7 @@ void forward(const RatesArguments<T>& s, int64_t row, int64_t head) {
         for (int64_t l = 0; l < s.layers; l++) {
             const bool last = l == s.layers - 1;
             s.lr[l][at] = k.rate * (last && s.kind == RateKind::online && s.online_only ? T(1) : s.share[l * s.heads + head]);
-            if (s.erases()) s.e[l][at] = last ? k.base : k.base * s.hidden[l * s.heads + head];
+            if (s.erases()) s.e[l][at] = last ? k.base : k.whole(s.kind) * s.hidden[l * s.heads + head];
         }
     }
 }
@@ -81,7 +87,7 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
     for (int64_t t = 0; t < s.tokens; t++) {
         const int64_t at = (row * s.heads + head) * s.tokens + t;
         const Token<T> k(s, row, head, t, at);
-        T d_rate = 0, d_base = 0, d_full = 0, d_keep = 0, d_eta = 0;
+        T d_rate = 0, d_base = 0, d_step = 0, d_full = 0, d_keep = 0, d_eta = 0;
         T d_log_a = s.d_log_a ? s.d_log_a[at] : T(0);
         for (int64_t l = 0; l < s.layers; l++) {
             const int64_t of = l * s.heads + head;
@@ -91,8 +97,8 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
                 if (!whole) s.d_share[of] += s.d_lr[l][at] * k.rate;
             }
             if (!s.erases() || !s.d_e[l]) continue;
-            d_base += s.d_e[l][at] * (last ? T(1) : s.hidden[of]);
-            if (!last) s.d_hidden[of] += s.d_e[l][at] * k.base;
+            (last || s.kind != RateKind::split ? d_base : d_step) += s.d_e[l][at] * (last ? T(1) : s.hidden[of]);
+            if (!last) s.d_hidden[of] += s.d_e[l][at] * k.whole(s.kind);
         }
         if (s.log_b) s.d_log_b[at] = d_rate * k.step * (k.pass - 1);
         d_rate *= k.pass;
@@ -108,6 +114,13 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
                 const T least = std::min(k.full, 2 - k.full), slope = k.full < 1 ? T(1) : k.full > 1 ? T(-1) : T(0);
                 d_full = (d_base + d_rate * slope) * k.keep;
                 d_keep = d_base * k.full + d_rate * least;
+                break;
+            }
+            case RateKind::split: {
+                const int64_t of = (s.layers - 1) * s.heads + head;
+                const T d = d_rate + d_step + d_base * (1 - s.share[of]);
+                s.d_share[of] -= d_base * k.step;
+                d_full = d * k.keep, d_keep = d * k.full;
                 break;
             }
             case RateKind::free:

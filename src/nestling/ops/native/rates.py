@@ -27,7 +27,7 @@ class RateRule:
         online_only: "online" without an erase of its own.
     """
 
-    kind: Literal["online", "erase", "free", "dot"]
+    kind: Literal["online", "erase", "free", "dot", "split"]
     max_erase: float
     floor: float
     online_only: bool = False
@@ -35,7 +35,7 @@ class RateRule:
     @property
     def erases(self) -> bool:
         """Whether there is an e_t."""
-        return self.kind == "erase" or (self.kind == "online" and not self.online_only)
+        return self.kind in ("erase", "split") or (self.kind == "online" and not self.online_only)
 
 
 def native_rates(

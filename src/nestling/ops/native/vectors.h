@@ -28,3 +28,9 @@ void add_scaled(T* out, T c, const T* a, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) out[i] += c * a[i];
 }
+
+template <class T>
+void sum(T* out, const T* a, const T* b, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+}

@@ -1,0 +1,76 @@
+"""What a chunk teaches a bank of memories, and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nestling.memory.rule import Rule
+from nestling.ops.chunk_step import ChunkDecay
+
+
+@dataclass
+class Trace:
+    """A forward pass: layer inputs and products W x (layer 0 first), slopes act'(z) before layers 1.., and the output.
+
+    `output` is `[N, H, L, M * V + G]` for depth 1; else `[N, H, M, L, V]`, with the gates `[N, H, L, G]` apart.
+    """
+
+    inputs: list[Tensor]
+    recalled: list[Tensor]
+    slopes: list[Tensor]
+    output: Tensor
+    gates: Tensor | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a chunk teaches: every layer's inputs x, products W x with the chunk's first weights, and gradients g."""
+
+    inputs: list[Tensor]
+    recalled: list[Tensor]
+    gradients: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per-token rates of a chunk, `[N, H, L]` for every layer: e_t (None without erase) and l_t; what decays.
+
+    `others` `[H]` is the share of e_t and l_t that all memories but the first take, which then fade by
+    1 - share (e_t + l_t) / 2 more; None is all.
+    """
+
+    erase: list[Tensor] | None
+    inner_lr: list[Tensor]
+    decay: ChunkDecay
+    others: Tensor | None = None
+
+    def shared(self) -> Rates:
+        """The rates of the memories but the first."""
+        if self.others is None:
+            return self
+        share = self.others[:, None]
+        erase = None if self.erase is None else [e * share for e in self.erase]
+        lr = [rate * share for rate in self.inner_lr]
+        written = lr[-1] if erase is None else lr[-1] + erase[-1]
+        # What they hold is a mean over the last writes: it fades as fast as it is written.
+        fading = torch.log1p(-0.5 * written)
+        return Rates(erase, lr, replace(self.decay, log_retention=self.decay.log_retention + fading))
+
+
+def above_base(lesson: Lesson, rule: Rule, base: list[Tensor] | None) -> Lesson:
+    """The lesson of weights W_0 + F, whose online write takes away F x, and not the whole W x."""
+    if base is not None and rule.online:
+        lesson.gradients[-1] = lesson.gradients[-1] + lesson.inputs[-1] @ base[-1].mT
+    return lesson
+
+
+def online_gradient(rule: Rule, key: Tensor | None, target: Tensor) -> Tensor:
+    """What the gradient of an output weight is without W x, which the write adds token by token (`chunk_step`).
+
+    `key` `[N, H, L, K]` is the residual of an MLP; `target` has the layout of the output.
+    """
+    wanted = target.clamp(-rule.clip, rule.clip)
+    return -wanted if key is None else key.unsqueeze(2) - wanted
