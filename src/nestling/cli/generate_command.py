@@ -65,6 +65,7 @@ def generate(
         raise UserError("--chat needs a --prompt")
     ids = loading.prompt_tokens(source, tokenizer, prompt, continuing=start is not None, chat=chat)
     loading.check_tokens(source, model, ids)
+    begun = loading.begin(model, start, loops)
     room = _room(model, len(ids), max_new_tokens)
     text = Continuation(tokenizer, [] if chat else ids)
     ends = end_tokens(model, tokenizer)
@@ -73,7 +74,7 @@ def generate(
         model,
         ids,
         room,
-        state=loading.begin(model, start, loops),
+        state=begun,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
