@@ -27,6 +27,7 @@ WHOLE: dict[str, Any] = ONLINE | {
     "anchored": True,
     "others_scale": 0.3,
     "identity": True,
+    "rate_stretch": 1.3,
     "gate_bias": 1.0,
 }
 TITANS: list[dict[str, Any]] = [

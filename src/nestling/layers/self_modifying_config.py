@@ -70,6 +70,9 @@ class SelfModifyingConfig(Rule):
         retention_start: logits of the retentions at the start, of the first head and of the last, with the others
             evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
             over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
+        rate_stretch: sigma_t = min(1, rate_stretch sigmoid(eta_t)), at least 1. Above 1 a rate reaches its upper end at
+            a finite logit, and with `max_erase` 2 what a key holds is then multiplied by -1 and not by -0.97: a count
+            over hundreds of tokens needs that, and 40 tokens of training do not ask for it.
         gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
             None is no bias. silu of a projection without one multiplies the answers by random signs.
 
@@ -103,6 +106,7 @@ class SelfModifyingConfig(Rule):
     identity: bool = field(default=False, metadata=NEW_FIELD)
     others_scale: float | None = field(default=None, metadata=NEW_FIELD)
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
+    rate_stretch: float = field(default=1.0, metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
@@ -144,6 +148,8 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
         if not 0 < self.share < 1:
             raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
+        if self.rate_stretch < 1:
+            raise ValueError(f"rate_stretch is at least 1, not {self.rate_stretch}: no rate could reach its upper end")
         if self.gate_scale <= 0:
             raise ValueError(f"gate_scale is positive, not {self.gate_scale}")
         if not 0 < self.hidden_erase_scale < 1:
@@ -190,4 +196,4 @@ class SelfModifyingConfig(Rule):
     @property
     def rates(self) -> RateRule:
         """The formula of the rates (see `layers.rates.chunk_rates`)."""
-        return rate_rule(self, self.max_erase, self.outer_chunk, split=self.share_of == "rate")
+        return rate_rule(self, self.max_erase, self.outer_chunk, split=self.share_of == "rate", stretch=self.rate_stretch)

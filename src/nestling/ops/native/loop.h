@@ -20,7 +20,7 @@ struct LoopArguments {
     int64_t split;  // the first chunk's running weights are not its first ones
     int64_t momentum, before, online_only, threads;
     int64_t keep;  // a backward pass will come
-    double clip, max_erase, floor;
+    double clip, max_erase, floor, stretch;
     Activation activation;
     RateKind kind;
     int64_t made[all_roles];  // index among the generated memories, or among the gates; -1 for what is given
@@ -171,7 +171,7 @@ struct LoopChunk {
     RatesArguments<T> rate_args(T* share, T* hidden) const {
         RatesArguments<T> a{};
         a.rows = a.heads = 1, a.tokens = C, a.layers = s.layers, a.kind = s.kind, a.online_only = s.online_only;
-        a.max_erase = s.max_erase, a.floor = s.floor;
+        a.max_erase = s.max_erase, a.floor = s.floor, a.stretch = s.stretch;
         a.eta = s.made[eta_role] < 0 ? s.given[eta_role] + at : k.eta;
         if (s.retains()) a.alpha = s.made[alpha_role] < 0 ? s.given[alpha_role] + at : k.alpha;
         a.log_b = s.log_b ? s.log_b + at : nullptr;

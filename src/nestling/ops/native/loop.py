@@ -77,6 +77,7 @@ class LoopShape:
             "online_only": rates.online_only,
             "max_erase": rates.max_erase,
             "floor": rates.floor,
+            "stretch": rates.stretch,
             "fold": self.fold,
             "split": given.running[0] is not None,
             "momentum": self.momentum,

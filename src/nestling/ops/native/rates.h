@@ -10,7 +10,7 @@
 template <class T>
 struct RatesArguments {
     int64_t rows, heads, tokens, layers, online_only;
-    double max_erase, floor;
+    double max_erase, floor, stretch;
     RateKind kind;
     const T *eta, *alpha, *log_b;
     const uint8_t* valid;  // [rows, tokens]
@@ -38,10 +38,11 @@ T sigmoid(T x) {
 template <class T>
 struct Token {
     // base: e_t of the last layer; step, rate: l_t before the share, without and with momentum's part
-    T eta, present, log_a, keep, full, left, pass, base, step, rate;
+    T open, eta, present, log_a, keep, full, left, pass, base, step, rate;
 
     Token(const RatesArguments<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) {
-        eta = sigmoid(s.eta[at] + s.eta_bias[head]);
+        open = sigmoid(s.eta[at] + s.eta_bias[head]);
+        eta = std::min(T(1), static_cast<T>(s.stretch) * open);
         present = !s.valid || s.valid[row * s.tokens + t] ? T(1) : T(0);
         log_a = 0;
         if (s.alpha) {
@@ -131,7 +132,7 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
         }
         d_eta += d_full * s.largest() * k.present;
         d_log_a += d_keep * k.keep;
-        const T z = d_eta * k.eta * (1 - k.eta);
+        const T z = k.eta < 1 ? d_eta * k.eta * (1 - k.open) : T(0);
         s.d_eta[at] = z;
         s.d_eta_bias[head] += z;
         if (!s.alpha) continue;

@@ -24,6 +24,7 @@ class RateRule:
         kind: of the formula, one of RateKind in C++.
         max_erase: largest (e_t + folded l_t) / a_t.
         floor: least share of a gradient step in "free", one over the chunk.
+        stretch: of the sigmoid that gives the rate, cut at 1.
         online_only: "online" without an erase of its own.
     """
 
@@ -31,6 +32,7 @@ class RateRule:
     max_erase: float
     floor: float
     online_only: bool = False
+    stretch: float = 1.0
 
     @property
     def erases(self) -> bool:
@@ -107,5 +109,5 @@ def _call(rule: RateRule, inputs: list[Any], others: dict[str, Any], back: bool 
     eta, share = inputs[0], inputs[6]
     rows, heads, tokens = eta.shape
     numbers = {"rows": rows, "heads": heads, "tokens": tokens, "layers": len(share)}
-    formula = {f: getattr(rule, f) for f in ("kind", "max_erase", "floor", "online_only")}
+    formula = {f: getattr(rule, f) for f in ("kind", "max_erase", "floor", "online_only", "stretch")}
     call("rates", eta.dtype, back, numbers | formula | dict(zip(INPUTS, inputs, strict=True)) | others)
