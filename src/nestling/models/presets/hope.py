@@ -18,6 +18,7 @@ MEMORIES: dict[str, Any] = {
     "identity": True,
     "others_scale": 0.05,
     "retention_start": [4.0, 8.0],
+    "rate_stretch": 1.03,
     "gate_bias": 1.0,
 }
 """What all sizes of Hope share. `SelfModifyingConfig` says what each is for, `docs/architectures.md` what it does."""
