@@ -196,4 +196,5 @@ class SelfModifyingConfig(Rule):
     @property
     def rates(self) -> RateRule:
         """The formula of the rates (see `layers.rates.chunk_rates`)."""
-        return rate_rule(self, self.max_erase, self.outer_chunk, split=self.share_of == "rate", stretch=self.rate_stretch)
+        split = self.share_of == "rate"
+        return rate_rule(self, self.max_erase, self.outer_chunk, split, self.rate_stretch)
