@@ -46,8 +46,14 @@ def assert_equals_reference(layer: ContinuumMemory, time: int) -> None:
     wanted_y, wanted_levels = reference(layer, x)
     found, wanted = [y], [wanted_y]
     for level, expected in zip(levels, wanted_levels, strict=False):
-        found += [level.start, level.running]
-        wanted += [expected.start, expected.running]
+        found.append(level.start)
+        wanted.append(expected.start)
+        if level.running is not None:
+            found.append(level.running)
+            wanted.append(expected.running)
+        if level.surprise is not None:
+            found.append(level.surprise)
+            wanted.append(expected.surprise)
         if level.initial is not None:
             found.append(level.initial)
             wanted.append(expected.initial)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.heads import fast_dtype
+from nestling.layers.continuum_config import ContinuumConfig
+from nestling.layers.continuum_update import PeriodState, proximal_step, spectral_step, with_momentum
+from nestling.layers.heads import fast_dtype, logit
 from nestling.layers.sequence import Aligned, SequenceLayer
-from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
+from nestling.memory.description import OBJECTIVES, SURPRISE, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
@@ -23,63 +25,8 @@ from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
 MAX_SOLVE = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContinuumConfig:
-    """Settings of `ContinuumMemory`.
-
-    Attributes:
-        hidden_size: width of input and output.
-        intermediate_size: hidden width of every level's MLP.
-        periods: update period of every level in tokens, in chain order; None never updates, a plain MLP.
-        variant: "sequential" (Eq. 70, 73), "nested" (Eq. 72) or "headwise" (Eq. 74).
-        target: what a level's fast weight learns to output (see `ContinuumMemory`): "next", "value" or
-            "reconstruction".
-        erase: delta gradient descent (NL Eq. 56): inside a period every write also erases what the weight holds at
-            its key, at the rate of the write. A constant target is then recalled at half its size.
-        inner_lr_scale: first value of the learnable rate of every level, in (0, 1).
-        norm_eps: of the norms before every level.
-
-    Raises:
-        ValueError: no level, a size or a period below 1, nested periods that do not divide one another, an unknown
-            variant or target, or a rate outside (0, 1).
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    periods: tuple[int | None, ...] = (64, 256, None)
-    variant: Literal["sequential", "nested", "headwise"] = "sequential"
-    target: Literal["next", "value", "reconstruction"] = "value"
-    erase: bool = False
-    inner_lr_scale: float = 0.5
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not isinstance(self.periods, (tuple, list)):
-            raise ValueError(f"periods is a tuple with one entry a level, for example (64, None), not {self.periods!r}")
-        object.__setattr__(self, "periods", tuple(self.periods))
-        if not self.periods:
-            raise ValueError("periods is empty: there is at least one level, for example periods=(64, None)")
-        if any(p is not None and (not isinstance(p, int) or p < 1) for p in self.periods):
-            raise ValueError(f"periods are tokens >= 1, or None for a level that never updates; got {self.periods}")
-        if self.variant not in ("sequential", "nested", "headwise"):
-            raise ValueError(f"variant is 'sequential', 'nested' or 'headwise', not {self.variant!r}")
-        if self.target not in ("next", "value", "reconstruction"):
-            raise ValueError(f"target is 'next', 'value' or 'reconstruction', not {self.target!r}")
-        if not 0 < self.inner_lr_scale < 1:
-            raise ValueError(f"inner_lr_scale is in (0, 1), not {self.inner_lr_scale}")
-        if self.variant == "nested":
-            for fast, slow in zip(self.periods, self.periods[1:], strict=False):
-                if slow is not None and (fast is None or slow % fast):
-                    raise ValueError(
-                        f"nested periods must rise by whole factors, fastest first; {slow} is no multiple of {fast}"
-                    )
-
-    def context(self, level: int) -> int | None:
-        """Tokens after which a nested level is re-initialised: the period of the level above; None is never."""
-        return self.periods[level + 1] if self.variant == "nested" and level + 1 < len(self.periods) else None
+FIRST_MOMENTUM, FIRST_RETENTION = 0.5, 0.95
+OVER = {"token": "", "spectral": ", l over their keys' largest eigenvalue", "proximal": ", solved for all of them"}
 
 
 @dataclass
@@ -88,15 +35,19 @@ class LevelState(State):
 
     Attributes:
         start: weights since the last update; the level's output comes from them.
-        running: weights with the writes of the current period.
+        running: weights with the writes of the current period; None with a step over the whole period.
         initial: nested only: the initial state that the level above has learned.
         tail: target "next" only: hidden activation of the last token, `[N, 1, intermediate]`.
+        period: with a step over the whole period: what it needs of the current one's tokens.
+        surprise: with momentum: S.
     """
 
     start: Tensor
-    running: Tensor
+    running: Tensor | None
     initial: Tensor | None
     tail: Tensor | None
+    period: PeriodState | None = None
+    surprise: Tensor | None = None
 
 
 @dataclass
@@ -118,20 +69,30 @@ class ContinuumLevel(nn.Module):
         self.gate = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down = nn.Parameter(torch.empty(c.hidden_size, c.intermediate_size))
+        self.rule = c.rule(index)
         learns = self.period is not None
         mixes = learns and c.target != "reconstruction"
         self.value = nn.Linear(c.hidden_size, c.hidden_size, bias=False) if mixes else None
         self.rate = nn.Parameter(torch.empty(())) if learns else None
         self.transfer = nn.Parameter(torch.empty(())) if self.context is not None else None
+        self.momentum = nn.Parameter(torch.empty(())) if learns and self.rule.momentum else None
+        self.retention = nn.Parameter(torch.empty(())) if learns and self.rule.retention else None
+        self.gain = nn.Parameter(torch.empty(c.hidden_size)) if learns and c.gain else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Down-projection N(0, 1/intermediate); rates at `inner_lr_scale`; the level above keeps half of a context."""
         nn.init.normal_(self.down, std=1 / math.sqrt(self.config.intermediate_size))
         if self.rate is not None:
-            nn.init.constant_(self.rate, math.log(self.config.inner_lr_scale / (1 - self.config.inner_lr_scale)))
+            nn.init.constant_(self.rate, logit(self.config.inner_lr_scale))
         if self.transfer is not None:
             nn.init.zeros_(self.transfer)
+        if self.momentum is not None:
+            nn.init.constant_(self.momentum, logit(FIRST_MOMENTUM))
+        if self.retention is not None:
+            nn.init.constant_(self.retention, logit(FIRST_RETENTION))
+        if self.gain is not None:
+            nn.init.zeros_(self.gain)
 
     def grid(self, position: Tensor, lengths: Tensor | None, time: int) -> Grid | None:
         """Where rows that have read `position` tokens stand in the level's periods; None for one that never updates."""
@@ -163,83 +124,143 @@ class ContinuumLevel(nn.Module):
         return y.to(x.dtype), state
 
     def _first_state(self, x: Tensor) -> LevelState:
-        """The meta-learned fast weights, and no last token."""
+        """The meta-learned fast weights, no last token, no period begun and no surprise."""
+        assert self.period is not None
         dtype = fast_dtype(x)
         weight = self.down.to(dtype).expand(len(x), -1, -1)
-        tail = x.new_zeros(len(x), 1, self.down.shape[1], dtype=dtype) if self.config.target == "next" else None
-        return LevelState(weight, weight, weight if self.context is not None else None, tail)
+        whole = self.rule.step != "token"
+        return LevelState(
+            start=weight,
+            running=None if whole else weight,
+            initial=weight if self.context is not None else None,
+            tail=x.new_zeros(len(x), 1, self.down.shape[1], dtype=dtype) if self.config.target == "next" else None,
+            period=PeriodState.empty(weight, self.period) if whole else None,
+            surprise=torch.zeros_like(weight) if self.momentum is not None else None,
+        )
 
     def _scan(
         self, h: Tensor, target: Tensor, state: LevelState, grid: Grid, lengths: Tensor | None
     ) -> tuple[Tensor, LevelState]:
+        """Output and new state. Errors and keys count as divided by max(1, |key|)."""
         assert self.period is not None
-        tokens = [h, target]
-        tail = state.tail
-        if tail is not None:
-            key, tail = self._keys(h, tail, lengths)
-            tokens.append(key)
+        tokens = [h, *self._lessons(h, target, state.tail, lengths)]
         if grid.offsets is not None:
             tokens = [shift_rows(t.unsqueeze(1), grid).squeeze(1) for t in tokens]
         spans = chunk_spans(grid.phase, grid.slots, self.period)
         pieces = zip(*(t.split([e - s for s, e in spans], 1) for t in tokens), strict=True)
-        outputs, start, running, initial = [], state.start, state.running, state.initial
-        for (_, end), (h_c, target_c, *other) in zip(spans, pieces, strict=True):
-            outputs.append(h_c @ start.mT)
-            key_c = other[0] if other else h_c
-            recalled = key_c @ start.mT if other else outputs[-1]
-            running = self._write(running, key_c, recalled - target_c)
+        whole, outputs = state.period is not None, []
+        if whole and grid.offsets is None and grid.phase % self.period == 0:
+            state = replace(state, period=None)  # zeros, which need not be added to
+        for (begin, end), (h_c, key, wanted, *shrink) in zip(spans, pieces, strict=True):
+            outputs.append(h_c @ state.start.mT)
+            recalled = outputs[-1] * shrink[0] if shrink else key @ state.start.mT
+            state = self._collect(state, key, recalled - wanted, begin)
             if end % self.period == 0:
-                start = grid.where_crossed(end, running, start)
-                if self.context is not None and end % self.context == 0:
-                    assert initial is not None and self.transfer is not None
-                    learned = torch.lerp(initial, running, torch.sigmoid(self.transfer.to(initial.dtype)))
-                    initial = grid.where_crossed(end, learned, initial)
-                    start = grid.where_crossed(end, learned, start)
-                    running = grid.where_crossed(end, learned, running)
+                state = self._update(state, grid, end)
         y = torch.cat(outputs, dim=1)
         if grid.offsets is not None:
             y = unshift_rows(y.unsqueeze(1), grid, h.shape[1]).squeeze(1)
-        return y, LevelState(start, running, initial, tail)
+        if self.gain is not None:
+            first = h @ self.down.to(h.dtype).mT
+            y = first + self.gain.to(h.dtype) * (y - first)
+        if state.tail is not None:
+            state = replace(state, tail=_last(h, state.tail, lengths))
+        if whole and state.period is None:
+            state = replace(state, period=PeriodState.empty(state.start, self.period))
+        return y, state
 
-    @staticmethod
-    def _keys(h: Tensor, tail: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h_{t-1}, which "next" pairs with the target of t, and the new tail."""
-        seen = torch.cat([tail, h], dim=1)
-        if lengths is None:
-            return seen[:, :-1], seen[:, -1:]
-        index = lengths.to(h.device)[:, None, None].expand(-1, 1, h.shape[2])
-        return seen[:, :-1], seen.gather(1, index)
+    def _lessons(self, h: Tensor, target: Tensor, tail: Tensor | None, lengths: Tensor | None) -> list[Tensor]:
+        """Keys and targets, divided by max(1, |key|); where the keys are the queries too, the factors as well."""
+        key = h if tail is None else torch.cat([tail, h], dim=1)[:, :-1]
+        shrink = key.square().sum(-1, keepdim=True).clamp_min(1.0).rsqrt()
+        return [key * shrink, target * shrink, *([shrink] if tail is None else [])]
 
-    def _write(self, running: Tensor, key: Tensor, error: Tensor) -> Tensor:
-        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights.
-
-        Rates times |key|^2 sum to at most 1 over a period. Then the map from one period's weights to the next never
-        stretches, whatever the keys. With the erase, e_t |key|^2 <= 1 for each token alone is not enough: the gradients
-        see none of the period's erases, and keys that turn slowly make the weights grow without bound.
+    def _collect(self, state: LevelState, key: Tensor, error: Tensor, begin: int) -> LevelState:
+        """The state with some of a period's tokens, whose first stands in slot `begin`.
 
         Slots without a token hold a key of zeros: they write and erase nothing.
         """
+        assert self.period is not None
+        if state.running is not None:
+            return replace(state, running=self._write(state.running, key, error))
+        if state.period is None:
+            return replace(state, period=PeriodState.of(key, error, begin % self.period, self.period))
+        return replace(state, period=state.period.add(key, error, begin % self.period, self.period))
+
+    def _write(self, running: Tensor, key: Tensor, error: Tensor) -> Tensor:
+        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights, token by token.
+
+        Rates sum to at most 1 over a period. Then the map from one period's weights to the next never stretches,
+        whatever the keys. With the erase, e_t |key|^2 <= 1 for each token alone is not enough: the gradients see none
+        of the period's erases, and keys that turn slowly make the weights grow without bound.
+        """
         assert self.rate is not None and self.period is not None
-        power = key.square().sum(-1).clamp_min(1.0).reciprocal()
-        rate = torch.sigmoid(self.rate) / self.period * power
-        step = rate.unsqueeze(-1) * error
-        if not self.config.erase:
+        rate = torch.sigmoid(self.rate) / self.period
+        step = rate * error
+        if not self.rule.erase:
             return running - step.mT @ key
+        rates = rate.to(key.dtype).expand(key.shape[:2])
         for at in range(0, key.shape[1], MAX_SOLVE):
             t = slice(at, at + MAX_SOLVE)
-            decay = decay_products(torch.zeros_like(power[:, t]))
-            writes = chunk_writes(key[:, t], step[:, t], rate[:, t], decay, running)
+            decay = decay_products(torch.zeros_like(key[:, t, 0]))
+            writes = chunk_writes(key[:, t], step[:, t], rates[:, t], decay, running)
             running = chunk_advance(writes, decay, running)[0]
         return running
+
+    def _update(self, state: LevelState, grid: Grid, end: int) -> LevelState:
+        """The state after the slot `end`, where a period is over and with it, perhaps, a nested level's context."""
+        moved = state.running if state.running is not None else state.start + self._step(state)
+        surprise, initial = state.surprise, state.initial
+        if self.momentum is not None:
+            assert surprise is not None
+            surprise = with_momentum(moved - state.start, surprise, torch.sigmoid(self.momentum).to(moved.dtype))
+            moved = state.start + surprise
+        if self.retention is not None:
+            kept = torch.sigmoid(self.retention).to(moved.dtype)
+            first = self.down.to(moved.dtype) if initial is None else initial
+            moved = torch.lerp(first.expand_as(moved), moved, kept)
+            surprise = None if surprise is None else kept * surprise
+        if self.context is not None and end % self.context == 0:
+            assert initial is not None and self.transfer is not None
+            initial = moved = torch.lerp(initial, moved, torch.sigmoid(self.transfer.to(initial.dtype)))
+            surprise = None if surprise is None else torch.zeros_like(surprise)
+        after = LevelState(moved, None if state.running is None else moved, initial, state.tail, None, surprise)
+        return _where_crossed(grid, end, after, state)
+
+    def _step(self, state: LevelState) -> Tensor:
+        """D of a step over the whole period."""
+        assert self.rate is not None and self.period is not None and state.period is not None
+        rate = torch.sigmoid(self.rate).to(state.start.dtype)
+        step = spectral_step if self.rule.step == "spectral" else proximal_step
+        return step(state.period, rate, self.period)
+
+
+def _where_crossed(grid: Grid, end: int, after: LevelState, before: LevelState) -> LevelState:
+    """`after` in the rows that cross the end of a period in this call, `before` in the others."""
+    if grid.offsets is None:
+        return after
+    if before.period is not None:
+        after = replace(after, period=before.period.map(torch.zeros_like))
+    old = (t for name, t in before.tensors())
+    return after.map(lambda new: grid.where_crossed(end, new, next(old)))
+
+
+def _last(h: Tensor, tail: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last hidden activation that was read, `[N, 1, intermediate]`."""
+    if lengths is None:
+        return h[:, -1:]
+    index = lengths.to(h.device)[:, None, None].expand(-1, 1, h.shape[2])
+    return torch.cat([tail, h], dim=1).gather(1, index)
 
 
 class ContinuumMemory(SequenceLayer):
     """A chain of MLPs that update at different frequencies, each with its pre-norm and residual.
 
     Level i computes x <- x + W_i h_i with h_i = silu(W_gate u) * (W_up u), u = RMSNorm(x). Its down-projection W_i is
-    the fast weight: every `period` tokens it takes the gradient steps of the period's tokens (Eq. 71) on
-    1/2 |W_i key - target|^2, at rate r / period / max(1, |key|^2) with a learnable r in (0, 1), so that the error on a
-    constant stream shrinks (with `erase`, the distance to half the target). The pair (key, target) of token t is
+    the fast weight: every `period` tokens it takes one step of the level's inner optimizer (Eq. 71;
+    `layers.continuum_update`) on the sum of 1/2 |W_i key - target|^2 over the period's tokens, each over
+    max(1, |key|^2), at a learnable rate r in (0, 1), so that the error on a constant stream shrinks (with `erase`, the
+    distance to half the target). With `gain`, y = W_0 h + g * (W_i - W_0) h. The pair (key, target) of token t is
 
         "next"            (h_{t-1}, V u_t): from a token, predict a learned projection of the next one; the first token
                           of a document writes nothing, and no token uses one after it
@@ -279,24 +300,37 @@ class ContinuumMemory(SequenceLayer):
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:
         """The fast down-projections; a level without a period is an ordinary MLP and no memory of the context."""
-        c, found = self.config, []
-        rule = write_rule(retention=False, erase=c.erase)
+        found = []
         for i, level in enumerate(self._chain()):
             if level.period is None:
                 continue
-            above = f"level {i + 1}" if level.context is not None else None
+            rule = level.rule
+            text = write_rule(retention=rule.retention, erase=rule.erase, momentum=rule.momentum)
             found.append(
                 MemoryDescription(
                     name=f"level {i}",
                     period=level.period,
                     objective=OBJECTIVES["l2"],
-                    rule=f"{rule}; g at the start of {level.period} tokens",
+                    rule=f"{text}; g at the start of {level.period} tokens{OVER[rule.step]}",
                     state=level.down.numel(),
                     initial=(f"levels.{i}.down",),
                     part=f"levels.{i}",
-                    restarts=above,
+                    restarts=f"level {i + 1}" if level.context is not None else None,
                 )
             )
+            if rule.momentum:
+                found.append(
+                    MemoryDescription(
+                        name=f"level {i} surprise",
+                        period=level.period,
+                        objective=SURPRISE[0],
+                        rule=SURPRISE[1],
+                        state=level.down.numel(),
+                        feeds=(f"level {i}",),
+                        part=f"levels.{i}",
+                        restarts=f"level {i + 1}" if level.context is not None else None,
+                    )
+                )
         return tuple(found)
 
     def _chain(self) -> list[ContinuumLevel]:

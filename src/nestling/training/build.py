@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.errors import UserError
 from nestling.layers.attention import AttentionConfig
+from nestling.layers.continuum_config import ContinuumConfig
 from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.mamba2 import Mamba2Config
 from nestling.layers.memory_caching_config import MemoryCachingConfig
@@ -120,6 +121,36 @@ def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForC
             "restore the files that belong together"
         )
     return model
+
+
+def untrained_levels(config: NestlingConfig, length: int, carry: bool) -> dict[int, int]:
+    """Periods in tokens, by index, of the continuum's levels that no training window updates and then reads.
+
+    Their rate and their target get no gradient, and what they would write later is a random function of the text.
+
+    Args:
+        config: of the model.
+        length: tokens of a window.
+        carry: whether a window begins with the state of the one before, through which no gradient passes.
+    """
+    channels = [config.channel_config(index) for index in range(len(config.blocks))]
+    levels = {
+        i: p for c in channels if isinstance(c, ContinuumConfig) for i, p in enumerate(c.periods) if p is not None
+    }
+    return {i: p for i, p in levels.items() if p >= length and not (carry and p % length)}
+
+
+def say_untrained(config: NestlingConfig, length: int, carry: bool) -> str | None:
+    """One sentence about `untrained_levels`, where there are any."""
+    found = untrained_levels(config, length, carry)
+    if not found:
+        return None
+    are, write = ("are", "they write") if len(found) > 1 else ("is", "it writes")
+    who = " and ".join(f"level {i} (period {p:,})" for i, p in found.items())
+    return (
+        f"{who} of the continuum {are} never updated and read again within {length:,} tokens, so nothing trains what "
+        f"{write}; give shorter periods (--set 'periods=[...]') or a longer --sequence-length"
+    )
 
 
 def state_grows(config: NestlingConfig) -> bool:

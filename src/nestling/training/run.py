@@ -22,7 +22,7 @@ from nestling.levels.assignment import assign_levels, continuum_levels, describe
 from nestling.levels.measures import LevelMeter
 from nestling.printing import printable
 from nestling.processes import is_main_process, process_count, process_index
-from nestling.training.build import build_model, check_preset, with_own_levels
+from nestling.training.build import build_model, check_preset, say_untrained, with_own_levels
 from nestling.training.checkpoint import (
     clear_leftovers,
     last_checkpoint,
@@ -187,6 +187,8 @@ def _introduce(
         "run",
         f"{steps} ({rows}), {config.optimizer}, learning rate {config.learning_rate:g}, into {config.out}",
     )
+    if note := say_untrained(model.config, config.sequence_length, config.carry_state):
+        _say(console, "note", note)
     if checkpoint is not None:
         _say(console, "resume", f"from {checkpoint}")
 
