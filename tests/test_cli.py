@@ -172,6 +172,12 @@ def test_inspect(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["inspect", run, "--optimizer", "sgd", "--json"]) == 0
     rules = [c["rule"] for level in json.loads(capsys.readouterr().out)["levels"] for c in level["components"]]
     assert any(rule.startswith("SGD, lr 0.003") for rule in rules)
+    for arguments, tokens in (([], 32), (["--tokens-per-step", "5"], 5)):
+        assert main(["inspect", run, "--json", *arguments]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["levels"][0]["per_step"] == tokens  # rows of 32 tokens, and memories that start anew with them
+        assert all("rows start anew after 32: training never reads an update" in note for note in values["notes"])
+        assert values["notes"]
     assert main(["inspect", run, "--optimizer", "none"]) == 0
     assert "no optimizer" in capsys.readouterr().out
     assert "unknown optimizer 'adan'; choose one of: adamw, " in fails(capsys, "inspect", run, "--optimizer", "adan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ def test_budget_and_rate_are_resolved() -> None:
     assert (by_tokens.steps, by_tokens.tokens, by_tokens.learning_rate) == (3, None, 4e-4)  # 3 * 4096 >= 10,000
     assert TrainConfig(out="r", tokens=10_000).resolved(processes=2).steps == 3
     assert by_tokens.resolved() == by_tokens
+
+
+def test_tokens_of_a_row() -> None:
+    """What memories read between two steps, and after what they start anew."""
+    make = partial(TrainConfig, out="r", sequence_length=64, batch_size=4, gradient_accumulation=3)
+    anew, carried, for_a_while = make(), make(carry_state=True), make(carry_state=True, carry_tokens=128)
+    assert [(c.row_tokens_per_step(), c.restart()) for c in (anew, carried, for_a_while)] == [
+        (64, 64),
+        (192, None),
+        (192, 128),
+    ]
 
 
 def test_json_round_trip() -> None:
