@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from nestling.models.arguments import check_tokens
 from nestling.models.cache import ModelState
 from nestling.models.configuration import NestlingConfig
 from nestling.models.continuation import check_plain_positions, repeat_rows, tokens_to_read
 from nestling.models.documents import Packing
-from nestling.models.modeling import NestlingModel, NestlingPreTrainedModel, Reading, check_tokens
+from nestling.models.modeling import NestlingModel, NestlingPreTrainedModel, Reading
 from nestling.ops.packing import Rows
 
 IGNORE = -100

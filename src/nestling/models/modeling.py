@@ -43,6 +43,7 @@ from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
 from nestling.memory.state import State
+from nestling.models.arguments import check_state_kind, check_tokens
 from nestling.models.cache import BlockState, ModelState
 from nestling.models.configuration import ChannelConfig, MixerConfig, NestlingConfig
 from nestling.models.digest import empty_digest, extend_digest
@@ -224,7 +225,7 @@ class NestlingPreTrainedModel(PreTrainedModel):
                 "output_attentions=True is not possible: memories have no attention weights, and the attention layers "
                 "do not keep theirs; leave it False"
             )
-        state = _check_state_kind(past_key_values)
+        state = check_state_kind(past_key_values)
         run = loops_to_run(loops, self.config.loops, len(self.blocks), state)
         x = self._embed(input_ids, inputs_embeds)
         rows = find_documents((x.shape[0], x.shape[1]), attention_mask, position_ids, state, packing)
@@ -367,26 +368,6 @@ def run_block(block: nn.Module, x: Tensor, state: BlockState | None, rows: Align
     """One block, all of whose parameters are part of the graph (see `take_part`)."""
     y, new = block(x, state, rows)
     return take_part(y, block), new
-
-
-def check_tokens(tokens: Tensor, vocab_size: int, name: str) -> None:
-    """Refuse numbers outside the vocabulary, for tensors on the CPU; a GPU would have to wait."""
-    if tokens.device.type == "cpu":
-        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-        if outside.numel():
-            raise ValueError(
-                f"{name} {int(outside[0])} is outside the vocabulary of {vocab_size}; a tokenizer with more tokens "
-                "needs model.resize_token_embeddings(len(tokenizer))"
-            )
-
-
-def _check_state_kind(state: object) -> ModelState | None:
-    if state is not None and not isinstance(state, ModelState):
-        raise ValueError(
-            f"past_key_values is a {type(state).__name__}; this model goes on from a ModelState only, which a call "
-            "with use_cache=True returns as past_key_values"
-        )
-    return state
 
 
 def _next_digest(state: ModelState | None, input_ids: Tensor, rows: Rows | None) -> Tensor | None:
