@@ -138,7 +138,8 @@ def test_memories_that_interact_are_self_modifying_titans() -> None:
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     x = noise(2, 7, 8)
-    u, q, none = reference_self_modifying.project(layer, x)
+    streams, none = reference_self_modifying.project(layer, x)
+    u, q = streams["k"], streams["q"]  # without streams of their own all memories read the same
     memories = reference_self_modifying.initial_memories(layer, 2)
 
     def items(tokens: torch.Tensor) -> list[self_modifying.Item]:
