@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nestling.tasks.associative_recall import IGNORE, RecallTask
+from nestling.tasks.associative_recall import IGNORE, OverwriteTask, RecallTask
 
 
 def sample(task: RecallTask, rows: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +53,25 @@ def test_the_same_seed_gives_the_same_data() -> None:
 def test_what_does_not_fit_is_refused(settings: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RecallTask(*settings)
+
+
+def test_overwritten_values_are_the_answers() -> None:
+    """Every key stands once in each block; its answer is what followed it in the second."""
+    task = OverwriteTask(block=16, pairs=5, vocab_size=32)
+    tokens, answers = task.sample(20, torch.Generator().manual_seed(0))
+    assert tokens.shape == answers.shape == (20, task.length)
+    for row, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
+        first, second, third = (row[i : i + 16] for i in range(0, 48, 16))
+        said = [{block[i]: block[i + 1] for i in range(0, 16, 2) if block[i]} for block in (first, second)]
+        asked = {token: wanted[32 + i] for i, token in enumerate(third) if token}
+        assert said[0].keys() == said[1].keys() == asked.keys() and len(asked) == 5
+        assert asked == said[1] and all(value >= 16 for value in asked.values())
+        assert all(answer == IGNORE for answer in wanted[:32])
+    again, _ = task.sample(20, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, again)
+
+
+@pytest.mark.parametrize("settings", [{"block": 8, "pairs": 5}, {"block": 64, "pairs": 16, "vocab_size": 32}], ids=str)
+def test_overwriting_more_than_fits_is_refused(settings) -> None:
+    with pytest.raises(ValueError, match="pairs need blocks|different keys"):
+        OverwriteTask(**settings)

@@ -73,6 +73,59 @@ class RecallTask:
         return tokens, answers
 
 
+@dataclass(frozen=True)
+class OverwriteTask:
+    """Values that change: pairs, then other values for the same keys, then every key asked once for its last value.
+
+    Each of the three stands in a block of its own, so that a memory which takes its gradients at the start of a chunk
+    of that length has stored the first values when the second ones come. Where nothing is said stands token 0.
+
+    Attributes:
+        block: tokens of each of the three parts.
+        pairs: key-value pairs.
+        vocab_size: the lower half are keys (not token 0), the upper half values.
+
+    Raises:
+        ValueError: more pairs than keys, or than a block holds.
+    """
+
+    block: int
+    pairs: int
+    vocab_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or 2 * self.pairs > self.block:
+            raise ValueError(f"{self.pairs} pairs need blocks of at least {2 * self.pairs} tokens, not {self.block}")
+        if self.pairs > self.vocab_size // 2 - 1:
+            raise ValueError(
+                f"{self.pairs} different keys need a vocabulary of {2 * self.pairs + 2}, not {self.vocab_size}"
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return 3 * self.block
+
+    def sample(
+        self, rows: int, generator: torch.Generator
+    ) -> tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"]]:
+        """Tokens, and at every query the key's second value (`IGNORE` elsewhere); arguments as in `RecallTask`."""
+        half, block = self.vocab_size // 2, self.block
+        keys = _distinct(torch.ones(rows, half - 1), self.pairs, generator) + 1
+        values = torch.randint(half, self.vocab_size, (2, rows, self.pairs), generator=generator)
+        tokens = torch.zeros(rows, self.length, dtype=torch.long)
+        answers = torch.full_like(tokens, IGNORE)
+        for part in range(3):
+            order = _distinct(torch.ones(rows, self.pairs), self.pairs, generator)
+            places = part * block + 2 * _distinct(torch.ones(rows, block // 2), self.pairs, generator).sort(-1).values
+            tokens.scatter_(1, places, keys.gather(1, order))
+            if part < 2:
+                tokens.scatter_(1, places + 1, values[part].gather(1, order))
+            else:
+                answers.scatter_(1, places, values[1].gather(1, order))
+        return tokens, answers
+
+
 def _distinct(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different indices a row, drawn without replacement in proportion to the weights."""
     return torch.multinomial(weights, count, generator=generator)
