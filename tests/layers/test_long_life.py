@@ -8,10 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling import NestlingForCausalLM, presets
-from nestling.layers.chunks import whole
 from nestling.layers.self_modifying import SelfModifyingState, SelfModifyingTitans, roles
 
 PRESETS = {"hope": presets.hope, "hope_linear": presets.hope_linear}
+
+
+def make(name: str) -> NestlingForCausalLM:
+    """An untrained model whose other memories use all that they learn, which a preset's begin without."""
+    torch.manual_seed(0)
+    config = PRESETS[name]("tiny")
+    for block in config.blocks:
+        block["mixer"]["others_gain"] = 1.0
+    return NestlingForCausalLM(config).eval()
+
+
 WORDS = (
     *("the", "a", "of", "and", "to", "in", "that", "it", "was", "he", "for", "on", "with", "his", "her", "is", "be"),
     *("at", "not", "by", "this", "had", "from", "but", "they", "she", "which"),
@@ -29,7 +39,8 @@ def text(length: int) -> Tensor:
 def generated(layer: SelfModifyingTitans, state: SelfModifyingState, x: Tensor) -> dict[str, Tensor]:
     """What the memories of the state make of fixed tokens: k and v `[N, H, L, K]`, logits `[N, H, L]`."""
     tokens = layer._tokens(layer.in_proj(x))
-    weights = whole(state.main.start, layer.main.base(x.dtype))
+    scales = layer._scales(x.dtype)
+    weights = layer.main.whole(state.main.start, layer.main.base(x.dtype), scales.gain)
     return layer.main.read(weights, {r: tokens[f"u_{r}"] for r in roles(layer.main)}, unit=True)
 
 
@@ -49,8 +60,7 @@ def assert_alive(layer: SelfModifyingTitans, before: SelfModifyingState, after: 
 @pytest.mark.parametrize("name", PRESETS)
 @torch.no_grad()
 def test_after_random_input(name: str, tokens: int) -> None:
-    torch.manual_seed(0)
-    layer = NestlingForCausalLM(PRESETS[name]("tiny")).base_model.blocks[0].mixer
+    layer = make(name).base_model.blocks[0].mixer
     assert isinstance(layer, SelfModifyingTitans)
     x = torch.randn(1, tokens, layer.config.hidden_size)
     before = layer.first_state(x[:, :0])
@@ -64,8 +74,7 @@ def test_after_random_input(name: str, tokens: int) -> None:
 @torch.no_grad()
 def test_after_text(name: str, tokens: int) -> None:
     """In a whole model that has not been trained: every layer's memories."""
-    torch.manual_seed(0)
-    model = NestlingForCausalLM(PRESETS[name]("tiny")).eval()
+    model = make(name)
     layers = [block.mixer for block in model.base_model.blocks]
     before = [layer.first_state(torch.zeros(1, 0, layer.config.hidden_size)) for layer in layers]
     state = model(text(tokens), use_cache=True, logits_to_keep=1).past_key_values

@@ -21,6 +21,7 @@ WHOLE: dict[str, Any] = {
     "anchored": True,
     "identity": True,
     "others_scale": 0.3,
+    "others_gain": 0.6,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,
 }

@@ -26,6 +26,7 @@ WHOLE: dict[str, Any] = ONLINE | {
     "own_streams": True,
     "anchored": True,
     "others_scale": 0.3,
+    "others_gain": 0.6,
     "identity": True,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,

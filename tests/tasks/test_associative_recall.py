@@ -73,5 +73,5 @@ def test_overwritten_values_are_the_answers() -> None:
 
 @pytest.mark.parametrize("settings", [{"block": 8, "pairs": 5}, {"block": 64, "pairs": 16, "vocab_size": 32}], ids=str)
 def test_overwriting_more_than_fits_is_refused(settings) -> None:
-    with pytest.raises(ValueError, match="pairs need blocks|different keys"):
+    with pytest.raises(ValueError, match=r"pairs need blocks|different keys"):
         OverwriteTask(**settings)

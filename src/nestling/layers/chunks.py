@@ -89,6 +89,7 @@ def learn_chunk(
     q: Tensor | None,
     self_targets: bool,
     base: list[Tensor] | None = None,
+    gain: Tensor | None = None,
     mix: Mix | None = None,
 ) -> tuple[Tensor | None, BankState]:
     """Targets, gradients and write of one chunk, and the first deep memory's answers to `q` as `rule.read` says.
@@ -103,17 +104,13 @@ def learn_chunk(
         q: queries; None reads nothing.
         self_targets: every memory's target is its own M(v_t), else v_t.
         base: `MemoryBank.base`.
+        gain: see `MemoryBank.whole`.
         mix: see `MemoryBank.update`; for reads of every token's own weights.
     """
-    start = whole(state.start, base)
+    start = bank.whole(state.start, base, gain)
     lesson = bank.lesson(rule, start, key, value, self_targets, base)
     fresh = base is None and state.start[0] is state.running[0]
     y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, base, mix)
     if q is not None and rule.read == "chunk":
         y = bank.read(start, dict.fromkeys((*bank.deep, "gates"), q))[bank.deep[0]]
     return y, after
-
-
-def whole(weights: list[Tensor], base: list[Tensor] | None) -> list[Tensor]:
-    """W_0 + F, or the weights themselves where the state holds whole ones."""
-    return weights if base is None else [b + w for b, w in zip(base, weights, strict=True)]

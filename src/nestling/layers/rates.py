@@ -47,6 +47,7 @@ class Scales:
         hidden_erase: `[layers - 1, H]` share of the erase in the layers before the last, or None without erase or
             hidden layers.
         others: `[H]` share of the rates that the memories after a bank's first take, or None for all.
+        gain: `[H]` of what these memories add to their base (`MemoryBank.whole`), or None for 1.
     """
 
     eta_bias: Tensor
@@ -54,6 +55,7 @@ class Scales:
     share: Tensor
     hidden_erase: Tensor | None
     others: Tensor | None = None
+    gain: Tensor | None = None
 
 
 def rate_rule(rule: Rule, max_erase: float, chunk: int, split: bool = False, stretch: float = 1.0) -> RateRule:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
-from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks, whole
+from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
 from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
@@ -101,7 +101,8 @@ class SelfModifyingTitans(SequenceLayer):
         hidden = c.layers - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
         self.others = nn.Parameter(torch.empty(c.num_heads)) if c.others_scale is not None else None
-        free_of_weight_decay(self.share, self.hidden_erase, self.others, self.conv)
+        self.gain = nn.Parameter(torch.empty(c.num_heads)) if c.others_gain is not None else None
+        free_of_weight_decay(self.share, self.hidden_erase, self.others, self.gain, self.conv)
         self.reset_parameters()
 
     def _bank(self, names: list[str], anchored: bool | None = None) -> MemoryBank:
@@ -134,6 +135,8 @@ class SelfModifyingTitans(SequenceLayer):
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
         if self.others is not None and c.others_scale is not None:
             nn.init.constant_(self.others, logit(c.others_scale))
+        if self.gain is not None and c.others_gain is not None:
+            nn.init.constant_(self.gain, c.others_gain)
         if self.gate_proj is not None and c.gate_bias is not None:
             with torch.no_grad():
                 self.gate_proj.weight *= 0.1
@@ -271,7 +274,8 @@ class SelfModifyingTitans(SequenceLayer):
         alpha = None if self.alpha_bias is None else self.alpha_bias.to(dtype)
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
         others = None if self.others is None else torch.sigmoid(self.others.to(dtype))
-        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others)
+        gain = None if self.gain is None else self.gain.to(dtype)
+        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others, gain)
 
     def _chunk(
         self,
@@ -288,7 +292,7 @@ class SelfModifyingTitans(SequenceLayer):
         if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
         start, end = span
-        generated = generate(self, tokens, bases, main, own)
+        generated = generate(self, tokens, scales, bases, main, own)
         if own is not None and self.own is not None:
             _, own = step(self, self.own, own, generated, scales, bases[1], start, end, grid)
             own = grid.cross(own, end, self.config.outer_chunk)
@@ -306,13 +310,14 @@ class SelfModifyingTitans(SequenceLayer):
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], (main, own)
 
     def _generate(
-        self, tokens: dict[str, Tensor], bases: Bases, main: BankState, own: BankState | None
+        self, tokens: dict[str, Tensor], scales: Scales, bases: Bases, main: BankState, own: BankState | None
     ) -> dict[str, Tensor]:
         """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
         made = {n: t for n, t in tokens.items() if not n.startswith("u_")}
         for bank, state, base in ((self.main, main, bases[0]), (self.own, own, bases[1])):
             if bank is not None and state is not None and roles(bank):
-                made |= bank.read(whole(state.start, base), {r: tokens[f"u_{r}"] for r in roles(bank)}, unit=True)
+                inputs = {role: tokens[f"u_{role}"] for role in roles(bank)}
+                made |= bank.read(bank.whole(state.start, base, scales.gain), inputs, unit=True)
         return made
 
     def _step(
@@ -335,7 +340,7 @@ class SelfModifyingTitans(SequenceLayer):
         if bank is not self.main and rates.others is not None:
             # A bank without M_memory takes the share whole.
             rates = rates.shared()
-        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base)
+        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base, scales.gain)
 
 
 def roles(bank: MemoryBank) -> tuple[str, ...]:

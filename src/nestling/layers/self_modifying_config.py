@@ -67,6 +67,9 @@ class SelfModifyingConfig(Rule):
             chunk. They also fade as fast as they are written, by 1 - share (e_t + l_t) / 2 a token, so that what they
             add to W_0 is a mean over their last writes and never outgrows it. Needs `anchored`. None: all take the same
             rates (NL Eq. 88 to the letter).
+        others_gain: first value of the learnable gain of what the memories other than M_memory add to W_0,
+            M = W_0 + gain F. From 0 a model learns what their updates are good for; one whose texts in training are no
+            longer than a chunk never sees an update, and keeps none. Needs `anchored`. None is 1, and not learned.
         retention_start: logits of the retentions at the start, of the first head and of the last, with the others
             evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
             over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
@@ -105,6 +108,7 @@ class SelfModifyingConfig(Rule):
     anchored: bool = field(default=False, metadata=NEW_FIELD)
     identity: bool = field(default=False, metadata=NEW_FIELD)
     others_scale: float | None = field(default=None, metadata=NEW_FIELD)
+    others_gain: float | None = field(default=None, metadata=NEW_FIELD)
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
     rate_stretch: float = field(default=1.0, metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
@@ -160,6 +164,8 @@ class SelfModifyingConfig(Rule):
             raise ValueError(
                 "others_scale needs anchored=True: the other memories fade fast, and without it to nothing"
             )
+        if self.others_gain is not None and not self.anchored:
+            raise ValueError("others_gain needs anchored=True: it is of what is added to the first weights")
         if self.share_of not in ("erase", "rate"):
             raise ValueError(f"share_of is 'erase' or 'rate', not {self.share_of!r}")
         if self.share_of == "rate" and not (self.gradient == "online" and self.objective == "l2" and self.erase):

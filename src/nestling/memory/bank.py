@@ -131,6 +131,25 @@ class MemoryBank(nn.Module):
         """W_0 of every layer, `[H, ...]`; None where the state holds whole weights."""
         return self._initial(dtype) if self.anchored else None
 
+    def whole(self, weights: list[Tensor], base: list[Tensor] | None, gain: Tensor | None) -> list[Tensor]:
+        """W_0 + F from F, or the weights themselves where the state holds whole ones.
+
+        Args:
+            weights: of the state.
+            base: as `base` gives it.
+            gain: `[H]`; the memories but M_memory, which is a bank's first if it is there, are W_0 + gain F.
+        """
+        if base is None:
+            return weights
+        if gain is None:
+            return [b + w for b, w in zip(base, weights, strict=True)]
+        found = []
+        for layer, (b, w) in enumerate(zip(base, weights, strict=True)):
+            own = int(self.deep[:1] == ("memory",)) * (1 if layer else self.hidden)
+            factor = torch.cat([gain.new_ones(len(gain), own), gain[:, None].expand(-1, b.shape[1] - own)], dim=1)
+            found.append(b + factor.reshape(*factor.shape, *[1] * (b.dim() - 2)) * w)
+        return found
+
     def _initial(self, dtype: torch.dtype) -> list[Tensor]:
         """The meta-learned weights, one tensor a layer, `[H, ...]`.
 

@@ -17,6 +17,7 @@ MEMORIES: dict[str, Any] = {
     "anchored": True,
     "identity": True,
     "others_scale": 0.05,
+    "others_gain": 0.0,
     "retention_start": [4.0, 8.0],
     "rate_stretch": 1.03,
     "gate_bias": 1.0,

@@ -28,12 +28,13 @@ struct LoopArguments {
     const T *u[all_roles], *given[all_roles], *log_b;
     const T *eta_bias, *alpha_bias, *share, *hidden_erase;
     const T* others;              // [heads], share of the rates for the memories after the first; null is all
+    const T* gain;                // [heads], of what these memories add to their base; null is 1
     const T* base[most_layers];   // [heads, ...], what the weights, in the state and below, are the difference to; or null
     const T *start[most_layers], *running[most_layers], *surprise[most_layers];
     T *y, *last[most_layers], *last_surprise[most_layers], *last_start[most_layers];
     T* kept;
     const T *dy, *d_last[most_layers], *d_last_surprise[most_layers], *d_last_start[most_layers];
-    T *d_u[all_roles], *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase, *d_others;
+    T *d_u[all_roles], *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase, *d_others, *d_gain;
     T* d_base[most_layers];  // [problems, ...]
     T *d_start[most_layers], *d_running[most_layers], *d_surprise[most_layers];
 
@@ -77,6 +78,18 @@ struct LoopArguments {
     int64_t wide(int64_t l) const { return l ? outputs(l) : rows(); }  // outputs of such a weight
     int64_t numbers(int64_t l) const { return stack(l) * wide(l) * inputs(l); }  // of all weights of layer l
     int64_t given_numbers(int64_t l) const { return l ? numbers(l) : (memories * hidden + gates) * K; }
+
+    // Numbers of the first memory's weight of a layer, or of all where the others are like it.
+    int64_t ungained(int64_t l) const { return !gain ? numbers(l) : l ? wide(l) * inputs(l) : hidden * K; }
+
+    // W_0 + F; of the memories after the first W_0 + gain F.
+    void whole(const T* W0, const T* F, int64_t l, int64_t head, T* out) const {
+        const int64_t own = ungained(l), rest = numbers(l) - own;
+        sum(out, W0, F, own);
+        if (!rest) return;
+        std::copy_n(W0 + own, rest, out + own);
+        add_scaled(out + own, gain[head], F + own, rest);
+    }
 
     BankArguments<T> bank(int64_t n, const T* const* W) const {
         BankArguments<T> b{};

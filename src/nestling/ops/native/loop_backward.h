@@ -40,14 +40,14 @@ template <class T, Activation KIND>
 struct BackwardChunk : LoopChunk<T> {
     using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at, LoopChunk<T>::n, LoopChunk<T>::i;
     const Upstream<T>& d;
-    const T *const *start, *const *base;
+    const T *const *start, *const *base, *const *fast;  // fast: F at the start, where `start` is W_0 + F
     Scratch<T>& mem;
 
     BackwardChunk(
         const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const Upstream<T>& up, const T* const* first,
-        const T* const* initial, Scratch<T>& m
+        const T* const* initial, const T* const* moved, Scratch<T>& m
     )
-        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), base(initial), mem(m) {}
+        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), base(initial), fast(moved), mem(m) {}
 
     BankArguments<T> bank() const {
         BankArguments<T> b = s.bank(n, start);
@@ -59,8 +59,13 @@ struct BackwardChunk : LoopChunk<T> {
     // W_0 + F passes its gradients on to both.
     void part_whole() {
         for (int64_t l = 0; s.anchored() && l < s.layers; l++) {
+            const int64_t own = s.ungained(l), rest = s.numbers(l) - own;
+            T* to = (s.fresh(n) ? d.W0 : d.start)[l];
             add_scaled(d.base[l], T(1), d.whole[l], s.numbers(l));
-            add_scaled((s.fresh(n) ? d.W0 : d.start)[l], T(1), d.whole[l], s.numbers(l));
+            add_scaled(to, T(1), d.whole[l], own);
+            if (!rest) continue;
+            add_scaled(to + own, s.gain[this->head], d.whole[l] + own, rest);
+            s.d_gain[i] += dot(d.whole[l] + own, fast[l] + own, rest);
         }
     }
 
@@ -261,8 +266,8 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
     for (int64_t n = N - 1; n >= 0; n--) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared);
         const T* const* start = s.fresh(n) ? k.W : first;
-        for (int64_t l = 0; s.anchored() && l < L; l++) sum(whole[l], base[l], start[l], s.numbers(l));
-        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.anchored() ? whole : start, base, mem);
+        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l]);
+        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.anchored() ? whole : start, base, start, mem);
         chunk.prepare();
         chunk.write();
         chunk.lesson();

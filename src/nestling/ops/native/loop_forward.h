@@ -118,7 +118,7 @@ void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch
     for (int64_t n = 0; n < N; n++) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n, shared);
         const T* const* start = s.fresh(n) ? k.W : first;
-        for (int64_t l = 0; s.anchored() && l < L; l++) sum(whole[l], base[l], start[l], s.numbers(l));
+        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l]);
         ForwardChunk<T, KIND> chunk(s, i, n, k, s.anchored() ? whole : start, mem, spare, base, turned);
         chunk.generate();
         chunk.rates();
