@@ -95,7 +95,7 @@ BLOCKS: dict[str, list[Step | list[Step]]] = {
             "memory",
             "neural memory M",
             "M = a M + S;  S = b S - l ∇|M(k) - v|²;  o = M(q)",
-            "gradients at the chunk's\nstart; reads its own M",
+            "output weight's gradient\ntoken by token;\nreads its own M",
         ),
         ("step", "norm, gate, output", "x + (norm(o) * silu(x W)) W", ""),
         FEED_FORWARD,

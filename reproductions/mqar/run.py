@@ -48,7 +48,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "9 times the inner learning rate": ("titans_lmm", {"inner_lr_scale": 0.9}),
     "no retention": ("titans_lmm", {"use_retention": False}),
     "no output gate": ("titans_lmm", {"output_gate": False}),
-    "ascent in place of descent": ("titans_lmm", {"ascend": True}),
+    "chunk gradients": ("titans_lmm", {"gradient": "chunk"}),
+    "ascent in place of descent": ("titans_lmm", {"gradient": "chunk", "ascend": True}),
     "chunk 1, 2 inner steps": ("titans_lmm", {"chunk_size": 1, "inner_steps": 2}),
 }
 

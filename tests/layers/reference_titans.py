@@ -128,7 +128,7 @@ def slow_neural_memory(layer: NeuralMemory, x: Tensor, slow: SlowMemory) -> Tens
     for token in x.unbind(1):
         y = slow.write(token)
         if layer.gate_proj is not None:
-            y = y * F.silu(token @ layer.gate_proj.weight.mT)
+            y = y * F.silu(layer.gate_proj(token))
         outputs.append(y @ layer.out_proj.weight.mT)
     return torch.stack(outputs, 1)
 

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rates": "chunk",
         "read_before": True,
     },
-    "depth 2 online momentum": {"gradient": "online", "max_erase": 2.0},
+    "depth 2 online momentum": {"gradient": "online", "max_erase": 2.0, "gate_bias": 1.0},
     "depth 2 online momentum erase": {"gradient": "online", "erase": True, "expansion": 2, "activation": "relu"},
     "depth 2 online": {"gradient": "online", "momentum": False},
     "depth 3 online momentum": {"depth": 3, "gradient": "online"},
@@ -231,6 +231,19 @@ def test_retrieving_is_reading_before_the_write_and_changes_nothing(depth: int) 
         torch.testing.assert_close(found[:, t], wanted, rtol=1e-9, atol=1e-11)
 
 
+def test_first_values() -> None:
+    settings = {"num_heads": 4, "retention_start": (2.0, 8.0), "first_momentum": 0.2, "gate_bias": 1.5}
+    layer = NeuralMemory(NeuralMemoryConfig(hidden_size=32, **settings))
+    memory = layer.memory
+    alpha, eta = (memory.rate_bias[memory.config.gates.index(n)] for n in ("alpha", "eta"))
+    assert alpha.tolist() == pytest.approx([2.0, 4.0, 6.0, 8.0])
+    assert torch.sigmoid(eta).tolist() == pytest.approx([0.2] * 4)
+    assert layer.gate_proj is not None and layer.gate_proj.bias.tolist() == [1.5] * 32
+    assert float(layer.gate_proj.weight.abs().max()) <= 0.1 / 32**0.5
+    memory = NeuralMemory(NeuralMemoryConfig(hidden_size=32, gradient="online", **settings)).memory
+    assert memory.beta is not None and torch.sigmoid(memory.beta).tolist() == pytest.approx([0.2] * 4)
+
+
 def test_chunk_rates_hold_those_of_the_first_token() -> None:
     """Other inputs to the rates inside a chunk change nothing; at its first token they do."""
     layer = make_layer(rates="chunk")
@@ -269,6 +282,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_erase": 2.5}, r"max_erase is in \(0, 2\], not 2.5"),
     ({"inner_lr_scale": 1.0}, r"inner_lr_scale is in \(0, 1\), not 1.0"),
     ({"first_momentum": 0.0}, r"first_momentum is in \(0, 1\), not 0.0"),
+    ({"retention_start": (1.0,)}, r"retention_start is two logits, first head and last, not \(1.0,\)"),
     ({"persistent_tokens": -1}, "persistent_tokens must be at least 0, not -1"),
     ({"inner_steps": 2}, "inner_steps=2 needs chunk_size=1, not 64"),
     ({"inner_steps": 2, "chunk_size": 1, "read_before": True}, "has no meaning with more"),

@@ -99,12 +99,12 @@ class LongTermMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Retentions from 0.958 to 0.9998 over the heads, other rates at mid-range, the convolution near identity."""
+        """Retentions from `retention_start`, other rates at mid-range, the convolution near identity."""
         c = self.config
         nn.init.zeros_(self.rate_bias)
         if c.use_retention:
             with torch.no_grad():
-                self.rate_bias[c.gates.index("alpha")] = torch.linspace(0.0, 6.0, c.num_heads)
+                self.rate_bias[c.gates.index("alpha")] = torch.linspace(*c.retention_start, c.num_heads)
         if self.beta is not None:
             nn.init.constant_(self.beta, logit(c.first_momentum))
         elif c.momentum:

@@ -42,16 +42,22 @@ class NeuralMemory(CacheableLayer):
         self.config = config
         self.memory = LongTermMemory(config)
         width = config.hidden_size
-        self.gate_proj = nn.Linear(width, width, bias=False) if config.output_gate else None
+        biased = config.gate_bias is not None
+        self.gate_proj = nn.Linear(width, width, bias=biased) if config.output_gate else None
         self.out_proj = nn.Linear(width, width, bias=False)
         count = config.persistent_tokens
         self.persistent = nn.Parameter(torch.empty(count, width)) if count else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Persistent tokens as large as the normalised tokens they come before; the rest initialises itself."""
+        """Persistent tokens as large as the normalised tokens they come before, the gate as `gate_bias` says."""
         if self.persistent is not None:
             nn.init.normal_(self.persistent)
+        if self.gate_proj is not None and self.config.gate_bias is not None:
+            self.gate_proj.reset_parameters()
+            with torch.no_grad():
+                self.gate_proj.weight *= 0.1
+                self.gate_proj.bias.fill_(self.config.gate_bias)
 
     def first_state(self, x: Tensor) -> LongTermState:
         """The meta-learned memory, or the one that has read the persistent tokens."""

@@ -43,6 +43,11 @@ class NeuralMemoryConfig(Rule):
         persistent_tokens: N_p, learnable tokens that the memory reads before every document (section 3.3; Table 5
             removes them from the LMM), a chunk of their own.
         first_momentum: first value of the momentum, in (0, 1).
+        retention_start: logits of the retentions at the start, of the first head and of the last, with the others
+            evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
+            over 70 tokens.
+        gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
+            None has no bias, so that the gate multiplies by random signs until it is trained.
 
     Raises:
         ValueError: sizes that do not divide, or a rule that has no closed form.
@@ -69,6 +74,8 @@ class NeuralMemoryConfig(Rule):
     norm_eps: float = 1e-6
     persistent_tokens: int = field(default=0, metadata=NEW_FIELD)
     first_momentum: float = field(default=0.5, metadata=NEW_FIELD)
+    retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
+    gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,10 +106,14 @@ class NeuralMemoryConfig(Rule):
             )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
+        object.__setattr__(self, "retention_start", tuple(self.retention_start))
+        if len(self.retention_start) != 2:
+            raise ValueError(f"retention_start is two logits, first head and last, not {self.retention_start}")
         if self.persistent_tokens < 0:
             raise ValueError(f"persistent_tokens must be at least 0, not {self.persistent_tokens}")
         shares = {"inner_lr_scale": self.share, "hidden_erase_scale": self.hidden_erase_scale}
-        for name, share in (shares | {"first_momentum": self.first_momentum}).items():
+        shares |= {"first_momentum": self.first_momentum}
+        for name, share in shares.items():
             if not 0 < share < 1:
                 raise ValueError(f"{name} is in (0, 1), not {share}")
 
