@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from nestling.layers.linear import LinearMemory
 from nestling.layers.memory_caching import MemoryCaching
 from nestling.layers.neural_memory import NeuralMemory
+from nestling.layers.self_modifying import SelfModifyingTitans
+from tests.layers import reference_self_modifying
 from tests.layers.reference_linear import finish, tokens_of
 from tests.layers.reference_self_modifying import normalize
 from tests.layers.reference_titans import SlowMemory
@@ -129,15 +131,49 @@ class SlowNeural:
         return y @ self.layer.out_proj.weight.mT
 
 
+class SlowSelfModifying:
+    """A `SelfModifyingTitans`, which reads its segment (or all of the text) again for every token.
+
+    A restart is told for layers without a convolution, which sees tokens before it.
+    """
+
+    def __init__(self, layer: SelfModifyingTitans, x: Tensor) -> None:
+        self.layer, self.x, self.start, self.end = layer, x, 0, 0
+        self.queries = reference_self_modifying.project(layer, x)[0]["q"]
+
+    def write(self, t: int) -> Tensor:
+        self.end = t + 1
+        self.memory = reference_self_modifying.reference(self.layer, self.x[:, self.start : self.end])[1]["memory"]
+        return self.queries[:, t]
+
+    def weights(self) -> list[Tensor]:
+        return list(self.memory.running)
+
+    def read_by_token(self) -> list[Tensor]:
+        return self.weights()
+
+    def read(self, weights: list[Tensor], q: Tensor) -> Tensor:
+        return self.memory(weights, q)
+
+    def restart(self) -> None:
+        assert self.layer.config.conv_size == 1
+        self.start = self.end
+
+    def output(self, answers: Tensor) -> Tensor:
+        return reference_self_modifying.finish(self.layer, self.x, answers)
+
+
 def reference(layer: MemoryCaching, x: Tensor) -> Tensor:
     """The layer's output for rows `[N, T, hidden]` that start fresh."""
     c = layer.config
     slow: Slow
     if isinstance(layer.inner, LinearMemory):
         slow = SlowLinear(layer.inner, x)
-    else:
-        assert isinstance(layer.inner, NeuralMemory)
+    elif isinstance(layer.inner, NeuralMemory):
         slow = SlowNeural(layer.inner, x)
+    else:
+        assert isinstance(layer.inner, SelfModifyingTitans)
+        slow = SlowSelfModifying(layer.inner, x)
     kept: list[list[Tensor]] = []
     answers = []
     for t in range(x.shape[1]):

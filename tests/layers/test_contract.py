@@ -127,6 +127,7 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "caching retnet residual checkpoints": lambda: caching(linear(**ROWS["retnet"]), variant="residual", restart=False),
     "caching linear attention sparse": lambda: caching(linear(**ROWS["linear attention"]), variant="sparse", top_k=1),
     "caching lmm soup": lambda: caching(lmm(), variant="soup"),
+    "caching titans soup": lambda: caching(self_modifying(), variant="soup"),
     "caching lmm gated checkpoints": lambda: caching(lmm(rates="chunk", checkpoint_chunks=2), restart=False),
 }
 

@@ -15,6 +15,7 @@ from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.memory_caching import MemoryCaching
 from nestling.layers.memory_caching_config import VARIANTS, CacheableConfig, MemoryCachingConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.self_modifying import SelfModifyingConfig
 from nestling.layers.sequence import Aligned
 from nestling.memory.kept import KeptMemories
 from tests.layers.battery import close, gradients, noise, weigh
@@ -32,6 +33,10 @@ def neural(**settings: Any) -> NeuralMemoryConfig:
     return NeuralMemoryConfig(hidden_size=HIDDEN, num_heads=2, chunk_size=4, **settings)
 
 
+def self_modifying(**settings: Any) -> SelfModifyingConfig:
+    return SelfModifyingConfig(hidden_size=HIDDEN, num_heads=2, chunk_size=4, conv_size=1, **settings)
+
+
 INNER: dict[str, CacheableConfig] = {
     "linear attention": linear("linear attention"),
     "retnet": linear("retnet"),
@@ -42,6 +47,8 @@ INNER: dict[str, CacheableConfig] = {
     "lmm depth 2 chunk rates": neural(rates="chunk", momentum=False, activation="gelu"),
     "lmm depth 3 erase": neural(depth=3, erase=True),
     "lmm read before": neural(read_before=True),
+    "self-modifying mlp": self_modifying(momentum=True, anchored=True, own_streams=True),
+    "self-modifying matrix two chunks": self_modifying(memory="matrix", gradient="online", self_chunk_size=8),
     "lmm two steps": NeuralMemoryConfig(hidden_size=HIDDEN, num_heads=2, chunk_size=1, inner_steps=2),
 }
 
@@ -164,11 +171,12 @@ def test_hooks_of_the_inner_layer_see_every_segment() -> None:
 
 def test_what_cannot_be_kept_is_refused() -> None:
     for settings, message in (
-        ({"inner": "deltanet"}, "inner is one of linear_memory, neural_memory"),
+        ({"inner": "deltanet"}, "inner is one of linear_memory, neural_memory, self_modifying"),
         ({"inner": replace(linear("deltanet"), hidden_size=16)}, "hidden_size is 8 and the inner layer's 16"),
         ({"segment_size": 0}, "segment_size must be at least 1"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"variant": "mean"}, "variant is one of 'residual', 'gated', 'soup', 'sparse', not 'mean'"),
+        ({"inner": self_modifying(adapt=("memory", "k", "q"))}, "needs the inner adapt without 'q'"),
         ({"variant": "soup", "inner": neural(read="chunk")}, "needs the inner read='token'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,6 +20,7 @@ from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.memory_caching_config import CacheableConfig, MemoryCachingConfig
 from nestling.layers.neural_memory import NeuralMemory
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTitans
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import MemoryDescription
 from nestling.memory.grid import Grid
@@ -208,6 +209,8 @@ def _build_inner(config: CacheableConfig) -> CacheableLayer:
             return LinearMemory(config)
         case NeuralMemoryConfig():
             return NeuralMemory(config)
+        case SelfModifyingConfig():
+            return SelfModifyingTitans(config)
         case _:
             assert_never(config)
 

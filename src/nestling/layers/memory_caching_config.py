@@ -7,14 +7,16 @@ from typing import Literal, get_args
 
 from nestling.layers.linear_config import LinearMemoryConfig
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
+from nestling.layers.self_modifying_config import SelfModifyingConfig
 
 Variant = Literal["residual", "gated", "soup", "sparse"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 
-CacheableConfig = LinearMemoryConfig | NeuralMemoryConfig
+CacheableConfig = LinearMemoryConfig | NeuralMemoryConfig | SelfModifyingConfig
 CACHEABLE: dict[str, type[CacheableConfig]] = {
     "linear_memory": LinearMemoryConfig,
     "neural_memory": NeuralMemoryConfig,
+    "self_modifying": SelfModifyingConfig,
 }
 """Kinds of layers whose memories can be kept."""
 
@@ -58,6 +60,10 @@ class MemoryCachingConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant is one of {', '.join(map(repr, VARIANTS))}, not {self.variant!r}")
+        if "q" in getattr(self.inner, "adapt", ()):
+            raise ValueError(
+                "a kept memory is asked with queries from the tokens; it needs the inner adapt without 'q'"
+            )
         if self.variant == "soup" and getattr(self.inner, "read", "token") != "token":
             raise ValueError("variant='soup' averages the weights that a token reads; it needs the inner read='token'")
 
@@ -81,5 +87,7 @@ class MemoryCachingConfig:
     @property
     def stride(self) -> int | None:
         """Tokens whose activations the backward pass computes again at a time."""
-        chunks = getattr(self.inner, "checkpoint_chunks", None)
-        return None if chunks is None else chunks * self.inner.chunk_size
+        if isinstance(self.inner, LinearMemoryConfig) or self.inner.checkpoint_chunks is None:
+            return None
+        chunk = self.inner.outer_chunk if isinstance(self.inner, SelfModifyingConfig) else self.inner.chunk_size
+        return self.inner.checkpoint_chunks * chunk

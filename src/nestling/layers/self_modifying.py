@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.bank_loop import BankLoop
+from nestling.layers.cacheable import CacheableLayer
 from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
 from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
 from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
-from nestling.layers.sequence import SequenceLayer
 from nestling.memory.bank import BankState, MemoryBank
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid, chunk_spans
+from nestling.memory.kept import KeptMemories
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
@@ -45,7 +46,7 @@ class SelfModifyingState(State):
     position: Tensor
 
 
-class SelfModifyingTitans(SequenceLayer):
+class SelfModifyingTitans(CacheableLayer):
     """Memories that generate their keys, values, rates and targets, and learn all of them in context.
 
     For the weights at the start of a chunk (NL Eq. 90) and inputs u = silu(conv(x W_u)), normalised per head, one for
@@ -196,22 +197,32 @@ class SelfModifyingTitans(SequenceLayer):
             )
         return tuple(found)
 
-    def run(
-        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None
-    ) -> tuple[Float[Tensor, "N L hidden"], SelfModifyingState]:
-        """See `SequenceLayer.run`."""
-        if not isinstance(state, SelfModifyingState):
-            raise TypeError(
-                f"self-modifying Titans continue from a SelfModifyingState, not from the state {type(state).__name__}"
-            )
-        stride = self.config.checkpoint_chunks
-        return run_checkpointed(self._run, x, state, lengths, stride and stride * self.config.outer_chunk)
+    def memory_of(self, state: State) -> list[Float[Tensor, "N H outputs inputs"]]:
+        """See `CacheableLayer.memory_of`: M_memory, whole."""
+        main = _own(state).main
+        # Others than M_memory may add less than their F; they are not kept.
+        return self.main.first_deep(self.main.whole(main.running, self.main.base(main.running[0].dtype), None))
 
-    def _run(self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None) -> tuple[Tensor, SelfModifyingState]:
+    def restart(self, state: State, fresh: State) -> SelfModifyingState:
+        """See `CacheableLayer.restart`: all memories begin again, and a chunk."""
+        return replace(_own(fresh), conv=_own(state).conv)
+
+    def run_with_kept(
+        self, x: Float[Tensor, "N L hidden"], state: State, lengths: Tensor | None, kept: KeptMemories | None
+    ) -> tuple[Float[Tensor, "N L hidden"], SelfModifyingState]:
+        """See `CacheableLayer.run_with_kept`."""
+        if kept is not None:  # whose shares are of all tokens of the call
+            return self._run(x, _own(state), lengths, kept)
+        stride = self.config.checkpoint_chunks
+        return run_checkpointed(self._run, x, _own(state), lengths, stride and stride * self.config.outer_chunk)
+
+    def _run(
+        self, x: Tensor, state: SelfModifyingState, lengths: Tensor | None, kept: KeptMemories | None = None
+    ) -> tuple[Tensor, SelfModifyingState]:
         streams, conv = short_conv(self.in_proj(x), self.conv, state.conv, lengths)
         b = None if self.momentum_proj is None else self.momentum_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            o, main, own = self._memories(streams, b, state, lengths)
+            o, main, own = self._memories(streams, b, state, lengths, kept)
         after = state.position + (x.shape[1] if lengths is None else lengths)
         gate = None if self.gate_proj is None else F.silu(self.gate_proj(x))
         y = self._output(o, x.dtype, gate)
@@ -222,7 +233,12 @@ class SelfModifyingTitans(SequenceLayer):
         return self.out_proj(o if gate is None else o * gate)
 
     def _memories(
-        self, streams: Tensor, b: Tensor | None, state: SelfModifyingState, lengths: Tensor | None
+        self,
+        streams: Tensor,
+        b: Tensor | None,
+        state: SelfModifyingState,
+        lengths: Tensor | None,
+        kept: KeptMemories | None,
     ) -> tuple[Tensor, BankState, BankState | None]:
         """All chunks: outputs `[N, H, L, V]` and the banks' new states."""
         c, dtype = self.config, state.conv.dtype
@@ -231,6 +247,9 @@ class SelfModifyingTitans(SequenceLayer):
             tokens["log_b"] = F.logsigmoid(b.to(dtype)).transpose(1, 2)
         scales, bases = self._scales(dtype), (self.main.base(dtype), self.own.base(dtype) if self.own else None)
         grid = Grid.of(state.position, lengths, streams.shape[1], c.outer_chunk)
+        inside = kept if kept is not None and kept.mixes_layers else None
+        if inside is not None:
+            tokens["shares"] = inside.shares
 
         def plain(
             tokens: dict[str, Tensor], scales: Scales, bases: Bases, main: BankState, own: BankState | None = None
@@ -238,20 +257,23 @@ class SelfModifyingTitans(SequenceLayer):
             def run(
                 span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
             ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
-                return self._chunk(span, tokens, scales, bases, banks, grid)
+                return self._chunk(span, tokens, scales, bases, banks, grid, inside)
 
             o, banks = scan_chunks(tokens, grid, c.outer_chunk, (main, own), run)
             return o, *banks
 
-        if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks:
-            return plain(tokens, scales, bases, state.main, state.own)
-
         def alone(tokens: dict[str, Tensor], scales: Scales, base: Base, main: BankState) -> tuple[Tensor, BankState]:
             return plain(tokens, scales, (base, None), main)[:2]
 
-        loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
-        o, main = loop.run(alone, tokens, scales, bases[0], state.main, grid)
-        return o, main, None
+        own: BankState | None = None
+        if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks or inside is not None:
+            o, main, own = plain(tokens, scales, bases, state.main, state.own)
+        else:
+            loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
+            o, main = loop.run(alone, tokens, scales, bases[0], state.main, grid)
+        if kept is not None and inside is None:
+            o = kept.combine(tokens["q"], o, c.activation)
+        return o, main, own
 
     def _tokens(self, streams: Tensor) -> dict[str, Tensor]:
         """Inputs `[N, H, L, K]` of the adaptive memories, "u_" and their role, and what fixed ones make of theirs."""
@@ -285,6 +307,7 @@ class SelfModifyingTitans(SequenceLayer):
         bases: Bases,
         banks: tuple[BankState, BankState | None],
         grid: Grid,
+        kept: KeptMemories | None,
     ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
         """One outer chunk: what the memories generate at its start, then its inner chunks."""
         main, own = banks
@@ -294,7 +317,7 @@ class SelfModifyingTitans(SequenceLayer):
         start, end = span
         generated = generate(self, tokens, scales, bases, main, own)
         if own is not None and self.own is not None:
-            _, own = step(self, self.own, own, generated, scales, bases[1], start, end, grid)
+            _, own = step(self, self.own, own, generated, scales, bases[1], start, end, grid, None)
             own = grid.cross(own, end, self.config.outer_chunk)
         outputs = []
         sub = chunk_spans(start, end, self.config.chunk_size)
@@ -303,7 +326,7 @@ class SelfModifyingTitans(SequenceLayer):
         split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
         for i, (s, e) in enumerate(sub):
             part = {n: t[i] for n, t in split.items()}
-            y, main = step(self, self.main, main, part, scales, bases[0], s, e, grid)
+            y, main = step(self, self.main, main, part, scales, bases[0], s, e, grid, kept)
             main = grid.cross(main, e, self.config.chunk_size)
             assert y is not None
             outputs.append(y)
@@ -330,6 +353,7 @@ class SelfModifyingTitans(SequenceLayer):
         start: int,
         end: int,
         grid: Grid,
+        kept: KeptMemories | None,
     ) -> tuple[Tensor | None, BankState]:
         """One chunk of one bank: targets, gradients, write; the main bank also answers the queries."""
         c = self.config
@@ -340,7 +364,16 @@ class SelfModifyingTitans(SequenceLayer):
         if bank is not self.main and rates.others is not None:
             # A bank without M_memory takes the share whole.
             rates = rates.shared()
-        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base, scales.gain)
+        mix = None if kept is None else replace(kept, shares=tokens["shares"]).mix
+        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base, scales.gain, mix)
+
+
+def _own(state: State) -> SelfModifyingState:
+    if not isinstance(state, SelfModifyingState):
+        raise TypeError(
+            f"self-modifying Titans continue from a SelfModifyingState, not from the state {type(state).__name__}"
+        )
+    return state
 
 
 def roles(bank: MemoryBank) -> tuple[str, ...]:

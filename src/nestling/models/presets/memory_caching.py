@@ -9,11 +9,14 @@ from typing import Any
 from nestling.layers.memory_caching_config import CACHEABLE, Variant
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.delta import comba, gated_deltaproduct, kimi_delta
+from nestling.models.presets.hope import hope, hope_linear
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, retnet
 from nestling.models.presets.sizes import assemble, shape_of
 from nestling.models.presets.titans import moneta, titans_lmm, yaad
 
 MEMORIES: dict[str, Callable[..., NestlingConfig]] = {
+    "hope": hope,
+    "hope_linear": hope_linear,
     "titans_lmm": titans_lmm,
     "moneta": moneta,
     "yaad": yaad,
