@@ -27,7 +27,7 @@ WIDTH, CLOCK, RIGHT = 15.4, 2.35, 15.2
 ROWS = (
     (0.0, 1.75, "every token", 40),
     (-1.9, 1.75, "every 64 tokens", 14),
-    (-3.8, 1.55, "every 256 tokens", 4),
+    (-3.8, 1.55, "every 128 tokens", 7),
     (-5.5, 1.55, "in training only", 0),
 )
 STREAM = -7.75
@@ -83,7 +83,7 @@ def _continuum(axes: Axes) -> None:
         _flow(axes, [(x + 0.3, STREAM), (x + 0.3, top - 0.95)])
         _flow(axes, [(x + 0.95, top - 0.95), (x + 0.95, STREAM + 0.16)])
     _loop(axes, 11.55, -2.85, "writes itself with\n64 tokens at once")
-    _loop(axes, 13.25, -4.65, "writes itself with\n256 tokens at once")
+    _loop(axes, 13.25, -4.65, "writes itself with\n128 tokens at once")
 
 
 def _stream(axes: Axes) -> None:

@@ -107,3 +107,17 @@ def test_linear_attention_pp_is_linear_attention_from_a_learned_start() -> None:
         preset("340m").mixer_config(0) for preset in (presets.linear_attention, presets.linear_attention_pp)
     )
     assert not plain.initial and learned == dataclasses.replace(plain, initial=True)
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_attention", "hope_linear"])
+def test_levels_that_were_never_trained_change_nothing(name: str) -> None:
+    """After 10^4 tokens a model as it is made says what it says without updates of its continuum."""
+    overrides = {"vocab_size": 50, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+    updated = NestlingForCausalLM(presets.PRESETS[name](**overrides)).eval()
+    levels = len(updated.config.channel_config(0).periods)
+    still = NestlingForCausalLM(presets.PRESETS[name](**overrides, periods=[None] * levels)).eval()
+    still.load_state_dict(updated.state_dict(), strict=False)
+    ids = torch.randint(3, 50, (1, 10_050), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = (model(ids, logits_to_keep=50, use_cache=False).logits for model in (updated, still))
+    torch.testing.assert_close(found, wanted)

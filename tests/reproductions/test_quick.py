@@ -9,6 +9,7 @@ from reproductions.harness import command
 
 SHOWN = {
     "continuum_target": "`value`: a learned projection of the token itself",
+    "continuum_updates": "| `hope_attention` | all: the same with momentum and retention |",
     "figure4": "| Eq. 49 to the letter | 0 (0)",
     "figure6": "| `levels_memory` | none |",
     "figure8": "language 1, chrF: alone, sequence",

@@ -16,7 +16,7 @@ SMALL = ["--presets", "hope_linear", "--trainings", "reset", "--seeds", "0", "--
 def test_names_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     assert "parity             Parity of a bit string" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no reproduction 'party'; there are continuum_target, figure11"):
+    with pytest.raises(SystemExit, match="no reproduction 'party'; there are continuum_target, continuum_updates, "):
         main(["party"])
 
 

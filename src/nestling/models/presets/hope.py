@@ -143,4 +143,5 @@ def transformer(
 
 
 def _continuum(periods: Sequence[int | None], variant: str, target: str) -> dict[str, Any]:
-    return {"kind": "continuum", "periods": list(periods), "variant": variant, "target": target}
+    """With the gain: no update pays in language beyond the spread of the seeds (`reproductions/continuum_updates`)."""
+    return {"kind": "continuum", "periods": list(periods), "variant": variant, "target": target, "gain": True}

@@ -31,7 +31,7 @@ class Size:
         multiple: channel widths are rounded to it (64 suits matrix units).
         vocab_size: 259 is the byte tokenizer's, 32000 the usual one in the literature.
         periods: of the continuum's levels, in tokens; None never updates. Slow levels are there to see several updates
-            within the context that the size is meant for.
+            within the context that the size is meant for, and those of `tiny` to be trained by windows of 256 tokens.
         loops: how often the blocks run (`nestling.models.looping`).
     """
 
@@ -46,7 +46,7 @@ class Size:
 
 
 _SIZES = {
-    "tiny": Size(128, 4, 32, 512, 8, 259, (64, 256, None)),
+    "tiny": Size(128, 4, 32, 512, 8, 259, (64, 128, None)),
     "340m": Size(1024, 24, 64, 2816, 64, 32000, (512, 2048, None)),
     "760m": Size(1536, 24, 64, 4096, 64, 32000, (512, 2048, None)),
     "1.3b": Size(2048, 24, 64, 5632, 64, 32000, (512, 2048, None)),
