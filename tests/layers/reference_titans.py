@@ -26,6 +26,7 @@ class SlowMemory:
         self.streams: list[Tensor] = []
         self.query_streams: list[Tensor] = []
         self.logits: dict[str, Tensor] = {}
+        self.window: list[tuple[Tensor, Tensor, Tensor]] = []
         self.count = 0
 
     def heads(self, x: Tensor) -> Tensor:
@@ -91,18 +92,17 @@ class SlowMemory:
         q, k = normalize(q), normalize(k)
         v = v / v.square().mean(-1, keepdim=True).sqrt().clamp_min(1.0)
         keep, erases, thetas, eta = self.rates(x)
+        importance = torch.sigmoid(self.logits["gamma"]) if c.objective_window > 1 else torch.ones_like(eta)
+        self.window = [*self.window, (k, v, importance)][-c.objective_window :]
         for step in range(c.inner_steps):
             if step:
                 memory.start, keep = list(memory.running), torch.ones_like(keep)
-            gradients, inputs = inner_gradients(c, memory, memory.start, k, v)
-            if c.gradient == "online":
-                gradients[-1] = online_gradient(c, memory.running, inputs, k, v)
+            steps, inputs = self.steps(k, v)
             before = list(memory.running)
-            for i, (gradient, u) in enumerate(zip(gradients, inputs, strict=True)):
-                power = 1.0 if i == 0 else u.square().sum(-1).clamp_min(1.0)
-                theta, erase = ((r / power)[..., None, None] for r in (thetas[i], erases[i]))
+            for i, (gradient, u) in enumerate(zip(steps, inputs, strict=True)):
+                theta, erase = (r[..., None, None] for r in (thetas[i], erases[i]))
                 surprise = eta[..., None, None] * memory.surprise[i] - (-theta if c.ascend else theta) * gradient
-                erased = erase * (before[i] @ u[..., None]) @ u[..., None, :]
+                erased = erase / power_of(i, u) * (before[i] @ u[..., None]) @ u[..., None, :]
                 memory.surprise[i] = surprise
                 memory.running[i] = keep[..., None, None] * before[i] - erased + surprise
         at = memory.start if c.read == "chunk" else before if c.read_before else memory.running
@@ -112,10 +112,30 @@ class SlowMemory:
             memory.start = list(memory.running)
         return answer
 
+    def steps(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Every layer's gradient over max(1, |u|^2), the window's mean (NL Eq. 68), and the token's own inputs."""
+        c, memory = self.config, self.memory
+        total = sum((m for _, _, m in self.window), torch.zeros(()))
+        mean: list[Tensor] = []
+        for key, value, importance in self.window:
+            gradients, inputs = inner_gradients(c, memory, memory.start, key, value)
+            if c.gradient == "online":
+                gradients[-1] = online_gradient(c, memory.running, inputs, k, v)
+            share = (importance / total)[..., None, None]
+            scaled = [share * g / power_of(i, u) for i, (g, u) in enumerate(zip(gradients, inputs, strict=True))]
+            mean = [a + b for a, b in zip(mean, scaled, strict=True)] if mean else scaled
+        return mean, inputs
+
     def begin_document(self) -> None:
         """What was written so far is a chunk of its own."""
+        self.window = []
         self.memory.start = list(self.memory.running)
         self.count = 0
+
+
+def power_of(layer: int, u: Tensor) -> Tensor:
+    """max(1, |u|^2) of a layer's input `[N, H, D]`, as a factor of its weight; 1 for the first (keys of length 1)."""
+    return (u[..., :1] * 0 + 1 if layer == 0 else u.square().sum(-1, keepdim=True).clamp_min(1.0))[..., None]
 
 
 def slow_neural_memory(layer: NeuralMemory, x: Tensor, slow: SlowMemory) -> Tensor:

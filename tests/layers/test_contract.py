@@ -119,9 +119,14 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm two steps": lambda: NeuralMemory(lmm(inner_steps=2, chunk_size=1)),
     "lmm ascending": lambda: NeuralMemory(lmm(ascend=True, momentum=False)),
     "lmm huber chunk read": lambda: NeuralMemory(lmm(objective="huber", momentum=False, read="chunk")),
+    "lmm window": lambda: NeuralMemory(lmm(objective_window=3)),
+    "lmm window longer than a chunk": lambda: NeuralMemory(
+        lmm(objective_window=7, momentum=False, rates="chunk", checkpoint_chunks=1)
+    ),
     "mac": lambda: MemoryAsContext(mac(segment_size=4)),
     "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),
     "mag": lambda: MemoryAsGate(mag()),
+    "mag window": lambda: MemoryAsGate(mag(objective_window=3)),
     "mal": lambda: MemoryAsLayer(mal(depth=1, rates="chunk")),
     "caching deltanet gated": lambda: caching(linear(**ROWS["deltanet"])),
     "caching retnet residual checkpoints": lambda: caching(linear(**ROWS["retnet"]), variant="residual", restart=False),

@@ -49,6 +49,7 @@ INNER: dict[str, CacheableConfig] = {
     "lmm read before": neural(read_before=True),
     "self-modifying mlp": self_modifying(momentum=True, anchored=True, own_streams=True),
     "self-modifying matrix two chunks": self_modifying(memory="matrix", gradient="online", self_chunk_size=8),
+    "lmm window": neural(objective_window=3),
     "lmm two steps": NeuralMemoryConfig(hidden_size=HIDDEN, num_heads=2, chunk_size=1, inner_steps=2),
 }
 

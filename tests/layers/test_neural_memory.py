@@ -51,6 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
     "depth 2 chunk rates": {"rates": "chunk"},
     "depth 2 lp (Moneta)": {"objective": "lp", "momentum": False, "expansion": 2, "activation": "gelu"},
     "depth 2 huber (Yaad)": {"objective": "huber", "delta": 0.4, "momentum": False, "activation": "gelu"},
+    "depth 2 dot (DLA)": {"objective": "dot", "momentum": False, "expansion": 2, "activation": "gelu"},
+    "depth 1 window": {"depth": 1, "objective_window": 3},
+    "depth 2 window (OmegaNet)": {"objective_window": 3, "momentum": False, "expansion": 2, "activation": "gelu"},
+    "depth 2 window longer than a chunk": {"objective_window": 7},
+    "depth 2 window longer than the text chunk rates": {"objective_window": 30, "rates": "chunk"},
+    "depth 3 window read before": {"depth": 3, "objective_window": 2, "read_before": True},
+    "depth 2 window chunk read": {"objective_window": 4, "read": "chunk", "objective": "huber", "delta": 0.4},
+    "depth 2 window ascending": {"objective_window": 3, "ascend": True},
     "depth 2 clipped": {"clip": 0.2},
     "depth 2 chunk read": {"read": "chunk"},
     "depth 2 plain face": {"conv_size": 1, "output_gate": False, "inner_lr_scale": 0.7},
@@ -111,7 +119,7 @@ def test_equals_the_equations_token_by_token(name: str) -> None:
     assert_equals_reference(layer, slow, x, y, expected, state)
 
 
-@pytest.mark.parametrize("name", ["depth 1", "depth 2 chunk rates", "depth 4"])
+@pytest.mark.parametrize("name", ["depth 1", "depth 2 chunk rates", "depth 2 window (OmegaNet)", "depth 4"])
 def test_everything_that_is_learned_receives_a_gradient(name: str) -> None:
     layer = make_layer(**CASES[name])
     weigh(layer(noise(2, 20, 8))[0]).backward()
@@ -288,6 +296,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inner_steps": 2, "chunk_size": 1, "read_before": True}, "has no meaning with more"),
     ({"ascend": True, "erase": True}, "ascend needs chunk gradients, no erase, and retention"),
     ({"ascend": True, "use_retention": False}, "ascend needs chunk gradients, no erase, and retention"),
+    ({"objective_window": 0}, "objective_window must be at least 1"),
+    ({"objective_window": 2, "erase": True}, "objective_window=2 needs chunk gradients"),
+    ({"objective_window": 2, "momentum": False, "gradient": "online"}, "objective_window=2 needs chunk gradients"),
     ({"gradient": "online", "momentum": False, "objective": "lp"}, "needs objective 'l2' or 'dot'"),
 ]
 

@@ -33,6 +33,10 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "moneta": lambda: NeuralMemory(
         NeuralMemoryConfig(**BASE, objective="lp", momentum=False, expansion=4, activation="gelu")
     ),
+    "dla": lambda: NeuralMemory(
+        NeuralMemoryConfig(**BASE, objective="dot", momentum=False, expansion=4, activation="gelu")
+    ),
+    "omeganet": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, objective_window=8, momentum=False)),
     "yaad without retention": lambda: NeuralMemory(
         NeuralMemoryConfig(**BASE, objective="huber", momentum=False, use_retention=False)
     ),
@@ -57,6 +61,8 @@ EXTREME_CONFIGS: dict[str, dict[str, Any]] = {
     "depth 1 erase": {"depth": 1, "erase": True, "max_erase": 2.0},
     "depth 2": {},
     "depth 2 lp": {"objective": "lp"},
+    "depth 2 dot": {"objective": "dot"},
+    "depth 2 window": {"objective_window": 4},
     "depth 4": {"depth": 4},
     "depth 1 online": {"depth": 1, "gradient": "online", "max_erase": 2.0},
     "depth 1 online erase": {"depth": 1, "gradient": "online", "erase": True, "max_erase": 2.0},

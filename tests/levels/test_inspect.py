@@ -141,7 +141,9 @@ def test_layers_of_this_package_describe_all_they_hold(preset: str) -> None:
             for memory in module.describe_memories():
                 assert set(memory.initial) <= set(names), path
                 described += memory.state
-    caches = {n for n in weights if n.endswith((".k", ".v", ".keys", ".values")) or ".before" in n or "prefix" in n}
+    caches = {
+        n for n in weights if n.endswith((".k", ".v", ".keys", ".values", ".window")) or ".before" in n or "prefix" in n
+    }
     assert described == sum(size for n, size in weights.items() if n not in caches)
 
 

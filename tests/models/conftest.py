@@ -36,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "moneta": {"chunk_size": 4},
     "yaad": {"chunk_size": 4},
     "memory_caching": {"chunk_size": 4, "segment_size": 8},
+    "dla": {"chunk_size": 4},
+    "omeganet": {"chunk_size": 4, "objective_window": 3},
 }
 """A small model of every preset; a new preset adds one line and runs through all tests of this folder."""
 

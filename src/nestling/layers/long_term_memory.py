@@ -18,6 +18,7 @@ from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay
 from nestling.layers.neural_memory_config import NeuralMemoryConfig
 from nestling.layers.rates import Gates, Scales, chunk_rates, rate_rule
 from nestling.layers.sequence import Aligned
+from nestling.layers.token_window import TokenWindow, learn_window
 from nestling.memory.bank import BankState, MemoryBank, Mix
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
 from nestling.memory.grid import Grid
@@ -39,12 +40,14 @@ class LongTermState(State):
         conv: the last `conv_size - 1` inputs of the convolutions of queries, keys and values.
         rates: logits of the current chunk's rates; None with rates of every token.
         position: tokens written so far, int64 on the CPU.
+        window: key, value and log importance of the last `objective_window - 1` tokens; None without a window.
     """
 
     bank: BankState
     conv: Float[Tensor, "N past streams"]
     rates: Float[Tensor, "N logits"] | None
     position: Int[Tensor, " N"]
+    window: Float[Tensor, "N H before token"] | None = None
 
 
 @dataclass
@@ -77,6 +80,10 @@ class LongTermMemory(nn.Module):
     (Eq. 32-33, token by token, whatever the chunk). It follows weights that the surprise still moves, and is stable
     where a surprise fades with the memory: b_t = a_t beta with one learned beta a head, and l_t up to
     2 a_t (1 - beta)^2 / (1 + beta), which is far above 1/C.
+
+    With an `objective_window` of c > 1 the gradient of Eq. 14 is that of the window's mean loss,
+    sum_i gamma_i grad l(M_{t'}; k_i, v_i) / sum_i gamma_i over t - c < i <= t, gamma_i = sigmoid(x_i W_gamma + bias):
+    the Omega rule (NL Eq. 68).
 
     A value longer than sqrt(D) is scaled to that length, so that hostile input cannot set targets out of reach.
     """
@@ -120,11 +127,14 @@ class LongTermMemory(nn.Module):
         c, dtype = self.config, fast_dtype(x)
         conv = x.new_zeros(len(x), c.conv_size - 1, 3 * c.hidden_size, dtype=dtype)
         rates = conv.new_zeros(len(x), len(c.gates) * c.num_heads) if c.rates == "chunk" else None
+        past = c.objective_window - 1
+        window = conv.new_zeros(len(x), c.num_heads, past, 2 * c.head_dim + 1) if past else None
         return LongTermState(
             bank=self.bank(len(x), c.momentum, dtype),
             conv=conv,
             rates=rates,
             position=torch.zeros(len(x), dtype=torch.int64, device="cpu"),
+            window=window,
         )
 
     def after(self, persistent: nn.Parameter, batch_size: int) -> LongTermState:
@@ -137,6 +147,8 @@ class LongTermMemory(nn.Module):
         """The memory, and its momentum if it has one."""
         c, state = self.config, sum(w.numel() for w in self.bank.initial)
         objective, rule = describe_rule(c, c.use_retention, c.chunk_size)
+        if c.objective_window > 1:
+            objective = f"mean over {c.objective_window} tokens of {objective}"
         memory = MemoryDescription(
             name="memory",
             period=1 if c.read == "token" else c.chunk_size,
@@ -182,10 +194,10 @@ class LongTermMemory(nn.Module):
             rates = state.rates
             if rates is not None:
                 logits, rates = _hold_first(logits, rates, state.position, lengths, self.config.chunk_size)
-            o, bank = self._learn(streams, logits, state, lengths, kept)
+            o, bank, window = self._learn(streams, logits, state, lengths, kept)
             y = merge_normalised(o, self.norm, self.config.norm_eps, x.dtype)
         after = state.position + (x.shape[1] if lengths is None else lengths)
-        return y, LongTermState(bank, conv, rates, after)
+        return y, LongTermState(bank, conv, rates, after, window)
 
     def _retrieve(self, x: Tensor, state: Retrieval, lengths: Tensor | None) -> tuple[Tensor, Retrieval]:
         width = self.config.hidden_size
@@ -198,8 +210,8 @@ class LongTermMemory(nn.Module):
 
     def _learn(
         self, streams: Tensor, logits: Tensor, state: LongTermState, lengths: Tensor | None, kept: KeptMemories | None
-    ) -> tuple[Tensor, BankState]:
-        """Answers `[N, H, L, V]` and the memories after all chunks."""
+    ) -> tuple[Tensor, BankState, Tensor | None]:
+        """Answers `[N, H, L, V]`, the memories after all chunks, and the window's last tokens."""
         c, dtype = self.config, state.conv.dtype
         q, k, v = (split_heads(s, c.head_dim) for s in F.silu(streams.to(dtype)).split(c.hidden_size, -1))
         tokens = {"q": safe_normalize(q), "k": safe_normalize(k), "v": _limit_length(v)}
@@ -218,6 +230,11 @@ class LongTermMemory(nn.Module):
         scales = Scales(bias["theta"], bias.get("alpha"), torch.sigmoid(self.share.to(dtype)), hidden)
         rule = rate_rule(c, c.max_erase, c.chunk_size)
         grid = Grid.of(state.position, lengths, streams.shape[1], c.chunk_size)
+        window = tail = None
+        if state.window is not None:
+            importance = F.logsigmoid(gates["gamma"] + bias["gamma"][:, None])
+            known = (tokens["k"], tokens["v"], importance)
+            window, tail = TokenWindow.of(state.window, *known, state.position, lengths, grid)
         inside = kept is not None and kept.mixes_layers
         if kept is not None and inside:
             tokens["shares"] = kept.shares
@@ -229,25 +246,29 @@ class LongTermMemory(nn.Module):
                 valid = grid.valid_slots(*span, part["k"].device)
                 gates = Gates(part["eta"], part.get("alpha"), part.get("log_b"), valid)
                 mix = replace(kept, shares=part["shares"]).mix if kept is not None and inside else None
-                y, bank = self._chunk(part, chunk_rates(rule, gates, scales), bank, mix)
+                rates = chunk_rates(rule, gates, scales)
+                if c.ascend:
+                    rates = replace(rates, inner_lr=[-lr for lr in rates.inner_lr])
+                if window is None:
+                    y, bank = self._chunk(part, rates, bank, mix)
+                else:
+                    y, bank = learn_window(c, self.bank, bank, window.part(span), rates, part["q"], mix)
                 return y, grid.cross(bank, span[1], c.chunk_size)
 
             return scan_chunks(tokens, grid, c.chunk_size, bank, run)
 
-        if c.ascend or c.inner_steps > 1 or inside:
+        if c.ascend or c.inner_steps > 1 or inside or window is not None:
             o, bank = plain(tokens, scales, None, state.bank)
         else:
             loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)
             o, bank = loop.run(plain, tokens, scales, None, state.bank, grid)
-        return (o if kept is None or inside else kept.combine(tokens["q"], o, c.activation)), bank
+        return (o if kept is None or inside else kept.combine(tokens["q"], o, c.activation)), bank, tail
 
     def _chunk(
         self, tokens: dict[str, Tensor], rates: Rates, bank: BankState, mix: Mix | None
     ) -> tuple[Tensor, BankState]:
         """Answers of one chunk and the memories after it, their chunk's start unchanged."""
         c, k, v = self.config, tokens["k"], tokens["v"]
-        if c.ascend:
-            rates = replace(rates, inner_lr=[-lr for lr in rates.inner_lr])
         for _ in range(1, c.inner_steps):
             _, bank = learn_chunk(c, self.bank, bank, k, v, rates, None, self_targets=False)
             bank = BankState(bank.running, bank.running, bank.surprise)
@@ -263,7 +284,7 @@ def at_the_start(state: LongTermState, batch_size: int) -> LongTermState:
     state = state.map(lambda t: t.expand(batch_size, *t.shape[1:]))
     bank = BankState(list(state.bank.running), state.bank.running, state.bank.surprise)
     position = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-    return LongTermState(bank, state.conv, state.rates, position)
+    return LongTermState(bank, state.conv, state.rates, position, state.window)
 
 
 def aligned(tokens: Tensor) -> Tensor:

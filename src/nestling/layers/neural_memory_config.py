@@ -48,6 +48,8 @@ class NeuralMemoryConfig(Rule):
             over 70 tokens.
         gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
             None has no bias, so that the gate multiplies by random signs until it is trained.
+        objective_window: c, tokens in a token's inner objective, itself and the last c - 1 (the Omega rule, NL Eq. 68).
+            Their gradients, all at the chunk's start, are averaged with weights gamma_i, a gate of token i.
 
     Raises:
         ValueError: sizes that do not divide, or a rule that has no closed form.
@@ -76,11 +78,12 @@ class NeuralMemoryConfig(Rule):
     first_momentum: float = field(default=0.5, metadata=NEW_FIELD)
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
+    objective_window: int = field(default=1, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = ("hidden_size", "num_heads", "expansion", "chunk_size", "conv_size", "inner_steps", "checkpoint_chunks")
-        for name in sizes:
+        for name in (*sizes, "objective_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -103,6 +106,11 @@ class NeuralMemoryConfig(Rule):
             raise ValueError(
                 "ascend needs chunk gradients, no erase, and retention: the step is folded into the erase otherwise, "
                 "and a memory that climbs its loss and forgets nothing grows without end"
+            )
+        if self.objective_window > 1 and (self.erase or self.gradient == "online" or self.inner_steps > 1):
+            raise ValueError(
+                f"objective_window={self.objective_window} needs chunk gradients, no erase and one inner step: "
+                "gradients at the weights of the token before would make every token of the window an erase of its own"
             )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")
@@ -133,7 +141,8 @@ class NeuralMemoryConfig(Rule):
     def gates(self) -> tuple[str, ...]:
         """The rates a token gives, in the order of `LongTermMemory.rate_proj`'s outputs."""
         own = self.momentum and not self.online
-        return ("theta", *(("alpha",) if self.use_retention else ()), *(("eta",) if own else ()))
+        there = {"alpha": self.use_retention, "eta": own, "gamma": self.objective_window > 1}
+        return ("theta", *(name for name, given in there.items() if given))
 
 
 @dataclass(frozen=True, kw_only=True)

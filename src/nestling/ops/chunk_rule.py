@@ -41,20 +41,22 @@ from nestling.ops import native
 class Decay:
     """Products of the retentions and momenta of one chunk. `None` fields: the rule has no retention or no momentum.
 
+    S is C, and longer where tokens before the chunk are written again (`ops.window_rule`).
+
     Attributes:
-        inner: A, `[..., C, C]`, lower triangular with the diagonal.
+        inner: A, `[..., C, S]`, lower triangular with the diagonal.
         start: A0, `[..., C]`.
-        inner_momentum: D, `[..., C, C]`.
+        inner_momentum: D, `[..., C, S]`.
         start_momentum: d0, `[..., C]`.
-        last_momentum: last row of B, `[..., C]`.
+        last_momentum: last row of B, `[..., S]`.
         last_start_momentum: last entry of B0, `[...]`.
     """
 
-    inner: Float[Tensor, "*batch C C"]
+    inner: Float[Tensor, "*batch C S"]
     start: Float[Tensor, "*batch C"]
-    inner_momentum: Float[Tensor, "*batch C C"] | None = None
+    inner_momentum: Float[Tensor, "*batch C S"] | None = None
     start_momentum: Float[Tensor, "*batch C"] | None = None
-    last_momentum: Float[Tensor, "*batch C"] | None = None
+    last_momentum: Float[Tensor, "*batch S"] | None = None
     last_start_momentum: Float[Tensor, "*batch"] | None = None
 
     def unsqueeze(self, dim: int) -> Decay:

@@ -110,3 +110,56 @@ def token_diagonal_rule(
         weight = kept + (written if inner_lr is None else inner_lr[..., t, None, None] * written)
         outputs.append((weight @ q[..., t, :, None])[..., 0])
     return torch.stack(outputs, dim=-2), weight
+
+
+def window_rule(
+    x: Float[Tensor, "*batch S K"],
+    g: Float[Tensor, "*batch S V"],
+    q: Float[Tensor, "*batch T K"],
+    *,
+    weight: Float[Tensor, "*batch V K"],
+    importance: Float[Tensor, "*batch S"],
+    window: int,
+    inner_lr: Float[Tensor, "*batch T"],
+    surprise: Float[Tensor, "*batch V K"] | None = None,
+    retention: Float[Tensor, "*batch T"] | None = None,
+    momentum: Float[Tensor, "*batch T"] | None = None,
+    read_before: bool = False,
+) -> tuple[Float[Tensor, "*batch T V"], Tensor, Tensor | None]:
+    """The Omega rule (NL Eq. 68) for given x and g: a token's step is the mean over a window of past tokens.
+
+        S_t = b_t S_{t-1} - l_t sum_i m_i g_i x_i^T / sum_i m_i over t - c < i <= t,   W_t = a_t W_{t-1} + S_t
+
+    Args:
+        x: inputs of the weight, of the S - T tokens before the first and of the T tokens.
+        g: gradients at the weight's output.
+        q: queries of the T tokens.
+        weight: W_0.
+        importance: m_i > 0.
+        window: c.
+        inner_lr: l_t.
+        surprise: S_0; None is zero.
+        retention: a_t; None is 1.
+        momentum: b_t; None is 0.
+        read_before: y_t = W_{t-1} q_t in place of W_t q_t.
+
+    Returns:
+        y, W_T and S_T (None without momentum).
+    """
+    outputs = []
+    if momentum is not None and surprise is None:
+        surprise = torch.zeros_like(weight)
+    before = x.shape[-2] - q.shape[-2]
+    for t in range(q.shape[-2]):
+        step, total = torch.zeros_like(weight), torch.zeros_like(importance[..., 0])
+        for i in range(max(0, before + t - window + 1), before + t + 1):
+            step = step + importance[..., i, None, None] * g[..., i, :, None] @ x[..., i, None, :]
+            total = total + importance[..., i]
+        step = -(inner_lr[..., t] / total)[..., None, None] * step
+        if momentum is not None:
+            assert surprise is not None
+            step = surprise = momentum[..., t, None, None] * surprise + step
+        old = weight
+        weight = (1 if retention is None else retention[..., t, None, None]) * weight + step
+        outputs.append(((old if read_before else weight) @ q[..., t, :, None])[..., 0])
+    return torch.stack(outputs, dim=-2), weight, surprise

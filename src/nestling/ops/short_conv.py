@@ -30,16 +30,29 @@ def short_conv(
     if width == 1:
         return x * weight[:, 0], tail
     seen = torch.cat([tail.to(x.dtype), x], dim=1)
-    time = x.shape[1]
     if native.fits(seen) and weight.dtype == seen.dtype:
         y = native.native_short_conv(_plain, seen, weight)
     else:
         y = _plain(seen, weight)
+    return y, last_inputs(seen, width - 1, lengths).to(tail.dtype)
+
+
+def last_inputs(seen: Tensor, past: int, lengths: Tensor | None, dim: int = 1) -> Tensor:
+    """The last `past` real entries of every row along `dim`.
+
+    Args:
+        seen: `[N, ...]` rows of `past` earlier entries and the new ones, left-aligned.
+        past: entries kept.
+        lengths: `[N]` real new entries of every row, on the CPU; None when all are real.
+        dim: the dimension of the entries.
+    """
     if lengths is None:
-        return y, seen[:, time:].to(tail.dtype)
-    slots = lengths[:, None] + torch.arange(width - 1, device="cpu")
-    index = slots.to(x.device)[..., None].expand(-1, -1, x.shape[2])
-    return y, seen.gather(1, index).to(tail.dtype)
+        return seen.narrow(dim, seen.shape[dim] - past, past)
+    slots = lengths[:, None] + torch.arange(past, device="cpu")
+    shape = [len(seen), *[1] * (seen.dim() - 1)]
+    shape[dim] = past
+    sizes = [-1 if d in (0, dim) else size for d, size in enumerate(seen.shape)]
+    return seen.gather(dim, slots.to(seen.device).reshape(shape).expand(sizes))
 
 
 def _plain(seen: Tensor, weight: Tensor) -> Tensor:

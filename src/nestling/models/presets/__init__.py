@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nestling.models.configuration import NestlingConfig
 from nestling.models.presets.adaptive import ada_transformer, linear_attention_pp
+from nestling.models.presets.atlas import dla, omeganet
 from nestling.models.presets.delta import comba, gated_deltaproduct, kimi_delta, rwkv7
 from nestling.models.presets.hope import hope, hope_attention, hope_linear, transformer
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
@@ -40,6 +41,8 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "moneta": moneta,
     "yaad": yaad,
     "memory_caching": memory_caching,
+    "dla": dla,
+    "omeganet": omeganet,
 }
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "ada_transformer",
     "comba",
     "deltanet",
+    "dla",
     "gated_deltanet",
     "gated_deltaproduct",
     "hope",
@@ -59,6 +63,7 @@ __all__ = [
     "mamba2",
     "memory_caching",
     "moneta",
+    "omeganet",
     "retnet",
     "rwkv7",
     "samba",

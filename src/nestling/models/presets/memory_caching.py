@@ -8,6 +8,7 @@ from typing import Any
 
 from nestling.layers.memory_caching_config import CACHEABLE, Variant
 from nestling.models.configuration import NestlingConfig
+from nestling.models.presets.atlas import dla, omeganet
 from nestling.models.presets.delta import comba, gated_deltaproduct, kimi_delta
 from nestling.models.presets.hope import hope, hope_linear
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, retnet
@@ -20,6 +21,8 @@ MEMORIES: dict[str, Callable[..., NestlingConfig]] = {
     "titans_lmm": titans_lmm,
     "moneta": moneta,
     "yaad": yaad,
+    "dla": dla,
+    "omeganet": omeganet,
     "deltanet": deltanet,
     "gated_deltanet": gated_deltanet,
     "gated_deltaproduct": gated_deltaproduct,
