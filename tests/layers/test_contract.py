@@ -123,6 +123,9 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
     "lmm window longer than a chunk": lambda: NeuralMemory(
         lmm(objective_window=7, momentum=False, rates="chunk", checkpoint_chunks=1)
     ),
+    "memora": lambda: NeuralMemory(lmm(divergence="kl", momentum=False, expansion=2)),
+    "memora momentum long chunk": lambda: NeuralMemory(lmm(divergence="kl", chunk_size=12, rates="chunk")),
+    "memora chunk read": lambda: NeuralMemory(lmm(divergence="kl", read="chunk", checkpoint_chunks=2)),
     "mac": lambda: MemoryAsContext(mac(segment_size=4)),
     "mac two chunks a segment": lambda: MemoryAsContext(mac(segment_size=8, rates="chunk", checkpoint_chunks=1)),
     "mag": lambda: MemoryAsGate(mag()),

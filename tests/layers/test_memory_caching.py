@@ -178,6 +178,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"variant": "mean"}, "variant is one of 'residual', 'gated', 'soup', 'sparse', not 'mean'"),
         ({"inner": self_modifying(adapt=("memory", "k", "q"))}, "needs the inner adapt without 'q'"),
+        ({"inner": neural(divergence="kl")}, "its state is the logarithms of its weights"),
         ({"variant": "soup", "inner": neural(read="chunk")}, "needs the inner read='token'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -37,6 +37,9 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
         NeuralMemoryConfig(**BASE, objective="dot", momentum=False, expansion=4, activation="gelu")
     ),
     "omeganet": lambda: NeuralMemory(NeuralMemoryConfig(**BASE, objective_window=8, momentum=False)),
+    "memora": lambda: NeuralMemory(
+        NeuralMemoryConfig(**BASE, divergence="kl", momentum=False, expansion=4, activation="gelu")
+    ),
     "yaad without retention": lambda: NeuralMemory(
         NeuralMemoryConfig(**BASE, objective="huber", momentum=False, use_retention=False)
     ),

@@ -36,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "moneta": {"chunk_size": 4},
     "yaad": {"chunk_size": 4},
     "memory_caching": {"chunk_size": 4, "segment_size": 8},
+    "memora": {"chunk_size": 4},
     "dla": {"chunk_size": 4},
     "omeganet": {"chunk_size": 4, "objective_window": 3},
 }

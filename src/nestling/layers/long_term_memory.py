@@ -24,6 +24,7 @@ from nestling.memory.description import SURPRISE, MemoryDescription, describe_ru
 from nestling.memory.grid import Grid
 from nestling.memory.kept import KeptMemories
 from nestling.memory.lesson import Rates
+from nestling.memory.simplex import SimplexBank
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
@@ -81,6 +82,8 @@ class LongTermMemory(nn.Module):
     where a surprise fades with the memory: b_t = a_t beta with one learned beta a head, and l_t up to
     2 a_t (1 - beta)^2 / (1 + beta), which is far above 1/C.
 
+    With `divergence="kl"` the memory's state is the logarithms of its weights (`memory.simplex`).
+
     With an `objective_window` of c > 1 the gradient of Eq. 14 is that of the window's mean loss,
     sum_i gamma_i grad l(M_{t'}; k_i, v_i) / sum_i gamma_i over t - c < i <= t, gamma_i = sigmoid(x_i W_gamma + bias):
     the Omega rule (NL Eq. 68).
@@ -100,7 +103,11 @@ class LongTermMemory(nn.Module):
         self.share = nn.Parameter(torch.empty(c.depth, c.num_heads))
         hidden = c.depth - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
-        self.bank = MemoryBank(("memory",), (), c.num_heads, c.head_dim, c.depth, c.expansion, c.activation)
+        self.bank: MemoryBank
+        if c.divergence == "kl":
+            self.bank = SimplexBank(("memory",), c.num_heads, c.head_dim, c.expansion, c.activation)
+        else:
+            self.bank = MemoryBank(("memory",), (), c.num_heads, c.head_dim, c.depth, c.expansion, c.activation)
         self.norm = nn.Parameter(torch.ones(c.head_dim))
         free_of_weight_decay(self.conv, self.rate_bias, self.beta, self.share, self.hidden_erase)
         self.reset_parameters()
@@ -147,6 +154,8 @@ class LongTermMemory(nn.Module):
         """The memory, and its momentum if it has one."""
         c, state = self.config, sum(w.numel() for w in self.bank.initial)
         objective, rule = describe_rule(c, c.use_retention, c.chunk_size)
+        if c.divergence == "kl":
+            rule = rule.replace("W", "log W")
         if c.objective_window > 1:
             objective = f"mean over {c.objective_window} tokens of {objective}"
         memory = MemoryDescription(
@@ -257,7 +266,7 @@ class LongTermMemory(nn.Module):
 
             return scan_chunks(tokens, grid, c.chunk_size, bank, run)
 
-        if c.ascend or c.inner_steps > 1 or inside or window is not None:
+        if c.ascend or c.inner_steps > 1 or inside or window is not None or c.divergence == "kl":
             o, bank = plain(tokens, scales, None, state.bank)
         else:
             loop = BankLoop(c, rule, self.bank, c.chunk_size, self_targets=False)

@@ -64,6 +64,8 @@ class MemoryCachingConfig:
             raise ValueError(
                 "a kept memory is asked with queries from the tokens; it needs the inner adapt without 'q'"
             )
+        if getattr(self.inner, "divergence", "l2") == "kl":
+            raise ValueError("a memory with divergence='kl' cannot be kept: its state is the logarithms of its weights")
         if self.variant == "soup" and getattr(self.inner, "read", "token") != "token":
             raise ValueError("variant='soup' averages the weights that a token reads; it needs the inner read='token'")
 

@@ -1,4 +1,4 @@
-"""Titans' neural memory as a sequence layer by itself: Titans (LMM), and Moneta and Yaad of Miras by its objective."""
+"""Titans' neural memory as a sequence layer by itself: Titans (LMM), and models of Miras and Atlas by its settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class NeuralMemory(CacheableLayer):
 
     Titans sections 3.1, 4.3 ("memory without attention") and 4.4. Every token reads the memory after its own write;
     its gradient was taken at the memory of its chunk's start, or just before the token (`gradient="online"`).
-    Persistent tokens, if there are any, are read before a document (section 3.3). `objective="lp"` is Moneta's and
-    "huber" Yaad's (Miras).
+    Persistent tokens, if there are any, are read before a document (section 3.3). `objective="lp"` is Moneta's, "huber"
+    Yaad's and `divergence="kl"` Memora's (Miras); `objective="dot"` is deep linear attention's, and `objective_window`
+    OmegaNet's (Atlas).
 
     Examples:
         >>> import torch

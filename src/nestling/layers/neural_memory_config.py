@@ -50,6 +50,9 @@ class NeuralMemoryConfig(Rule):
             None has no bias, so that the gate multiplies by random signs until it is trained.
         objective_window: c, tokens in a token's inner objective, itself and the last c - 1 (the Omega rule, NL Eq. 68).
             Their gradients, all at the chunk's start, are averaged with weights gamma_i, a gate of token i.
+        divergence: what holds new weights to the old ones (Miras' retention gate). "l2" is the rule as it stands; "kl",
+            the Kullback-Leibler divergence, keeps every row of weights on a simplex (Memora) and runs the rule on their
+            logarithms. It needs depth 2, and its reads cost as much as writing every token's weights out.
 
     Raises:
         ValueError: sizes that do not divide, or a rule that has no closed form.
@@ -79,6 +82,7 @@ class NeuralMemoryConfig(Rule):
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
     objective_window: int = field(default=1, metadata=NEW_FIELD)
+    divergence: Literal["l2", "kl"] = field(default="l2", metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +115,15 @@ class NeuralMemoryConfig(Rule):
             raise ValueError(
                 f"objective_window={self.objective_window} needs chunk gradients, no erase and one inner step: "
                 "gradients at the weights of the token before would make every token of the window an erase of its own"
+            )
+        if self.divergence not in ("l2", "kl"):
+            raise ValueError(f"divergence is 'l2' or 'kl', not {self.divergence!r}")
+        if self.divergence == "kl" and (
+            self.depth != 2 or self.erase or self.gradient == "online" or self.read_before or self.objective_window > 1
+        ):
+            raise ValueError(
+                "divergence='kl' needs depth 2, chunk gradients, reads after the write, no erase and no window: what "
+                "is erased or recalled is not linear in the logarithms of the weights"
             )
         if not 0 < self.max_erase <= 2:
             raise ValueError(f"max_erase is in (0, 2], not {self.max_erase}: beyond 2 the erase is no contraction")

@@ -12,7 +12,7 @@ from nestling.models.presets.hope import hope, hope_attention, hope_linear, tran
 from nestling.models.presets.linear import deltanet, gated_deltanet, linear_attention, mamba2, retnet, samba
 from nestling.models.presets.memory_caching import memory_caching, with_memory_caching
 from nestling.models.presets.sizes import SIZES
-from nestling.models.presets.titans import moneta, titans_lmm, titans_mac, titans_mag, titans_mal, yaad
+from nestling.models.presets.titans import memora, moneta, titans_lmm, titans_mac, titans_mag, titans_mal, yaad
 from nestling.models.presets.ttt import ttt_linear, ttt_mlp
 
 PRESETS: dict[str, Callable[..., NestlingConfig]] = {
@@ -41,6 +41,7 @@ PRESETS: dict[str, Callable[..., NestlingConfig]] = {
     "moneta": moneta,
     "yaad": yaad,
     "memory_caching": memory_caching,
+    "memora": memora,
     "dla": dla,
     "omeganet": omeganet,
 }
@@ -61,6 +62,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_pp",
     "mamba2",
+    "memora",
     "memory_caching",
     "moneta",
     "omeganet",

@@ -1,4 +1,4 @@
-"""Titans: the neural memory alone and beside attention; Moneta and Yaad of Miras."""
+"""Titans: the neural memory alone and beside attention; Moneta, Yaad and Memora of Miras."""
 
 from __future__ import annotations
 
@@ -194,6 +194,29 @@ def yaad(
     """Yaad (Miras): a Huber objective, quadratic up to `delta`, otherwise as `moneta`."""
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
     mixer = _miras(chunk_size) | {"objective": "huber", "delta": delta}
+    return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
+
+
+def memora(
+    size: str = "tiny",
+    *,
+    vocab_size: int | None = None,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    loops: int = 1,
+    num_heads: int | None = None,
+    intermediate_size: int | None = None,
+    chunk_size: int = 64,
+    read: str = "token",
+    tie_word_embeddings: bool = True,
+) -> NestlingConfig:
+    """Memora (Miras): an L2 objective, and retention by a Kullback-Leibler divergence, otherwise as `moneta`.
+
+    `read="chunk"` reads the memory of the chunk's start, with which a token does not see the last ones and reads cost
+    as little as other memories' (`NeuralMemoryConfig`).
+    """
+    shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
+    mixer = _miras(chunk_size) | {"divergence": "kl", "read": read}
     return assemble(shape, [mixer], FEED_FORWARD, num_heads, intermediate_size, tie_word_embeddings)
 
 
