@@ -31,7 +31,8 @@ def argmax_loop(model: NestlingForCausalLM, ids: Tensor) -> Tensor:
 def test_greedy_is_the_argmax_loop_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
     found = generate(model, ids)
     assert torch.equal(found, argmax_loop(model, ids))
-    assert len(found[:, -NEW:].unique()) > NEW
+    # Random weights may fall into a loop, but not all into one token.
+    assert len(found[:, -NEW:].unique()) > NEW // 2
 
 
 @LOOPED
