@@ -20,6 +20,8 @@ from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
 from nestling.memory.state import State
 from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
 
+__all__ = ["ContinuumConfig", "ContinuumLevel", "ContinuumMemory", "ContinuumState", "LevelState"]
+
 # Tokens whose erases are solved together: the solve needs their Gram matrix, so a slow level's period is cut. The cut
 # changes nothing but rounding and memory, since the gradients stay those of the period's first weights.
 MAX_SOLVE = 512
