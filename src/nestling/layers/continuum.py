@@ -83,8 +83,15 @@ class ContinuumLevel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Down-projection N(0, 1/intermediate); rates at `inner_lr_scale`; the level above keeps half of a context."""
-        nn.init.normal_(self.down, std=1 / math.sqrt(self.config.intermediate_size))
+        """Rates at `inner_lr_scale`; the level above keeps half of a context.
+
+        The down-projection is so small that all levels together start as large as one feed-forward network. At unit
+        gain a chain of three writes five times as much into the residual stream, and hides there what the mixers say.
+        """
+        c = self.config
+        levels = 1 / len(c.periods) if c.variant == "headwise" else len(c.periods)
+        # 3: `nn.Linear` draws weights of variance 1 / (3 inputs).
+        nn.init.normal_(self.down, std=1 / math.sqrt(3 * levels * c.intermediate_size))
         if self.rate is not None:
             nn.init.constant_(self.rate, logit(self.config.inner_lr_scale))
         if self.transfer is not None:
