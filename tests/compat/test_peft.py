@@ -7,13 +7,16 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from tests.compat.subjects import SUBJECTS, batch, subject
+from tests.models.conftest import with_gains
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_lora_learns_everywhere_generates_and_merges(name: str) -> None:
     ids = batch(2, 21)
-    expected = subject(name)(ids, labels=ids).loss
-    model = get_peft_model(subject(name), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    expected = with_gains(subject(name))(ids, labels=ids).loss
+    model = get_peft_model(
+        with_gains(subject(name)), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     out = model(input_ids=ids, labels=ids, output_hidden_states=True)
     torch.testing.assert_close(out.loss, expected)
     assert len(out.hidden_states) == len(model.get_base_model().blocks) + 1

@@ -95,3 +95,12 @@ def model(make: Callable[..., NestlingForCausalLM]) -> NestlingForCausalLM:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 61, (3, 21), generator=torch.Generator().manual_seed(2))
+
+
+def with_gains(model: NestlingForCausalLM) -> NestlingForCausalLM:
+    """The model with gains that start at zero, and hide what is behind them from the gradient, away from it."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-1] == "gain":
+                parameter.fill_(0.5)
+    return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestling import NestlingForCausalLM, presets
 from nestling.models import ModelState
-from tests.models.conftest import LOOPED
+from tests.models.conftest import LOOPED, with_gains
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -53,7 +53,7 @@ def test_loss_at_initialisation_at_a_large_width(tied: bool) -> None:
 
 @LOOPED
 def test_every_parameter_gets_a_gradient(make: Make, ids: Tensor) -> None:
-    model = make()
+    model = with_gains(make())
     for name, gradient in gradients(model, model(ids, labels=ids).loss).items():
         assert bool(torch.isfinite(gradient).all()), name
         assert float(gradient.abs().max()) > 0, name
