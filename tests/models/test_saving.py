@@ -84,10 +84,12 @@ def test_weights_a_checkpoint_lacks_are_drawn(make: Make, tmp_path: Path, lost: 
     dropped = [k for k in tensors if k.startswith(lost)][::2]
     save_file({k: t for k, t in tensors.items() if k not in dropped}, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = NestlingForCausalLM.from_pretrained(tmp_path)
+    # What starts without chance, as constants and RWKV-7's mixes of channels, is the same in every new model.
+    drawn = dict(NestlingForCausalLM(model.config).named_parameters())
     assert dropped
     for name, parameter in loaded.named_parameters():
         found, first = parameter.detach(), tensors[name]
-        if name not in dropped or first.unique().numel() == 1:
+        if name not in dropped or torch.equal(drawn[name], first):
             assert torch.equal(found, first), name
         elif found.numel() > 30:
             assert not torch.equal(found, first), name
