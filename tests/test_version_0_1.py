@@ -76,6 +76,15 @@ def test_a_run_that_was_killed_goes_on(files: Path, expected: dict[str, Any], mo
     AutoModelForCausalLM.from_pretrained(files / "run")
 
 
+def test_a_run_without_the_settings_of_its_model_is_named(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(files)
+    (files / "run" / "checkpoint-4" / "config.json").unlink()
+    assert run("train", "--out", "run", "--resume") == 2
+    assert "no settings of a model in run/checkpoint-4" in capsys.readouterr().err
+
+
 def test_a_state_is_read_with(
     files: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,13 +79,17 @@ def build_model(
     Args:
         config: of the run.
         tokenizer: of the run.
-        checkpoint: of a run that is resumed, which is read in place of `init`.
+        checkpoint: of a run that is resumed, which is read in place of `init` or of the preset, whose defaults may
+            have changed since.
 
     Raises:
         UserError: a preset, size or override that does not exist or does not fit, an `init` that cannot be loaded, or
             carried state where it would grow without bound.
     """
-    model = _fresh(config, tokenizer) if config.init is None else _initial(checkpoint or config.init, tokenizer)
+    if config.init is None:
+        model = _fresh(config, tokenizer, checkpoint)
+    else:
+        model = _initial(checkpoint or config.init, tokenizer)
     if config.carry_state and config.carry_tokens is None and state_grows(model.config):
         whose = f"preset {config.preset}" if config.init is None else config.init
         why, instead = "every token it reads (attention without a window)", ", or --set window=N"
@@ -100,8 +104,12 @@ def build_model(
     return model
 
 
-def _fresh(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NestlingForCausalLM:
+def _fresh(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None) -> NestlingForCausalLM:
     check_preset(config.preset, config.size, config.overrides)
+    if checkpoint is not None:
+        model_config = _saved_config(checkpoint)
+        set_seed(config.seed)
+        return NestlingForCausalLM(model_config)
     try:
         model_config = presets.PRESETS[config.preset](size=config.size, vocab_size=len(tokenizer), **config.overrides)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -110,6 +118,16 @@ def _fresh(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NestlingF
         return NestlingForCausalLM(model_config)
     except (ValueError, TypeError) as error:
         raise UserError(f"preset {config.preset} at size {config.size}: {error}") from error
+
+
+def _saved_config(checkpoint: str) -> NestlingConfig:
+    try:
+        found = NestlingConfig.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"no settings of a model in {checkpoint} ({reason}); restore its config.json") from error
+    assert isinstance(found, NestlingConfig)
+    return found
 
 
 def _initial(directory: str, tokenizer: PreTrainedTokenizerBase) -> NestlingForCausalLM:
