@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.optim.groups import parameter_groups
-from nestling.tasks.associative_recall import IGNORE, RecallTask
+from nestling.tasks.associative_recall import IGNORE, OverwriteTask, RecallTask
 from reproductions.harness.command import Reproduction
 from reproductions.harness.grid import best_rate, fixed, grow_rate
 from reproductions.harness.report import EMPTY, Report
 from reproductions.harness.rows import Row, Rows
 from reproductions.mqar.report import make_report
 
+Task = RecallTask | OverwriteTask
 VOCABULARY = 128
 TASKS = {
     "4 pairs in 32": RecallTask(32, 4, VOCABULARY),
@@ -65,14 +66,18 @@ def build(preset: str, seed: int, ablation: str | None = None) -> NestlingForCau
     return NestlingForCausalLM(config)
 
 
-def train(model: NestlingForCausalLM, rate: float, steps: int, seed: int) -> tuple[int, bool]:
-    """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Steps taken, and whether the loss diverged."""
+def train(
+    model: NestlingForCausalLM, rate: float, steps: int, seed: int, tasks: Sequence[Task] = tuple(TASKS.values())
+) -> tuple[int, bool]:
+    """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Steps taken, and whether the loss diverged.
+
+    The first half are of the first task, the rest of all in turn.
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
-    tasks = list(TASKS.values())
     for step in range(steps):
         task = tasks[0] if step < steps // 2 else tasks[step % len(tasks)]
         tokens, answers = task.sample(TOKENS_PER_STEP // task.length, generator)
@@ -89,7 +94,7 @@ def train(model: NestlingForCausalLM, rate: float, steps: int, seed: int) -> tup
 
 
 @torch.no_grad()
-def accuracy(model: NestlingForCausalLM, task: RecallTask, rows: int, seed: int) -> float:
+def accuracy(model: NestlingForCausalLM, task: Task, rows: int, seed: int) -> float:
     """Share of the queries answered rightly."""
     generator = torch.Generator().manual_seed(seed)
     right = total = 0

@@ -18,6 +18,7 @@ SHOWN = {
     "memory_caching": "| keys of 4, residual | 8 |",
     "mqar": "4 pairs in 32: accuracy (seeds), state",
     "orthogonal_tasks": "| orthogonal | delta momentum |",
+    "overwrite": "| preset | learning rate | 4 pairs |",
     "parity": "| `hope` | carry |",
     "reading": "`cms_3+sleep`",
     "small_lm": "| transformer | ",
