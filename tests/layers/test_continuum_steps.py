@@ -260,3 +260,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refuses_in_words(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContinuumConfig(**{"hidden_size": 8, "intermediate_size": 12, "periods": (2, 4, None)} | settings)
+
+
+def test_a_gain_is_not_moved_by_levels_that_did_not_update() -> None:
+    """Its gradient is zero to the bit, in float32 too, until a period is over."""
+    torch.manual_seed(0)
+    layer = ContinuumMemory(ContinuumConfig(hidden_size=32, intermediate_size=48, periods=(4, 64), gain=True))
+    layer(torch.randn(3, 20, 32))[0].square().sum().backward()
+    fast, slow = (level.gain.grad for level in layer.levels)
+    assert bool(fast.any()) and not bool(slow.any())

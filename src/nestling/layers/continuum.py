@@ -161,22 +161,31 @@ class ContinuumLevel(nn.Module):
         if whole and grid.offsets is None and grid.phase % self.period == 0:
             state = replace(state, period=None)  # zeros, which need not be added to
         for (begin, end), (h_c, key, wanted, *shrink) in zip(spans, pieces, strict=True):
-            outputs.append(h_c @ state.start.mT)
-            recalled = outputs[-1] * shrink[0] if shrink else key @ state.start.mT
+            recalled = (h_c if shrink else key) @ state.start.mT
+            outputs.append(recalled if shrink and self.gain is None else h_c @ self._heard(state.start).mT)
+            recalled = recalled * shrink[0] if shrink else recalled
             state = self._collect(state, key, recalled - wanted, begin)
             if end % self.period == 0:
                 state = self._update(state, grid, end)
         y = torch.cat(outputs, dim=1)
         if grid.offsets is not None:
             y = unshift_rows(y.unsqueeze(1), grid, h.shape[1]).squeeze(1)
-        if self.gain is not None:
-            first = h @ self.down.to(h.dtype).mT
-            y = first + self.gain.to(h.dtype) * (y - first)
         if state.tail is not None:
             state = replace(state, tail=_last(h, state.tail, lengths))
         if whole and state.period is None:
             state = replace(state, period=PeriodState.empty(state.start, self.period))
         return y, state
+
+    def _heard(self, start: Tensor) -> Tensor:
+        """The weights that answer, W_0 + g (W - W_0).
+
+        Of a difference of weights, and not of outputs: before the first update it is zero to the bit, where rounding
+        would give the gain a gradient of noise, and an optimizer that normalises gradients would walk with it.
+        """
+        if self.gain is None:
+            return start
+        first = self.down.to(start.dtype)
+        return first + self.gain.to(start.dtype)[:, None] * (start - first)
 
     def _lessons(self, h: Tensor, target: Tensor, tail: Tensor | None, lengths: Tensor | None) -> list[Tensor]:
         """Keys and targets, divided by max(1, |key|); where the keys are the queries too, the factors as well."""
