@@ -85,8 +85,8 @@ class ContinuumLevel(nn.Module):
     def reset_parameters(self) -> None:
         """Rates at `inner_lr_scale`; the level above keeps half of a context.
 
-        The down-projection is so small that all levels together start as large as one feed-forward network. At unit
-        gain a chain of three writes five times as much into the residual stream, and hides there what the mixers say.
+        The down-projection is so small that all levels together start as large as one feed-forward network; what they
+        write into the residual stream hides there what the mixers say.
         """
         c = self.config
         levels = 1 / len(c.periods) if c.variant == "headwise" else len(c.periods)
