@@ -13,9 +13,12 @@ from torch.optim.optimizer import ParamsT
 from nestling.optim.base import Group, OnNonfinite, check_range, shared_settings
 from nestling.optim.layer_inputs import InputOptimizer, Reduction, Seen, check_reduction, record_pairs, scale_between
 from nestling.optim.memories import Memories, working_dtype
-from nestling.optim.objectives import L2, Objective, Retention, squared_distance
+from nestling.optim.objectives import DOT, HUBER, L2, Objective, Retention, squared_distance
 from nestling.optim.shards import local, part_of, whole
 from nestling.optim.windows import mean, remember_, remembered
+
+# Where version 0.2 had its objectives; users import them from here.
+__all__ = ["DOT", "HUBER", "L2", "GeneralizedGradientDescent", "Objective", "Retention"]
 
 Target = Callable[[Tensor, Tensor, Tensor], Tensor]
 
