@@ -10,7 +10,7 @@ from reproductions.__main__ import main
 from reproductions.harness.rows import read_rows
 from reproductions.parity import run as parity
 
-SMALL = ["--presets", "hope_linear", "--trainings", "reset", "--seeds", "0", "--steps", "2"]
+SMALL = ["--presets", "hope_linear", "--trainings", "reset", "--seeds", "0", "--steps", "2", "--rates", "0.01"]
 
 
 def test_names_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +23,7 @@ def test_names_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str])
 def test_a_run_is_kept_gone_on_with_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "TEST_LENGTHS", (4, 8, 12))
+    monkeypatch.setattr(parity, "TESTS", {4: 8, 8: 8, 12: 8})
     place = ["--folder", str(tmp_path / "run")]
     main(["parity", *SMALL, *place])
     rows = read_rows(tmp_path / "run" / "results.jsonl")

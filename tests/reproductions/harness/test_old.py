@@ -41,7 +41,7 @@ OLD: dict[str, tuple[Any, str]] = {
         {"torch": "2.13.0", "threads": 1, "learning_rate": 0.01, "rows": 32, "runs": [
          {"preset": "hope", "training": "carry", "seed": 0, "steps": 600, "loss": 0.0,
           "accuracy": {"40": 1.0, "160": 0.75, "640": 0.5}}]},
-        "| `hope` | carry | 1.0000 (1.0000) | 0.7500 (0.7500) | 0.5000 (0.5000) |",
+        "| `hope` | carry | 0.01 | 1.0000 (1.0000) | 0.7500 (0.7500) | 0.5000 (0.5000) |  |  | 40 |",
     ),
     "small_lm": (
         {"commit": "abc1234", "machine": "x86_64", "threads": 1, "sequence_length": 512, "batch_size": 2,
