@@ -68,6 +68,7 @@ CLAIMS = (
         "every part of Titans' memory matters, retention most",
         "ppl 27.01; without retention 29.04, momentum 28.98, convolution 28.73, depth 28.49, persistent tokens 27.63",
     ),
+    _open("Titans Table 5 (on recall)", "momentum and retention matter"),
     _open("Titans Figure 6", "BABILong: Titans above larger models, in few-shot and after fine-tuning"),
     _open("Titans Figure 7", "a deeper memory has a lower perplexity, above all on long sequences"),
     _open("Titans Figure 8", "a deeper memory trains more slowly, linearly in its depth"),
@@ -82,6 +83,9 @@ CLAIMS = (
         "small chunks reach under 5% of peak FLOP/s, chunks of 2K and more about 70%",
         "under 5%, about 70%",
     ),
+    _open("arXiv:2510.09551 (Titans Revisited)", "with large chunks Titans does not always beat its baselines"),
+    _open("arXiv:2602.21204 (ascent)", "gradient ascent in the memory works as well as descent"),
+    _open("arXiv:2602.21204 (steps)", "more inner steps do not help"),
     _open(
         "arXiv:2606.03979 (Sleep)",
         "four levels with dreaming know SQuAD's passages better without context",

@@ -1,46 +1,56 @@
-"""The tables and the picture of finished trainings."""
+"""The tables and pictures of finished trainings."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nestling.plotting.scatter import Point, scatter_chart
-from reproductions.harness.report import EMPTY, Report, table
+from reproductions.harness.report import EMPTY, table
 from reproductions.harness.rows import Row
 
 Groups = dict[tuple[str, str | None], list[Row]]
 
 
-def make_report(rows: Sequence[Row], tasks: Sequence[str]) -> Report:
-    """Presets and ablations, from one rate for each; a picture of the presets.
+def presets_table(rows: Sequence[Row], tasks: Sequence[str], picture: str) -> tuple[str, Callable[[], str] | None]:
+    """The presets in the order of their accuracy, from one rate for each, and what draws the picture of them.
 
-    Presets stand in the order of their accuracy; ablations under their unchanged preset, at the seeds they have.
+    Args:
+        rows: of one setting, at the rates of their presets.
+        tasks: names of its difficulties.
+        picture: file name; the table ends with it.
     """
-    head = [f"{task}: accuracy (seeds), state" for task in tasks]
     plain = _grouped(r for r in rows if r["ablation"] is None)
     plain = dict(sorted(plain.items(), key=lambda item: -_overall(item[1])))
-    ablated = _grouped(r for r in rows if r["ablation"] is not None)
-    seeds = {r["seed"] for found in ablated.values() for r in found}
-    bases = {preset: [r for r in plain.get((preset, None), ()) if r["seed"] in seeds] for preset, _ in ablated}
-    ablated = {(preset, "nothing"): found for preset, found in bases.items() if found} | ablated
+    if not plain:
+        return EMPTY, None
     lines = [[f"`{preset}`", *_cells(found)] for (preset, _), found in plain.items()]
-    text = table(["preset", "learning rate", *head], lines) if lines else EMPTY
-    changes = [[str(change), f"`{preset}`", *_cells(found)] for (preset, change), found in ablated.items()]
-    more = table(["change", "to", "learning rate", *head], changes) if changes else EMPTY
     points = [
         Point(preset, task, found[0]["state_bytes"][i] / 1024, 100 * _mean(found, i))
         for (preset, _), found in plain.items()
         for i, task in enumerate(tasks)
     ]
-    if not points:
-        return Report({"results": text, "ablations": more})
-    text += "\n\n![accuracy against the size of the state](recall.svg)"
 
     def draw() -> str:
         return scatter_chart(points, x_label="state, KiB (logarithmic)", y_label="accuracy, %")
 
-    return Report({"results": text, "ablations": more}, {"recall.svg": draw})
+    text = table(["preset", "learning rate", *_heads(tasks)], lines)
+    return f"{text}\n\n![accuracy against the size of the state]({picture})", draw
+
+
+def ablations(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """Ablations under their unchanged preset, at the seeds they have; arguments as in `presets_table`."""
+    plain = _grouped(r for r in rows if r["ablation"] is None)
+    ablated = _grouped(r for r in rows if r["ablation"] is not None)
+    seeds = {r["seed"] for found in ablated.values() for r in found}
+    bases = {preset: [r for r in plain.get((preset, None), ()) if r["seed"] in seeds] for preset, _ in ablated}
+    ablated = {(preset, "nothing"): found for preset, found in bases.items() if found} | ablated
+    changes = [[str(change), f"`{preset}`", *_cells(found)] for (preset, change), found in ablated.items()]
+    return table(["change", "to", "learning rate", *_heads(tasks)], changes) if changes else EMPTY
+
+
+def _heads(tasks: Sequence[str]) -> list[str]:
+    return [f"{task}: accuracy (seeds), state" for task in tasks]
 
 
 def _grouped(rows: Iterable[Row]) -> Groups:

@@ -1,6 +1,9 @@
 """Multi-query associative recall (Zoology) for every preset: accuracy against the size of the state.
 
-One training serves three difficulties: the first half of its steps are the easiest task, the rest the three in turn.
+One training serves all difficulties of a setting. `small` has a vocabulary of 128 and three of them: the first half of
+its steps are the easiest task, the rest the three in turn. `authors` is that of the authors: a vocabulary of 8,192,
+sequences of up to 256 tokens with up to 64 pairs, five tasks in turn, and no filler that looks like keys or values.
+
 Two layers of width 64. The learning rate of a preset is the one of the grid with the highest mean accuracy on
 validation sequences after a training of --tune-steps at seed 0. Accuracy is over all queries of 512 test sequences of
 each task.
@@ -18,20 +21,14 @@ from torch.nn import functional as F
 
 from nestling import NestlingConfig, NestlingForCausalLM, presets
 from nestling.optim.groups import parameter_groups
-from nestling.tasks.associative_recall import IGNORE, OverwriteTask, RecallTask
+from nestling.tasks.associative_recall import IGNORE, RecallTask
 from reproductions.harness.command import Reproduction
 from reproductions.harness.grid import best_rate, fixed, grow_rate
-from reproductions.harness.report import EMPTY, Report
+from reproductions.harness.report import Report
 from reproductions.harness.rows import Row, Rows
-from reproductions.mqar.report import make_report
+from reproductions.mqar.report import ablations, presets_table
+from reproductions.mqar.settings import SETTINGS, VOCABULARY, Task
 
-Task = RecallTask | OverwriteTask
-VOCABULARY = 128
-TASKS = {
-    "4 pairs in 32": RecallTask(32, 4, VOCABULARY),
-    "16 pairs in 64": RecallTask(64, 16, VOCABULARY),
-    "32 pairs in 128": RecallTask(128, 32, VOCABULARY),
-}
 # Embeddings of length 1, so that at this width the first layer's output does not drown a token's own.
 INITIALIZER_RANGE = 0.125
 GRID = (3e-3, 1e-2)
@@ -46,7 +43,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk 16": ("titans_lmm", {"chunk_size": 16}),
     "chunk 256": ("titans_lmm", {"chunk_size": 256}),
     "no momentum": ("titans_lmm", {"momentum": False}),
-    "9 times the inner learning rate": ("titans_lmm", {"inner_lr_scale": 0.9}),
+    "inner learning rate of 0.9": ("titans_lmm", {"inner_lr_scale": 0.9}),
     "no retention": ("titans_lmm", {"use_retention": False}),
     "no output gate": ("titans_lmm", {"output_gate": False}),
     "chunk gradients": ("titans_lmm", {"gradient": "chunk"}),
@@ -55,10 +52,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(preset: str, seed: int, ablation: str | None = None) -> NestlingForCausalLM:
+def build(preset: str, seed: int, ablation: str | None = None, vocab_size: int = VOCABULARY) -> NestlingForCausalLM:
     """Two layers of width 64 (the paper's small models), four for Mamba-2, whose layers have half the parameters."""
     torch.manual_seed(seed)
-    config: NestlingConfig = presets.PRESETS[preset]("tiny", vocab_size=VOCABULARY, hidden_size=64, num_layers=2)
+    config: NestlingConfig = presets.PRESETS[preset]("tiny", vocab_size=vocab_size, hidden_size=64, num_layers=2)
     config.initializer_range = INITIALIZER_RANGE
     if ablation is not None:
         for block in config.blocks:
@@ -67,11 +64,11 @@ def build(preset: str, seed: int, ablation: str | None = None) -> NestlingForCau
 
 
 def train(
-    model: NestlingForCausalLM, rate: float, steps: int, seed: int, tasks: Sequence[Task] = tuple(TASKS.values())
+    model: NestlingForCausalLM, rate: float, steps: int, seed: int, tasks: Sequence[Task], easy: float = 0.5
 ) -> tuple[int, bool]:
     """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Steps taken, and whether the loss diverged.
 
-    The first half are of the first task, the rest of all in turn.
+    The share `easy` of the steps, the first ones, are of the first task, the rest of all in turn.
     """
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -79,10 +76,10 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        task = tasks[0] if step < steps // 2 else tasks[step % len(tasks)]
+        task = tasks[0] if step < int(steps * easy) else tasks[step % len(tasks)]
         tokens, answers = task.sample(TOKENS_PER_STEP // task.length, generator)
         asked = answers != IGNORE
-        loss = F.cross_entropy(model(tokens, use_cache=False).logits[asked], answers[asked])
+        loss = F.cross_entropy(logits_at(model, tokens, asked), answers[asked])
         if not torch.isfinite(loss):
             return step, True
         loss.backward()
@@ -93,6 +90,12 @@ def train(
     return steps, False
 
 
+def logits_at(model: NestlingForCausalLM, tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """`[asked places, vocabulary]`: those of all places would cost more than the model."""
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[asked]
+    return model.lm_head(hidden * model.config.logit_scale)
+
+
 @torch.no_grad()
 def accuracy(model: NestlingForCausalLM, task: Task, rows: int, seed: int) -> float:
     """Share of the queries answered rightly."""
@@ -101,7 +104,7 @@ def accuracy(model: NestlingForCausalLM, task: Task, rows: int, seed: int) -> fl
     for _ in range(rows // 64):
         tokens, answers = task.sample(64, generator)
         asked = answers != IGNORE
-        right += int((model(tokens, use_cache=False).logits.argmax(-1) == answers)[asked].sum())
+        right += int((logits_at(model, tokens, asked).argmax(-1) == answers[asked]).sum())
         total += int(asked.sum())
     return right / total
 
@@ -113,36 +116,42 @@ def state_bytes(model: NestlingForCausalLM, task: RecallTask) -> int:
     return int(model(tokens, use_cache=True).past_key_values.nbytes)
 
 
-def measure(rows: Rows, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None) -> Row:
+def measure(
+    rows: Rows, preset: str, seed: int, rate: float, steps: int, ablation: str | None = None, setting: str = "small"
+) -> Row:
     """One training, unless it is there already."""
-    name = {"preset": preset, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
+    name = {"setting": setting, "preset": preset, "seed": seed, "rate": rate, "steps": steps, "ablation": ablation}
     return rows.get(name, lambda: _trained(name, VALIDATION_ROWS, TEST_ROWS))
 
 
 def _trained(name: Row, validation_rows: int, test_rows: int) -> Row:
     start = time.perf_counter()
-    preset, seed, ablation = name["preset"], name["seed"], name["ablation"]
-    model = build(preset, seed, ablation)
-    taken, diverged = train(model, name["rate"], name["steps"], seed)
+    setting, ablation = SETTINGS[name["setting"]], name["ablation"]
+    model = build(name["preset"], name["seed"], ablation, setting.vocab_size)
+    taken, diverged = train(model, name["rate"], name["steps"], name["seed"], setting.train, setting.easy)
+    tests = setting.test.values()
     row = {
         "taken": taken,
         "diverged": diverged,
-        "validation": [accuracy(model, t, validation_rows, VALIDATION_SEED) for t in TASKS.values()],
-        "test": [accuracy(model, t, test_rows, TEST_SEED) for t in TASKS.values()],
-        "state_bytes": [state_bytes(model, t) for t in TASKS.values()],
+        "validation": [accuracy(model, t, validation_rows, VALIDATION_SEED) for t in tests],
+        "test": [accuracy(model, t, test_rows, TEST_SEED) for t in tests],
+        "state_bytes": [state_bytes(model, t) for t in tests],
         "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - start, 1),
     }
     shown = ", ".join(f"{value:.3f}" for value in row["test"])
-    print(f"{preset} {ablation or ''} seed {seed} lr {name['rate']:g}: {shown} in {row['seconds']:.0f} s", flush=True)
+    told = f"{name['setting']} {name['preset']} {ablation or ''} seed {name['seed']} lr {name['rate']:g}"
+    print(f"{told}: {shown} in {row['seconds']:.0f} s", flush=True)
     return row
 
 
-def tuned(rows: Rows, preset: str, steps: int) -> float:
+def tuned(rows: Rows, preset: str, steps: int, setting: str = "small") -> float:
     """The grid's best at seed 0 after `steps`. An ablation takes its preset's, so that it changes one thing."""
-    return best_rate(
-        grow_rate(lambda rate: -quality(measure(rows, preset, SEEDS[0], rate, steps)), GRID, neighbour=fixed)
-    )
+
+    def loss(rate: float) -> float:
+        return -quality(measure(rows, preset, SEEDS[0], rate, steps, setting=setting))
+
+    return best_rate(grow_rate(loss, GRID, neighbour=fixed))
 
 
 def quality(row: Row) -> float:
@@ -151,37 +160,58 @@ def quality(row: Row) -> float:
 
 
 def run(args: argparse.Namespace, rows: Rows) -> None:
-    """Rates, then all presets or ablations and seeds."""
+    """Rates, then all presets or ablations and seeds.
+
+    Raises:
+        SystemExit: ablations of another setting than `small`.
+    """
     names: list[tuple[str, str | None]] = [(preset, None) for preset in args.presets]
     if args.ablations is not None:
+        if args.setting != "small":
+            raise SystemExit("--ablations are of the setting small; leave --setting out")
         names = [(ABLATIONS[change][0], change) for change in args.ablations or ABLATIONS]
-    rates = {name: tuned(rows, name[0], args.tune_steps) for name in names}
+    rates = {name: tuned(rows, name[0], args.tune_steps, args.setting) for name in names}
     for seed in args.seeds:
         for (preset, ablation), rate in rates.items():
-            measure(rows, preset, seed, rate, args.steps, ablation)
+            measure(rows, preset, seed, rate, args.steps, ablation, args.setting)
 
 
 def quick(args: argparse.Namespace, rows: Rows) -> None:
     """Two steps of one preset at one rate."""
-    name = {"preset": args.presets[0], "seed": SEEDS[0], "rate": GRID[0], "steps": 2, "ablation": None}
+    name = {"setting": args.setting, "preset": args.presets[0], "seed": SEEDS[0], "rate": GRID[0], "steps": 2}
+    name |= {"ablation": None}
     rows.get(name, lambda: _trained(name, 64, 64))
 
 
 def report(rows: Sequence[Row]) -> Report:
-    """Of the longest trainings there are, at the rates that the shortest chose."""
+    """A table and a picture of every setting, and the ablations. Rows of before there were two settings name none."""
+    parts, pictures = {}, {}
+    for setting, about in SETTINGS.items():
+        part, picture = ("results", "recall.svg") if setting == "small" else (setting, f"{setting}.svg")
+        own = chosen([row for row in rows if row.get("setting", "small") == setting])
+        parts[part], draw = presets_table(own, list(about.test), picture)
+        pictures |= {picture: draw} if draw else {}
+        if setting == "small":
+            parts["ablations"] = ablations(own, list(about.test))
+    return Report(parts, pictures)
+
+
+def chosen(rows: Sequence[Row]) -> list[Row]:
+    """The longest trainings there are, at the rates that the shortest chose."""
     if not rows:
-        return Report({"results": EMPTY, "ablations": EMPTY})
+        return []
     steps, tune_steps = (choose(row["steps"] for row in rows) for choose in (max, min))
     tuning: dict[str, list[Row]] = {}
     for row in rows:
         if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row["ablation"] is None:
             tuning.setdefault(row["preset"], []).append(row)
     rates = {preset: max(own, key=quality)["rate"] for preset, own in tuning.items()}
-    return make_report([r for r in rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])], list(TASKS))
+    return [r for r in rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which trainings."""
+    parser.add_argument("--setting", default="small", choices=list(SETTINGS), help="which tasks (default: small)")
     parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=list(presets.PRESETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument(

@@ -24,12 +24,12 @@ from reproductions.mqar.run import (
     TEST_SEED,
     VALIDATION_ROWS,
     VALIDATION_SEED,
-    VOCABULARY,
     accuracy,
     build,
     quality,
     train,
 )
+from reproductions.mqar.settings import VOCABULARY
 
 BLOCK = 64  # the chunk of the presets that have one
 TASKS = {f"{pairs} pairs": OverwriteTask(BLOCK, pairs, VOCABULARY) for pairs in (4, 16)}
