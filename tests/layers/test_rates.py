@@ -18,6 +18,7 @@ KINDS = [
     RateRule("dot", 2.0, 0.25),
     RateRule("online", 1.5, 0.25),
     RateRule("online", 2.0, 0.25, online_only=True),
+    RateRule("split", 2.0, 0.25, stretch=1.3),
 ]
 SHAPE = (2, 3, 5)
 
@@ -37,7 +38,8 @@ def made(layers: int, retention: bool, momentum: bool, missing: bool) -> tuple[G
 
 def results(rule: RateRule, gates: Gates, scales: Scales, leaves: list[Tensor]) -> list[Tensor]:
     rates = chunk_rates(rule, gates, scales)
-    outputs = [rates.decay.log_retention, *rates.inner_lr, *(rates.erase or [])]
+    decay = [t for t in (rates.decay.log_retention, rates.decay.log_momentum) if t is not None]
+    outputs = [*decay, *rates.inner_lr, *(rates.erase or [])]
     upstream = [torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(9)]
     total = sum((o * u).sum() for o, u in zip(outputs, upstream, strict=False))
     found = torch.autograd.grad(total, leaves, allow_unused=True)

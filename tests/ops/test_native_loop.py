@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler
 ALL = ("memory", "k", "v", "q", "eta", "alpha")
 MATRIX: dict[str, Any] = {"memory": "matrix"}
 ONLINE: dict[str, Any] = {"gradient": "online"}
+FOLLOWS: dict[str, Any] = ONLINE | {"momentum": True}
 WHOLE: dict[str, Any] = ONLINE | {
     "share_of": "rate",
     "own_streams": True,
@@ -66,6 +67,19 @@ TITANS: list[dict[str, Any]] = [
     ONLINE | {"depth": 3, "self_targets": False},
     ONLINE | {"erase": False, "clip": 0.3},
     ONLINE | {"objective": "dot"},
+    FOLLOWS,
+    FOLLOWS | {"depth": 3, "self_targets": False},
+    FOLLOWS | {"erase": False, "clip": 0.3},
+    FOLLOWS | {"objective": "dot"},
+    FOLLOWS | {"read_before": True, "use_retention": False, "adapt": ("memory", "k", "eta")},
+    FOLLOWS | MATRIX | {"adapt": ALL},
+    FOLLOWS | MATRIX | {"erase": False, "chunk_size": 1},
+    FOLLOWS | WHOLE,
+    FOLLOWS | WHOLE | {"adapt": ALL, "depth": 3, "expansion": 2},
+    FOLLOWS | WHOLE | {"adapt": ("memory",), "hidden_size": 38},
+    FOLLOWS | WHOLE | {"share_of": "erase", "clip": 0.3},
+    FOLLOWS | WHOLE | MATRIX | {"adapt": ALL, "clip": 0.3},
+    FOLLOWS | WHOLE | MATRIX | {"self_targets": False},
     WHOLE,
     WHOLE | {"adapt": ALL, "depth": 3, "expansion": 2},
     WHOLE | {"adapt": ("memory", "k", "eta"), "clip": 0.3, "activation": "gelu"},
@@ -92,6 +106,10 @@ MEMORY: list[dict[str, Any]] = [
     {"erase": True},
     {"erase": True, "depth": 1, "momentum": False} | ONLINE,
     {"use_retention": False},
+    FOLLOWS,
+    FOLLOWS | {"depth": 1, "use_retention": False},
+    FOLLOWS | {"depth": 3, "erase": True, "rates": "chunk"},
+    FOLLOWS | {"erase": True, "read_before": True},
     {"rates": "chunk"},
     {"read_before": True, "activation": "gelu"},
 ]
@@ -275,7 +293,7 @@ def test_rows_out_of_step_go_chunk_by_chunk(calls) -> None:
     assert calls.count == 1
 
 
-@pytest.mark.parametrize("settings", [{"momentum": True}, MATRIX | ONLINE], ids=str)
+@pytest.mark.parametrize("settings", [{"momentum": True}, FOLLOWS, MATRIX | ONLINE], ids=str)
 def test_second_derivatives(monkeypatch, calls, settings) -> None:
     """Of a call that begins inside a chunk and ends inside another, through its output and its state."""
     layer = titans(**settings)
@@ -290,6 +308,36 @@ def test_second_derivatives(monkeypatch, calls, settings) -> None:
 
     assert_same(*both(monkeypatch, run), tolerance=1e-9)
     assert calls.count == 2
+
+
+@pytest.mark.parametrize(("make", "settings"), [(titans, FOLLOWS | WHOLE), (titans, FOLLOWS), (memory, FOLLOWS)])
+def test_gradients_against_differences(calls, make, settings) -> None:
+    """Of a call that begins inside a chunk and ends inside another."""
+    layer = make(**settings)
+    before, x = normal(1, 3, 12), normal(1, 9, 12)
+    small = [p for n, p in layer.named_parameters() if "proj" not in n and "initial" not in n and "conv" not in n]
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        y, state = layer(leaves[0], layer(before)[1])
+        return (y, *carried(state))
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *small), fast_mode=True)
+    assert calls.count
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": True}, FOLLOWS], ids=str)
+@pytest.mark.parametrize("make", [titans, memory])
+def test_in_float32(monkeypatch, calls, make, settings) -> None:
+    """The vectorised exponential and the order of sums differ by rounding alone."""
+    layer, x = make(**settings, hidden_size=64, chunk_size=32).float(), normal(2, 75, 64).float().requires_grad_()
+
+    def run() -> list[Tensor]:
+        y, state = layer(x)
+        return values_and_gradients([y, *carried(state)], [x, *layer.parameters()])
+
+    for a, b in zip(*both(monkeypatch, run), strict=True):
+        assert a is b is None or (a - b).norm() <= 2e-4 * b.norm() + 1e-6
+    assert calls.count
 
 
 def test_a_state_of_another_layer_is_refused() -> None:

@@ -79,12 +79,7 @@ class BankLoop:
     def covered(self, tokens: dict[str, Tensor], state: BankState, grid: Grid) -> bool:
         """Whether the compiled loop can run this: rows in step, quadratic or linear objectives, sizes of a cache."""
         rule, depth = self.rule, self.bank.depth
-        simple = (
-            rule.objective in ("l2", "dot")
-            and rule.read == "token"
-            and not (rule.online and rule.momentum)
-            and depth <= native.MAX_LAYERS
-        )
+        simple = rule.objective in ("l2", "dot") and rule.read == "token" and depth <= native.MAX_LAYERS
         if not simple or grid.offsets is not None or min(self.chunk, grid.slots) > native.MAX_CHUNK:
             return False
         some = next(iter(tokens.values()))[..., :1, :]
@@ -103,7 +98,7 @@ class BankLoop:
             first,
             bank.deep[1:],
             bank.gates,
-            fold=rule.gradient == "online" and not dot,
+            online=rule.online,
             momentum=state.surprise is not None,
             read_before=rule.read_before,
         )

@@ -112,7 +112,7 @@ def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
     )
     layers, log_b = scales.share.shape[0], gates.log_momentum
     follows = rule.kind in ("online", "split") and log_b is not None
-    compiled = layers <= native.MAX_LAYERS and not follows and native.fits(gates.eta)
+    compiled = layers <= native.MAX_LAYERS and native.fits(gates.eta)
     made = native.native_rates(_plain, rule, tensors) if compiled else _plain(rule, *tensors)
     log_a, lr, erase = made[0], list(made[1 : 1 + layers]), list(made[1 + layers :])
     if follows and log_b is not None:

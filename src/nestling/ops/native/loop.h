@@ -16,7 +16,7 @@ template <class T>
 struct LoopArguments {
     int64_t problems, heads, tokens, chunk, first;  // first: tokens of the first chunk
     int64_t K, hidden, layers, memories, gates, self_targets, dot;
-    int64_t fold;   // l joins the last layer's erase (online gradients)
+    int64_t online;  // the last layer's gradients are those of the token before
     int64_t split;  // the first chunk's running weights are not its first ones
     int64_t momentum, before, online_only, threads;
     int64_t keep;  // a backward pass will come
@@ -48,12 +48,16 @@ struct LoopArguments {
     bool rates_erase() const {
         return kind == RateKind::erase || kind == RateKind::split || (kind == RateKind::online && !online_only);
     }
-    bool erases() const { return fold || rates_erase(); }
-    bool erases(int64_t l) const { return rates_erase() || (fold && l == layers - 1); }
+    bool fold() const { return online && !momentum; }  // l joins the last layer's erase
+    // Gradients that follow a surprise; it fades with the weights, by a_t times the given b_t.
+    bool follows() const { return online && momentum; }
+    bool follows(int64_t l) const { return follows() && l == layers - 1; }
+    bool erases() const { return fold() || rates_erase(); }
+    bool erases(int64_t l) const { return rates_erase() || (fold() && l == layers - 1); }
     bool fresh(int64_t n) const { return n || !split; }
     bool anchored() const { return base[0]; }
     // The lesson's products are those of the weights that are written.
-    bool recalls(int64_t n, int64_t l) const { return fresh(n) && erases(l) && !anchored(); }
+    bool recalls(int64_t n, int64_t l) const { return fresh(n) && (erases(l) || follows(l)) && !anchored(); }
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }
@@ -95,7 +99,7 @@ struct LoopArguments {
         BankArguments<T> b{};
         b.problems = b.threads = b.first = 1, b.memories = memories, b.C = length(n), b.K = K, b.hidden = hidden;
         b.layers = layers, b.gates = gates, b.padding = rows() - memories * hidden - gates;
-        b.self_targets = self_targets, b.dot = dot, b.clip = clip, b.apart = apart(), b.online = fold;
+        b.self_targets = self_targets, b.dot = dot, b.clip = clip, b.apart = apart(), b.online = online;
         std::copy_n(W, layers, b.W);
         return b;
     }
@@ -124,6 +128,7 @@ struct Kept {
     T* answer[most_layers];                  // of the reads of layers before the last
     T *unit, *H[most_layers], *query[most_layers];  // shared: raw normalised, act(recalled), act(answer)
     T *lr_others[most_layers], *e_others[most_layers], *log_a_others;  // shared: rates of the memories after the first
+    T* log_b;  // shared: of a surprise that fades with the weights
 
     Kept(const LoopArguments<T>& s, Pieces<T>& own, Pieces<T>& shared) {
         const int64_t C = s.longest(), L = s.layers;
@@ -144,7 +149,7 @@ struct Kept {
             lr_others[l] = s.others ? shared.take(C) : nullptr;
             e_others[l] = s.others && s.erases() ? shared.take(C) : nullptr;
         }
-        log_a_others = s.others ? shared.take(C) : nullptr;
+        log_a_others = s.others ? shared.take(C) : nullptr, log_b = s.follows() ? shared.take(C) : nullptr;
     }
 
     static size_t room(const LoopArguments<T>& s) { return rooms(s).first; }
@@ -207,8 +212,8 @@ struct LoopChunk {
         const bool shared = part && s.others;
         a.x = l ? k.H[l] + part * C * s.hidden : vectors(k_role), a.g = k.g[l] + of_tokens, a.kept = k.E[l] + of_tokens;
         a.lr = shared ? k.lr_others[l] : k.lr[l], a.erase = !s.erases(l) ? nullptr : shared ? k.e_others[l] : k.e[l];
-        a.log_a = shared ? k.log_a_others : k.log_a, a.log_b = s.momentum ? s.log_b + at : nullptr;
-        a.W = k.W[l] + of_weights, a.S = s.momentum ? k.S[l] + of_weights : nullptr;
+        a.log_a = shared ? k.log_a_others : k.log_a, a.log_b = log_b();
+        a.online = s.follows(l), a.W = k.W[l] + of_weights, a.S = s.momentum ? k.S[l] + of_weights : nullptr;
         a.recalled = s.recalls(n, l) ? k.recalled[l] + of_tokens : nullptr;
         if (part) return a;
         a.q = query(l), a.y = answers(l);
@@ -217,6 +222,12 @@ struct LoopChunk {
 
     const T* query(int64_t l) const { return l ? k.query[l] : vectors(q_role); }
     T* answers(int64_t l) const { return l < s.layers - 1 ? k.answer[l] : s.y + at * s.K; }
+
+    const T* log_b() const { return s.follows() ? k.log_b : s.momentum ? s.log_b + at : nullptr; }
+
+    void fade_surprise() const {
+        if (s.follows()) sum(k.log_b, s.log_b + at, k.log_a, C);
+    }
 
     // The rates of the memories after the first, from those of the first. They fade as fast as they are written.
     void share_rates() const {
@@ -231,6 +242,6 @@ struct LoopChunk {
     // e_t + l_t of the last layer, where a folded e_t holds l_t already.
     T written(int64_t t) const {
         const int64_t top = s.layers - 1;
-        return (s.fold ? T(0) : k.lr[top][t]) + (s.erases(top) ? k.e[top][t] : T(0));
+        return (s.fold() ? T(0) : k.lr[top][t]) + (s.erases(top) ? k.e[top][t] : T(0));
     }
 };

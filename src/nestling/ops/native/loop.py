@@ -33,7 +33,7 @@ class LoopShape:
         first: tokens of the first chunk, which an earlier call may have begun.
         deep: what memories after the first make: "k", "v", "q".
         gates: what the gates make: "eta", "alpha".
-        fold: l joins the last layer's erase (online gradients).
+        online: gradients of the last layer are those of the token before.
         momentum: whether there is a surprise.
         read_before: tokens read the weights before their own write.
     """
@@ -44,7 +44,7 @@ class LoopShape:
     first: int
     deep: tuple[str, ...]
     gates: tuple[str, ...]
-    fold: bool
+    online: bool
     momentum: bool
     read_before: bool
 
@@ -78,7 +78,7 @@ class LoopShape:
             "max_erase": rates.max_erase,
             "floor": rates.floor,
             "stretch": rates.stretch,
-            "fold": self.fold,
+            "online": self.online,
             "split": given.running[0] is not None,
             "momentum": self.momentum,
             "before": self.read_before,

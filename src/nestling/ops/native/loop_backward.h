@@ -71,6 +71,7 @@ struct BackwardChunk : LoopChunk<T> {
 
     // Makes again what the forward pass did not keep.
     void prepare() {
+        this->fade_surprise();
         this->share_rates();
         for (int64_t l = 0; s.anchored() && l < s.layers; l++) zero(d.whole[l], s.numbers(l));
         for (int64_t t = 0; t < s.generated() * C; t++) {
@@ -174,7 +175,7 @@ struct BackwardChunk : LoopChunk<T> {
             const T up = d.log_a_others[t], written = this->written(t), g = -up / (2 - share * written);
             d.log_a[t] += up;
             s.d_others[i] += g * written;
-            if (!s.fold) d.lr[top][t] += g * share;
+            if (!s.fold()) d.lr[top][t] += g * share;
             if (s.erases(top)) d.e[top][t] += g * share;
         }
     }
@@ -195,7 +196,8 @@ struct BackwardChunk : LoopChunk<T> {
 
     void rates() {
         fade_back();
-        if (s.fold) add_scaled(d.lr[s.layers - 1], T(1), d.e[s.layers - 1], C);
+        if (s.fold()) add_scaled(d.lr[s.layers - 1], T(1), d.e[s.layers - 1], C);
+        if (s.follows()) add_scaled(d.log_a, T(1), d.log_b, C);
         T share[most_layers], hidden[most_layers];
         RatesArguments<T> a = this->rate_args(share, hidden);
         std::copy_n(d.lr, s.layers, a.d_lr), std::copy_n(d.e, s.layers, a.d_e);

@@ -51,7 +51,8 @@ struct ForwardChunk : LoopChunk<T> {
         T share[most_layers], hidden[most_layers];
         rates::forward(this->rate_args(share, hidden), 0, 0);
         const int64_t top = s.layers - 1;
-        for (int64_t t = 0; s.fold && t < C; t++) k.e[top][t] = k.lr[top][t] + (s.rates_erase() ? k.e[top][t] : T(0));
+        for (int64_t t = 0; s.fold() && t < C; t++) k.e[top][t] = k.lr[top][t] + (s.rates_erase() ? k.e[top][t] : T(0));
+        this->fade_surprise();
         this->share_rates();
     }
 

@@ -21,6 +21,7 @@ struct RatesArguments {
 
     T largest() const { return static_cast<T>(max_erase); }
     T least() const { return static_cast<T>(floor); }
+    bool online() const { return kind == RateKind::online || kind == RateKind::split; }
     bool erases() const {
         return kind == RateKind::erase || kind == RateKind::split || (kind == RateKind::online && !online_only);
     }
@@ -34,13 +35,32 @@ T sigmoid(T x) {
     return (x >= 0 ? T(1) : small) / (1 + small);
 }
 
+// What momentum multiplies l_t and e_t by, and the derivatives of both factors by log b_t.
+template <class T>
+struct Push {
+    T step = 1, erase = 1, step_slope = 0, erase_slope = 0;
+
+    Push(const RatesArguments<T>& s, int64_t at) {
+        if (!s.log_b) return;
+        const T b = std::exp(s.log_b[at]), left = -std::expm1(s.log_b[at]);
+        if (!s.online()) {
+            step = left, step_slope = -b;
+            return;
+        }
+        const T bound = 1 + b * left;
+        step = left * left / (1 + b), step_slope = -b * left * (3 + b) / ((1 + b) * (1 + b));
+        erase = left * (1 + b) / bound, erase_slope = -b * (1 + b * b) / (bound * bound);
+    }
+};
+
 // One token of one head: the values every formula shares.
 template <class T>
 struct Token {
-    // base: e_t of the last layer; step, rate: l_t before the share, without and with momentum's part
-    T open, eta, present, log_a, keep, full, left, pass, base, step, rate;
+    // base: e_t of the last layer; step: l_t before the share; both without momentum's part
+    T open, eta, present, log_a, keep, full, left, base, step;
+    const Push<T> push;
 
-    Token(const RatesArguments<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) {
+    Token(const RatesArguments<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) : push(s, at) {
         open = sigmoid(s.eta[at] + s.eta_bias[head]);
         eta = std::min(T(1), static_cast<T>(s.stretch) * open);
         present = !s.valid || s.valid[row * s.tokens + t] ? T(1) : T(0);
@@ -52,7 +72,6 @@ struct Token {
         keep = s.alpha ? std::exp(log_a) : T(1);
         full = s.largest() * eta * present;
         left = -std::expm1(log_a);
-        pass = s.log_b ? -std::expm1(s.log_b[at]) : T(1);
         base = 0;
         const T last = s.share[(s.layers - 1) * s.heads + head];
         switch (s.kind) {
@@ -62,11 +81,11 @@ struct Token {
             case RateKind::free: step = eta * present * (s.alpha ? std::max(left, s.least()) : s.least()); break;
             default: step = eta * present;
         }
-        rate = step * pass;
     }
 
     // What the layers before the last take a share of.
-    T whole(RateKind kind) const { return kind == RateKind::split ? step : base; }
+    T whole(RateKind kind) const { return (kind == RateKind::split ? step : base) * push.erase; }
+    T rate() const { return step * push.step; }
 };
 
 template <class T>
@@ -77,8 +96,8 @@ void forward(const RatesArguments<T>& s, int64_t row, int64_t head) {
         s.log_a[at] = k.log_a;
         for (int64_t l = 0; l < s.layers; l++) {
             const bool last = l == s.layers - 1;
-            s.lr[l][at] = k.rate * (last && s.kind == RateKind::online && s.online_only ? T(1) : s.share[l * s.heads + head]);
-            if (s.erases()) s.e[l][at] = last ? k.base : k.whole(s.kind) * s.hidden[l * s.heads + head];
+            s.lr[l][at] = k.rate() * (last && s.kind == RateKind::online && s.online_only ? T(1) : s.share[l * s.heads + head]);
+            if (s.erases()) s.e[l][at] = last ? k.base * k.push.erase : k.whole(s.kind) * s.hidden[l * s.heads + head];
         }
     }
 }
@@ -95,14 +114,17 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
             const bool last = l == s.layers - 1, whole = last && s.kind == RateKind::online && s.online_only;
             if (s.d_lr[l]) {
                 d_rate += s.d_lr[l][at] * (whole ? T(1) : s.share[of]);
-                if (!whole) s.d_share[of] += s.d_lr[l][at] * k.rate;
+                if (!whole) s.d_share[of] += s.d_lr[l][at] * k.rate();
             }
             if (!s.erases() || !s.d_e[l]) continue;
             (last || s.kind != RateKind::split ? d_base : d_step) += s.d_e[l][at] * (last ? T(1) : s.hidden[of]);
             if (!last) s.d_hidden[of] += s.d_e[l][at] * k.whole(s.kind);
         }
-        if (s.log_b) s.d_log_b[at] = d_rate * k.step * (k.pass - 1);
-        d_rate *= k.pass;
+        if (s.log_b) {
+            const T erased = d_base * k.base + d_step * k.step;
+            s.d_log_b[at] = d_rate * k.step * k.push.step_slope + erased * k.push.erase_slope;
+        }
+        d_rate *= k.push.step, d_base *= k.push.erase, d_step *= k.push.erase;
         switch (s.kind) {
             case RateKind::online: {
                 const int64_t of = (s.layers - 1) * s.heads + head;
