@@ -97,6 +97,12 @@ TITANS: list[dict[str, Any]] = [
     {"anchored": True, "others_scale": 0.3, "erase": False},
     MATRIX | ONLINE | {"anchored": True, "others_scale": 0.3, "erase": False},
     {"own_streams": True, "adapt": ALL},
+    {"self_chunk_size": 14},
+    {"self_chunk_size": 14, "adapt": ("memory",)},
+    {"self_chunk_size": 14, "momentum": True, "adapt": ("memory", "k", "eta")},
+    MATRIX | {"self_chunk_size": 14, "chunk_size": 1, "adapt": ALL},
+    WHOLE | {"self_chunk_size": 14, "adapt": ALL},
+    FOLLOWS | WHOLE | {"self_chunk_size": 28},
 ]
 MEMORY: list[dict[str, Any]] = [
     {},
@@ -262,7 +268,6 @@ def test_checkpointed(calls, make) -> None:
         {"objective": "huber"},
         {"objective": "lp"},
         {"read": "chunk"},
-        {"self_chunk_size": 14},
         {"depth": 9},
         {"chunk_size": 129},
     ],

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.layers.bank_loop import BankLoop
+from nestling.layers.bank_loop import BankLoop, Base, Plain
 from nestling.layers.cacheable import CacheableLayer
 from nestling.layers.chunks import Span, learn_chunk, run_checkpointed, scan_chunks
 from nestling.layers.heads import draw_filters, fast_dtype, free_of_weight_decay, logit, merge_normalised, split_heads
@@ -17,16 +17,13 @@ from nestling.layers.rates import Gates, Scales, chunk_rates
 from nestling.layers.self_modifying_config import ADAPTIVE, DEEP, GATES, SelfModifyingConfig
 from nestling.memory.bank import BankState, MemoryBank
 from nestling.memory.description import SURPRISE, MemoryDescription, describe_rule
-from nestling.memory.grid import Grid, chunk_spans
+from nestling.memory.grid import Grid
 from nestling.memory.kept import KeptMemories
 from nestling.memory.state import State
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
 __all__ = ["ADAPTIVE", "SelfModifyingConfig", "SelfModifyingState", "SelfModifyingTitans"]
-
-Base = list[Tensor] | None
-Bases = tuple[Base, Base]
 
 
 @dataclass
@@ -245,32 +242,26 @@ class SelfModifyingTitans(CacheableLayer):
         tokens = self._tokens(streams.to(dtype))
         if b is not None:
             tokens["log_b"] = F.logsigmoid(b.to(dtype)).transpose(1, 2)
-        scales, bases = self._scales(dtype), (self.main.base(dtype), self.own.base(dtype) if self.own else None)
-        grid = Grid.of(state.position, lengths, streams.shape[1], c.outer_chunk)
+        scales, time = self._scales(dtype), streams.shape[1]
+        own: BankState | None = None
+        if self.own is not None and state.own is not None:
+            # Nothing that these memories make or learn depends on M_memory, so they go ahead of it.
+            grid = Grid.of(state.position, lengths, time, c.outer_chunk)
+            made, own = self._chunks(self.own, grid, None)(tokens, scales, self.own.base(dtype), state.own)
+            widths = [self.head_dim] * len(self.own.deep) + [1] * len(self.own.gates)
+            parts = zip(self.own.deep + self.own.gates, made.split(widths, -1), strict=True)
+            tokens = {n: t for n, t in tokens.items() if not n.startswith("u_")}
+            tokens |= {n: t[..., 0] if n in GATES else t for n, t in parts}
         inside = kept if kept is not None and kept.mixes_layers else None
         if inside is not None:
             tokens["shares"] = inside.shares
-
-        def plain(
-            tokens: dict[str, Tensor], scales: Scales, bases: Bases, main: BankState, own: BankState | None = None
-        ) -> tuple[Tensor, BankState, BankState | None]:
-            def run(
-                span: Span, tokens: dict[str, Tensor], banks: tuple[BankState, BankState | None], grid: Grid
-            ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
-                return self._chunk(span, tokens, scales, bases, banks, grid, inside)
-
-            o, banks = scan_chunks(tokens, grid, c.outer_chunk, (main, own), run)
-            return o, *banks
-
-        def alone(tokens: dict[str, Tensor], scales: Scales, base: Base, main: BankState) -> tuple[Tensor, BankState]:
-            return plain(tokens, scales, (base, None), main)[:2]
-
-        own: BankState | None = None
-        if self.own is not None or c.outer_chunk != c.chunk_size or c.compile_chunks or inside is not None:
-            o, main, own = plain(tokens, scales, bases, state.main, state.own)
+        grid, base = Grid.of(state.position, lengths, time, c.chunk_size), self.main.base(dtype)
+        plain = self._chunks(self.main, grid, inside)
+        if c.compile_chunks or inside is not None:
+            o, main = plain(tokens, scales, base, state.main)
         else:
             loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
-            o, main = loop.run(alone, tokens, scales, bases[0], state.main, grid)
+            o, main = loop.run(plain, tokens, scales, base, state.main, grid)
         if kept is not None and inside is None:
             o = kept.combine(tokens["q"], o, c.activation)
         return o, main, own
@@ -299,48 +290,34 @@ class SelfModifyingTitans(CacheableLayer):
         gain = None if self.gain is None else self.gain.to(dtype)
         return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others, gain)
 
-    def _chunk(
-        self,
-        span: Span,
-        tokens: dict[str, Tensor],
-        scales: Scales,
-        bases: Bases,
-        banks: tuple[BankState, BankState | None],
-        grid: Grid,
-        kept: KeptMemories | None,
-    ) -> tuple[Tensor, tuple[BankState, BankState | None]]:
-        """One outer chunk: what the memories generate at its start, then its inner chunks."""
-        main, own = banks
+    def _chunks(self, bank: MemoryBank, grid: Grid, kept: KeptMemories | None) -> Plain:
+        """A bank chunk after chunk: answers of M_memory, or side by side what a bank without it makes."""
+        c = self.config
+        chunk = c.chunk_size if bank is self.main else c.outer_chunk
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
-        if self.config.compile_chunks:
+        if c.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
-        start, end = span
-        generated = generate(self, tokens, scales, bases, main, own)
-        if own is not None and self.own is not None:
-            _, own = step(self, self.own, own, generated, scales, bases[1], start, end, grid, None)
-            own = grid.cross(own, end, self.config.outer_chunk)
-        outputs = []
-        sub = chunk_spans(start, end, self.config.chunk_size)
-        # One chunk needs no cutting, and each cut would cost a copy in the backward pass.
-        cut = [e - s for s, e in sub]
-        split = {n: t.split(cut, 2) if len(sub) > 1 else (t,) for n, t in generated.items()}
-        for i, (s, e) in enumerate(sub):
-            part = {n: t[i] for n, t in split.items()}
-            y, main = step(self, self.main, main, part, scales, bases[0], s, e, grid, kept)
-            main = grid.cross(main, e, self.config.chunk_size)
-            assert y is not None
-            outputs.append(y)
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], (main, own)
+
+        def plain(tokens: dict[str, Tensor], scales: Scales, base: Base, state: BankState) -> tuple[Tensor, BankState]:
+            def run(span: Span, tokens: dict[str, Tensor], state: BankState, grid: Grid) -> tuple[Tensor, BankState]:
+                tokens = generate(self, bank, tokens, scales, base, state)
+                y, state = step(self, bank, state, tokens, scales, base, *span, grid, kept)
+                if y is None:
+                    y = torch.cat([*(tokens[n] for n in bank.deep), *(tokens[n][..., None] for n in bank.gates)], -1)
+                return y, grid.cross(state, span[1], chunk)
+
+            return scan_chunks(tokens, grid, chunk, state, run)
+
+        return plain
 
     def _generate(
-        self, tokens: dict[str, Tensor], scales: Scales, bases: Bases, main: BankState, own: BankState | None
+        self, bank: MemoryBank, tokens: dict[str, Tensor], scales: Scales, base: Base, state: BankState
     ) -> dict[str, Tensor]:
-        """Keys, values, queries and rates of a chunk, from the weights at its start (NL Eq. 86, 90)."""
+        """What the memories of a bank make for a chunk, from the weights at its start (NL Eq. 86, 90), and the rest."""
         made = {n: t for n, t in tokens.items() if not n.startswith("u_")}
-        for bank, state, base in ((self.main, main, bases[0]), (self.own, own, bases[1])):
-            if bank is not None and state is not None and roles(bank):
-                inputs = {role: tokens[f"u_{role}"] for role in roles(bank)}
-                made |= bank.read(bank.whole(state.start, base, scales.gain), inputs, unit=True)
+        if roles(bank):
+            inputs = {role: tokens[f"u_{role}"] for role in roles(bank)}
+            made |= bank.read(bank.whole(state.start, base, scales.gain), inputs, unit=True)
         return made
 
     def _step(
