@@ -79,6 +79,10 @@ CLAIMS = (
         "parity, scaled accuracy: DeltaNet in [0, 1] 0.017, in [-1, 1] 1.000",
     ),
     _open(
+        "arXiv:2502.17416 (looped)",
+        "on p-hop induction and addition a block that runs k times is nearly as good as k blocks",
+    ),
+    _open(
         "arXiv:2505.23884 (LaCT)",
         "small chunks reach under 5% of peak FLOP/s, chunks of 2K and more about 70%",
         "under 5%, about 70%",
