@@ -11,10 +11,13 @@ from reproductions.harness.rows import Row
 NAMES = {"hope": "Hope", "hope_attention": "Hope-Attention", "transformer": "Transformer++"}
 
 
+TOKENS = 400_384
+
+
 def _losses(rows: Sequence[Row]) -> str:
     shown = []
     for preset, title in NAMES.items():
-        losses = [r["loss"] for r in rows if (r["part"], r["preset"]) == ("test", preset)]
+        losses = [r["loss"] for r in rows if (r["part"], r["preset"], r["tokens"]) == ("test", preset, TOKENS)]
         shown.append(f"{title} {statistics.mean(losses):.3f}")
     return "nats per byte at 2.4M parameters, 400 kB: " + ", ".join(shown)
 
