@@ -47,10 +47,15 @@ class Memory:
     chunk: int
     activation: Callable[[Tensor], Tensor]
     gain: Tensor | float = 1.0
+    learns_whole: bool = False
 
-    def gained(self) -> list[Tensor]:
+    def generating(self) -> list[Tensor]:
         """W_0 + gain F at the chunk's start."""
         return [base + self.gain * (start - base) for base, start in zip(self.base, self.start, strict=True)]
+
+    def learning(self) -> list[Tensor]:
+        """The weights whose gradients are taken: of M_memory W_0 + F."""
+        return self.start if self.learns_whole else self.generating()
 
     def __call__(self, weights: list[Tensor], x: Tensor) -> Tensor:
         """M(x) = W x, or x + W_L act(... act(W_1 x)) (Eq. 89), for x `[N, H, K]`."""
@@ -101,7 +106,7 @@ def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, 
         for name, memory in memories.items():
             if name not in c.adapt:
                 continue
-            target = memory(memory.gained(), v) if c.self_targets else v
+            target = memory(memory.generating(), v) if c.self_targets else v
             if name in ("eta", "alpha") and not c.self_targets:
                 target = v.mean(-1, keepdim=True)
             is_gate_of_mlp = c.memory == "mlp" and name in ("eta", "alpha")
@@ -146,7 +151,7 @@ def normalize(x: Tensor) -> Tensor:
 
 def generate(memories: dict[str, Memory], u: dict[str, Tensor]) -> dict[str, Tensor]:
     """k, v, eta, alpha (and q) of one token, each by its own memory (Eq. 83)."""
-    return {name: m(m.gained(), u[name]) for name, m in memories.items() if name != "memory"}
+    return {name: m(m.generating(), u[name]) for name, m in memories.items() if name != "memory"}
 
 
 def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tensor) -> Gates:
@@ -186,7 +191,7 @@ def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tens
 
 def write(rule: Rule, memory: Memory, k: Tensor, target: Tensor, gates: Gates, online: bool) -> None:
     """One token's write to every weight W = W_0 + F: S = b S - l grad;  F = a F - e (F x) x^T + S (Eq. 88)."""
-    gradients, inputs = inner_gradients(rule, memory, memory.gained(), k, target)
+    gradients, inputs = inner_gradients(rule, memory, memory.learning(), k, target)
     if online:
         gradients[-1] = online_gradient(rule, memory.running, inputs, k, target)
     for layer, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
@@ -250,7 +255,8 @@ def state_memories(layer: SelfModifyingTitans, state: SelfModifyingState) -> dic
         assert state.own is not None
         found |= bank_memories(layer.own, state.own, layer.config.outer_chunk)
     for name, memory in found.items():
-        if layer.gain is not None and name != "memory":
+        memory.learns_whole = name == "memory"
+        if layer.gain is not None:
             memory.gain = layer.gain[:, None, None]
     return found
 

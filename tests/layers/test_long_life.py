@@ -18,7 +18,7 @@ def make(name: str) -> NestlingForCausalLM:
     torch.manual_seed(0)
     config = PRESETS[name]("tiny")
     for block in config.blocks:
-        block["mixer"]["others_gain"] = 1.0
+        block["mixer"]["generation_gain"] = 1.0
     return NestlingForCausalLM(config).eval()
 
 

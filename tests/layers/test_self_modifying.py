@@ -21,7 +21,8 @@ WHOLE: dict[str, Any] = {
     "anchored": True,
     "identity": True,
     "others_scale": 0.3,
-    "others_gain": 0.6,
+    "generation_gain": 0.6,
+    "hidden_lr_scale": 0.2,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,
 }

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestling.memory.bank import BankState, MemoryBank, Mix
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
-from nestling.memory.lesson import Rates
+from nestling.memory.lesson import Rates, generating
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
 
@@ -104,11 +104,12 @@ def learn_chunk(
         q: queries; None reads nothing.
         self_targets: every memory's target is its own M(v_t), else v_t.
         base: `MemoryBank.base`.
-        gain: see `MemoryBank.whole`.
+        gain: see `MemoryBank.whole` and `memory.lesson.generating`.
         mix: see `MemoryBank.update`; for reads of every token's own weights.
     """
     start = bank.whole(state.start, base, gain)
-    lesson = bank.lesson(rule, start, key, value, self_targets, base)
+    teachers = generating(state.start, base, gain) if base and gain is not None and self_targets else None
+    lesson = bank.lesson(rule, start, key, value, self_targets, base, teachers)
     fresh = base is None and state.start[0] is state.running[0]
     y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, base, mix)
     if q is not None and rule.read == "chunk":

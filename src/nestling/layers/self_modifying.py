@@ -99,7 +99,7 @@ class SelfModifyingTitans(CacheableLayer):
         hidden = c.layers - 1 if c.erase else 0
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
         self.others = nn.Parameter(torch.empty(c.num_heads)) if c.others_scale is not None else None
-        self.gain = nn.Parameter(torch.empty(c.num_heads)) if c.others_gain is not None else None
+        self.gain = nn.Parameter(torch.empty(c.num_heads)) if c.generation_gain is not None else None
         free_of_weight_decay(self.share, self.hidden_erase, self.others, self.gain, self.conv)
         self.reset_parameters()
 
@@ -133,8 +133,8 @@ class SelfModifyingTitans(CacheableLayer):
             nn.init.constant_(self.hidden_erase, logit(c.hidden_erase_scale))
         if self.others is not None and c.others_scale is not None:
             nn.init.constant_(self.others, logit(c.others_scale))
-        if self.gain is not None and c.others_gain is not None:
-            nn.init.constant_(self.gain, c.others_gain)
+        if self.gain is not None and c.generation_gain is not None:
+            nn.init.constant_(self.gain, c.generation_gain)
         if self.gate_proj is not None and c.gate_bias is not None:
             with torch.no_grad():
                 self.gate_proj.weight *= 0.1

@@ -39,10 +39,14 @@ class SelfModifyingConfig(Rule):
         share_of: what that is a share of. "erase": l_t = share e_t, of which 1 is NL Eq. 88. "rate", for online
             gradients: of the whole rate r_t, l_t = share r_t and e_t = (1 - share) r_t, so that a share near 1 replaces
             what a key holds by its new value, and a share near 0 only takes it away. The layers before an MLP's last
-            then start with the share `hidden_erase_scale`.
+            then start with the share `hidden_erase_scale`, or `hidden_lr_scale`.
         hidden_erase_scale: first value of the learnable share of e_t that the layers before an MLP's last one use (with
             the gates, which are stacked there), in (0, 1). 0.1: flipping the sign of a pre-activation means nothing to
             the layer after it.
+        hidden_lr_scale: first value of the learnable share of the gradient step in these layers, in (0, 1). Their
+            gradients are those of the chunk's start; written as fast as they are erased they move a pre-activation by
+            the whole gradient, and the features that answers were stored under are others in the next chunk. None: as
+            `share_of` says.
         gate_scale: how much faster than other weights the optimizer moves the gates' initial fast weights (see
             `MemoryBank`). Adam's steps of one size take a logit to +-4 in the time it takes others to be learned, where
             1 - e_t is -0.97; counting over hundreds of tokens needs it nearer to -1 than any short training asks for.
@@ -67,9 +71,10 @@ class SelfModifyingConfig(Rule):
             chunk. They also fade as fast as they are written, by 1 - share (e_t + l_t) / 2 a token, so that what they
             add to W_0 is a mean over their last writes and never outgrows it. Needs `anchored`. None: all take the same
             rates (NL Eq. 88 to the letter).
-        others_gain: first value of the learnable gain of what the memories other than M_memory add to W_0,
-            M = W_0 + gain F. From 0 a model learns what their updates are good for; one whose texts in training are no
-            longer than a chunk never sees an update, and keeps none. Needs `anchored`. None is 1, and not learned.
+        generation_gain: first value of the learnable gain of what a memory adds to W_0 where it generates keys, values,
+            queries, rates and targets, M = W_0 + gain F; M_memory still answers and learns with W_0 + F. From 0 a model
+            learns what these updates are good for; one whose texts in training are no longer than a chunk never sees
+            an update, and keeps none. Needs `anchored`. None is 1, and not learned.
         retention_start: logits of the retentions at the start, of the first head and of the last, with the others
             evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
             over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
@@ -108,9 +113,10 @@ class SelfModifyingConfig(Rule):
     anchored: bool = field(default=False, metadata=NEW_FIELD)
     identity: bool = field(default=False, metadata=NEW_FIELD)
     others_scale: float | None = field(default=None, metadata=NEW_FIELD)
-    others_gain: float | None = field(default=None, metadata=NEW_FIELD)
+    generation_gain: float | None = field(default=None, metadata=NEW_FIELD)
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
     rate_stretch: float = field(default=1.0, metadata=NEW_FIELD)
+    hidden_lr_scale: float | None = field(default=None, metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
@@ -156,16 +162,18 @@ class SelfModifyingConfig(Rule):
             raise ValueError(f"rate_stretch is at least 1, not {self.rate_stretch}: no rate could reach its upper end")
         if self.gate_scale <= 0:
             raise ValueError(f"gate_scale is positive, not {self.gate_scale}")
-        if not 0 < self.hidden_erase_scale < 1:
-            raise ValueError(f"hidden_erase_scale is in (0, 1), not {self.hidden_erase_scale}")
+        for name in ("hidden_erase_scale", "hidden_lr_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} is in (0, 1), not {value}")
         if self.others_scale is not None and not 0 < self.others_scale < 1:
             raise ValueError(f"others_scale is in (0, 1), or None for the rates of M_memory; not {self.others_scale}")
         if self.others_scale is not None and not self.anchored:
             raise ValueError(
                 "others_scale needs anchored=True: the other memories fade fast, and without it to nothing"
             )
-        if self.others_gain is not None and not self.anchored:
-            raise ValueError("others_gain needs anchored=True: it is of what is added to the first weights")
+        if self.generation_gain is not None and not self.anchored:
+            raise ValueError("generation_gain needs anchored=True: it is of what is added to the first weights")
         if self.share_of not in ("erase", "rate"):
             raise ValueError(f"share_of is 'erase' or 'rate', not {self.share_of!r}")
         if self.share_of == "rate" and not (self.gradient == "online" and self.objective == "l2" and self.erase):
@@ -197,6 +205,7 @@ class SelfModifyingConfig(Rule):
     def shares(self) -> list[float]:
         """First values of the shares, a layer each."""
         hidden = self.hidden_erase_scale if self.share_of == "rate" else self.share
+        hidden = hidden if self.hidden_lr_scale is None else self.hidden_lr_scale
         return [hidden] * (self.layers - 1) + [self.share]
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.memory.activation import ACTIVATIONS, activate
-from nestling.memory.lesson import Lesson, Rates, Trace, above_base, online_gradient
+from nestling.memory.lesson import Lesson, Rates, Trace, above_base, generating, online_gradient
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State
@@ -143,11 +143,12 @@ class MemoryBank(nn.Module):
             return weights
         if gain is None:
             return [b + w for b, w in zip(base, weights, strict=True)]
-        found = []
+        found = generating(weights, base, gain)
+        if self.deep[:1] != ("memory",):
+            return found
         for layer, (b, w) in enumerate(zip(base, weights, strict=True)):
-            own = int(self.deep[:1] == ("memory",)) * (1 if layer else self.hidden)
-            factor = torch.cat([gain.new_ones(len(gain), own), gain[:, None].expand(-1, b.shape[1] - own)], dim=1)
-            found.append(b + factor.reshape(*factor.shape, *[1] * (b.dim() - 2)) * w)
+            own = 1 if layer else self.hidden
+            found[layer] = torch.cat([b[:, :own] + w[:, :, :own], found[layer][:, :, own:]], dim=2)
         return found
 
     def _initial(self, dtype: torch.dtype) -> list[Tensor]:
@@ -218,6 +219,7 @@ class MemoryBank(nn.Module):
         value: Tensor,
         self_targets: bool,
         base: list[Tensor] | None = None,
+        teachers: list[Tensor] | None = None,
     ) -> Lesson:
         """What a chunk teaches the memories at its first weights.
 
@@ -228,13 +230,15 @@ class MemoryBank(nn.Module):
             value: `[N, H, L, K]`.
             self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
             base: W_0 of every layer where the state is the difference to it.
+            teachers: the weights that make the targets, where they are others.
         """
-        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.objective in ("l2", "dot")
+        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.objective in ("l2", "dot") and teachers is None
         if not compiled or (rule.online and self_targets) or not native.fits(key, weights[0]):
-            return above_base(self._lesson(rule, weights, key, value, self_targets, rule.online), rule, base)
+            teachers = (teachers or weights) if self_targets else None
+            return above_base(self._lesson(rule, weights, key, value, teachers, rule.online), rule, base)
 
         def plain(key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            made = self._lesson(rule, list(weights), key, value, self_targets, online=False)
+            made = self._lesson(rule, list(weights), key, value, list(weights) if self_targets else None, online=False)
             return (*made.inputs[1:], *made.recalled, *made.gradients)
 
         shape = self._shape(rule, self_targets)
@@ -244,15 +248,18 @@ class MemoryBank(nn.Module):
         return above_base(Lesson([key, *inputs], recalled, gradients), rule, base)
 
     def _lesson(
-        self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, self_targets: bool, online: bool
+        self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, teachers: list[Tensor] | None, online: bool
     ) -> Lesson:
-        """`lesson` out of torch's operations; without `online` all gradients are those of the chunk's first weights."""
+        """`lesson` out of torch's operations; without `online` all gradients are those of the chunk's first weights.
+
+        `teachers` make the targets; None takes the values.
+        """
         at_key = self.trace(weights, key)
-        if self_targets:
-            at_value = self.trace(weights, value)
-            target, gate_target = at_value.output, at_value.gates
-        else:
+        if teachers is None:
             target, gate_target = self.shared_target(value)
+        else:
+            at_value = self.trace(teachers, value)
+            target, gate_target = at_value.output, at_value.gates
         gradients = self.gradients(rule, weights, at_key, target, gate_target)
         if online:
             gradients[-1] = online_gradient(rule, key if self.depth > 1 else None, target).expand_as(at_key.output)

@@ -60,6 +60,14 @@ class Rates:
         return Rates(erase, lr, replace(self.decay, log_retention=self.decay.log_retention + fading))
 
 
+def generating(weights: list[Tensor], base: list[Tensor], gain: Tensor) -> list[Tensor]:
+    """W_0 + gain F of every memory: the weights that make keys, values, queries, rates and targets.
+
+    `weights` F `[N, H, ...]`, `base` W_0 `[H, ...]`, `gain` `[H]`.
+    """
+    return [b + gain.reshape(-1, *[1] * (b.dim() - 1)) * w for b, w in zip(base, weights, strict=True)]
+
+
 def above_base(lesson: Lesson, rule: Rule, base: list[Tensor] | None) -> Lesson:
     """The lesson of weights W_0 + F, whose online write takes away F x, and not the whole W x."""
     if base is not None and rule.online:

@@ -28,7 +28,7 @@ struct LoopArguments {
     const T *u[all_roles], *given[all_roles], *log_b;
     const T *eta_bias, *alpha_bias, *share, *hidden_erase;
     const T* others;              // [heads], share of the rates for the memories after the first; null is all
-    const T* gain;                // [heads], of what these memories add to their base; null is 1
+    const T* gain;                // [heads], of what memories that generate add to their base; null is 1
     const T* base[most_layers];   // [heads, ...], what the weights, in the state and below, are the difference to; or null
     const T *start[most_layers], *running[most_layers], *surprise[most_layers];
     T *y, *last[most_layers], *last_surprise[most_layers], *last_start[most_layers];
@@ -86,13 +86,16 @@ struct LoopArguments {
     // Numbers of the first memory's weight of a layer, or of all where the others are like it.
     int64_t ungained(int64_t l) const { return !gain ? numbers(l) : l ? wide(l) * inputs(l) : hidden * K; }
 
-    // W_0 + F; of the memories after the first W_0 + gain F.
-    void whole(const T* W0, const T* F, int64_t l, int64_t head, T* out) const {
+    // W_0 + F; of the memories after the first W_0 + gain F, and beside it that of the first, which makes its targets.
+    void whole(const T* W0, const T* F, int64_t l, int64_t head, T* out, T* own_out) const {
         const int64_t own = ungained(l), rest = numbers(l) - own;
         sum(out, W0, F, own);
-        if (!rest) return;
-        std::copy_n(W0 + own, rest, out + own);
-        add_scaled(out + own, gain[head], F + own, rest);
+        if (gain) gained(W0, F, head, own, own_out), gained(W0 + own, F + own, head, rest, out + own);
+    }
+
+    void gained(const T* W0, const T* F, int64_t head, int64_t n, T* out) const {
+        std::copy_n(W0, n, out);
+        add_scaled(out, gain[head], F, n);
     }
 
     BankArguments<T> bank(int64_t n, const T* const* W) const {

@@ -14,6 +14,7 @@ struct Upstream {
     T *W0[most_layers], *S0[most_layers];  // before it
     T* start[most_layers];                 // of the first weights where they are not the running ones
     T *base[most_layers], *whole[most_layers];  // of W_0, of all chunks; of W_0 + F at the start of a chunk
+    T* own[most_layers];                        // and of the first memory's W_0 + gain F
     T *x0, *x_part, *H[most_layers], *g[most_layers], *recalled[most_layers];
     T *lr[most_layers], *e[most_layers], *log_a, *log_a_others, *log_b, *each[4];  // each: of every memory, before the sum
     T *vectors[3], *raw, *gates, *eta, *alpha, *log_b_of_rates, *answers, *query;
@@ -25,6 +26,7 @@ struct Upstream {
             W[l] = p.take(all), W0[l] = p.take(all), start[l] = s.split ? p.take(all) : nullptr;
             S[l] = s.momentum ? p.take(all) : nullptr, S0[l] = s.momentum ? p.take(all) : nullptr;
             base[l] = s.anchored() ? p.take(all) : nullptr, whole[l] = s.anchored() ? p.take(all) : nullptr;
+            own[l] = s.gain ? p.take(s.ungained(l)) : nullptr;
             H[l] = l ? p.take(s.memories * C * s.hidden) : nullptr;
             g[l] = p.take(of_layer), recalled[l] = p.take(of_layer), lr[l] = p.take(C), e[l] = p.take(C);
         }
@@ -40,19 +42,20 @@ template <class T, Activation KIND>
 struct BackwardChunk : LoopChunk<T> {
     using LoopChunk<T>::s, LoopChunk<T>::C, LoopChunk<T>::k, LoopChunk<T>::at, LoopChunk<T>::n, LoopChunk<T>::i;
     const Upstream<T>& d;
-    const T *const *start, *const *base, *const *fast;  // fast: F at the start, where `start` is W_0 + F
+    const T *const *start, *const *base, *const *fast, *const *own;  // fast: F at the start, where `start` is W_0 + F
     Scratch<T>& mem;
 
     BackwardChunk(
         const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const Upstream<T>& up, const T* const* first,
-        const T* const* initial, const T* const* moved, Scratch<T>& m
+        const T* const* initial, const T* const* moved, const T* const* targets, Scratch<T>& m
     )
-        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), base(initial), fast(moved), mem(m) {}
+        : LoopChunk<T>(loop, i, n, kept), d(up), start(first), base(initial), fast(moved), own(targets), mem(m) {}
 
     BankArguments<T> bank() const {
         BankArguments<T> b = s.bank(n, start);
         std::copy_n(s.anchored() ? d.whole : s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
         if (s.anchored()) b.base = base[s.layers - 1], b.dbase = d.base[s.layers - 1];
+        if (s.gain) std::copy_n(own, s.layers, b.own), std::copy_n(d.own, s.layers, b.d_own);
         return b;
     }
 
@@ -63,17 +66,26 @@ struct BackwardChunk : LoopChunk<T> {
             T* to = (s.fresh(n) ? d.W0 : d.start)[l];
             add_scaled(d.base[l], T(1), d.whole[l], s.numbers(l));
             add_scaled(to, T(1), d.whole[l], own);
-            if (!rest) continue;
-            add_scaled(to + own, s.gain[this->head], d.whole[l] + own, rest);
-            s.d_gain[i] += dot(d.whole[l] + own, fast[l] + own, rest);
+            if (!s.gain) continue;
+            add_scaled(d.base[l], T(1), d.own[l], own);
+            part_gained(d.own[l], fast[l], own, to);
+            part_gained(d.whole[l] + own, fast[l] + own, rest, to + own);
         }
+    }
+
+    void part_gained(const T* up, const T* F, int64_t count, T* to) {
+        add_scaled(to, s.gain[this->head], up, count);
+        s.d_gain[i] += dot(up, F, count);
     }
 
     // Makes again what the forward pass did not keep.
     void prepare() {
         this->fade_surprise();
         this->share_rates();
-        for (int64_t l = 0; s.anchored() && l < s.layers; l++) zero(d.whole[l], s.numbers(l));
+        for (int64_t l = 0; s.anchored() && l < s.layers; l++) {
+            zero(d.whole[l], s.numbers(l));
+            if (s.gain) zero(d.own[l], s.ungained(l));
+        }
         for (int64_t t = 0; t < s.generated() * C; t++) {
             const T *in = k.raw + t * s.K, r = k.scale[t], bound = static_cast<T>(unit_bound);
             T* out = k.unit + t * s.K;
@@ -248,13 +260,13 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
     Pieces<T> count;
     Upstream<T>(s, count);
     size_t room = count.used + Kept<T>::shared_room(s) + 16;
-    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 3 : 1) * (s.numbers(l) + 16);
+    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 4 : 1) * (s.numbers(l) + 16);
     held.reset(room);
     Upstream<T> d(s, held);
     T* shared = held.take(Kept<T>::shared_room(s));
-    T *first[most_layers], *base[most_layers], *whole[most_layers];
+    T *first[most_layers], *base[most_layers], *whole[most_layers], *own[most_layers];
     for (int64_t l = 0; s.anchored() && l < L; l++) {
-        base[l] = held.take(s.numbers(l)), whole[l] = held.take(s.numbers(l));
+        base[l] = held.take(s.numbers(l)), whole[l] = held.take(s.numbers(l)), own[l] = held.take(s.ungained(l));
         s.load(s.base, i % s.heads, l, base[l]);
         zero(d.base[l], s.numbers(l));
     }
@@ -268,8 +280,8 @@ void loop_backward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratc
     for (int64_t n = N - 1; n >= 0; n--) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared);
         const T* const* start = s.fresh(n) ? k.W : first;
-        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l]);
-        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.anchored() ? whole : start, base, start, mem);
+        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l], own[l]);
+        BackwardChunk<T, KIND> chunk(s, i, n, k, d, s.anchored() ? whole : start, base, start, own, mem);
         chunk.prepare();
         chunk.write();
         chunk.lesson();

@@ -15,16 +15,18 @@ struct ForwardChunk : LoopChunk<T> {
     T* spare;  // [memories, C, K] and [C, gates]: what nobody reads again
     const T* const* base;
     const T* const* base_turned;
+    const T* const* own;
 
     ForwardChunk(
         const LoopArguments<T>& loop, int64_t i, int64_t n, const Kept<T>& kept, const T* const* first, Scratch<T>& m,
-        T* room, const T* const* initial, const T* const* turned
+        T* room, const T* const* initial, const T* const* turned, const T* const* targets
     )
-        : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room), base(initial), base_turned(turned) {}
+        : LoopChunk<T>(loop, i, n, kept), start(first), mem(m), spare(room), base(initial), base_turned(turned), own(targets) {}
 
     BankArguments<T> bank() const {
         BankArguments<T> b = s.bank(this->n, start);
         b.base = s.anchored() ? base[s.layers - 1] : nullptr;
+        if (s.gain) std::copy_n(own, s.layers, b.own);
         return b;
     }
 
@@ -98,13 +100,14 @@ template <class T, Activation KIND>
 void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch<T>& held) {
     const int64_t L = s.layers, N = s.chunks(), C = s.longest();
     size_t room = s.memories * C * s.K + C * s.gates + 16 + Kept<T>::shared_room(s);
-    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 6 : 3) * (s.numbers(l) + 16);
+    for (int64_t l = 0; l < L; l++) room += (s.anchored() ? 7 : 3) * (s.numbers(l) + 16);
     held.reset(room);
     T* shared = held.take(Kept<T>::shared_room(s));
     T *first[most_layers], *last[most_layers], *last_s[most_layers];
-    T *base[most_layers], *turned[most_layers], *whole[most_layers];
+    T *base[most_layers], *turned[most_layers], *whole[most_layers], *own[most_layers];
     for (int64_t l = 0; s.anchored() && l < L; l++) {
         base[l] = held.take(s.numbers(l)), turned[l] = held.take(s.numbers(l)), whole[l] = held.take(s.numbers(l));
+        own[l] = held.take(s.ungained(l));
         s.load(s.base, i % s.heads, l, base[l]);
         transpose(base[l], s.inputs(l), s.outputs(l), s.inputs(l), turned[l]);
     }
@@ -119,8 +122,8 @@ void loop_forward(const LoopArguments<T>& s, int64_t i, Scratch<T>& mem, Scratch
     for (int64_t n = 0; n < N; n++) {
         const Kept<T> k = Kept<T>::of(s, i, n, shared), next = Kept<T>::of(s, i, n + 1 < N ? n + 1 : n, shared);
         const T* const* start = s.fresh(n) ? k.W : first;
-        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l]);
-        ForwardChunk<T, KIND> chunk(s, i, n, k, s.anchored() ? whole : start, mem, spare, base, turned);
+        for (int64_t l = 0; s.anchored() && l < L; l++) s.whole(base[l], start[l], l, i % s.heads, whole[l], own[l]);
+        ForwardChunk<T, KIND> chunk(s, i, n, k, s.anchored() ? whole : start, mem, spare, base, turned, own);
         chunk.generate();
         chunk.rates();
         chunk.lesson();

@@ -26,7 +26,8 @@ struct BankArguments {
     Activation activation;
     const T* W[most_layers];
     const T* base;  // online: W_0 of the last layer, where its weight is W_0 + F; else null
-    T *dW[most_layers], *dbase;
+    const T* own[most_layers];  // the first memory's weights that make its targets, where they are others; else null
+    T *dW[most_layers], *dbase, *d_own[most_layers];
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }
@@ -71,9 +72,12 @@ template <class T, Activation KIND>
 struct Work {
     const BankArguments<T>& s;
     const int64_t C, K, L;
+    const T* const* W;
+    T* const* dW;
     T *Wt, *h, *y, *dh;
 
-    Work(const BankArguments<T>& bank, Scratch<T>& mem) : s(bank), C(bank.C), K(bank.K), L(bank.layers) {
+    Work(const BankArguments<T>& bank, Scratch<T>& mem)
+        : s(bank), C(bank.C), K(bank.K), L(bank.layers), W(bank.W), dW(bank.dW) {
         const int64_t wide = s.wide();
         Wt = mem.take(wide * wide), h = mem.take(C * wide), y = mem.take(C * wide), dh = mem.take(C * wide);
     }
@@ -84,7 +88,7 @@ struct Work {
             const int64_t out = s.outputs(l), in = s.inputs(l);
             T* h = H && l ? H[l] : this->h;
             if (l) activations(z[l - 1], h);
-            transpose(s.W[l] + s.offset(b, m, l), in, out, in, Wt);
+            transpose(W[l] + s.offset(b, m, l), in, out, in, Wt);
             matmul<T>({l ? h : x, in, 1}, {Wt, out}, z[l].data, z[l].row, C, out, in, {});
         }
     }
@@ -118,8 +122,8 @@ struct Work {
             const int64_t out = s.outputs(l), at = s.offset(b, m, l), hidden = s.hidden;
             const T* more = key ? dH[l] : nullptr;
             activations(z[l - 1], h, y);
-            matmul<T>({dz[l], out, 1}, {s.W[l] + at, hidden}, dh, hidden, C, hidden, out, {});
-            matmul<T>({dz[l], 1, out}, {h, hidden}, s.dW[l] + at, hidden, out, hidden, C, {.add = true});
+            matmul<T>({dz[l], out, 1}, {W[l] + at, hidden}, dh, hidden, C, hidden, out, {});
+            matmul<T>({dz[l], 1, out}, {h, hidden}, dW[l] + at, hidden, out, hidden, C, {.add = true});
             if (more) add_scaled(dh, T(1), more, C * hidden);
             T* o = dz[l - 1];
             if (key) {
@@ -135,12 +139,12 @@ struct Work {
 
     // out = W_0 x over `count` rows of layer 0 at `at`: adds to dx and dW_0.
     void linear_back(int64_t at, int64_t count, const T* x, const T* d, int64_t d_row, T* dx) const {
-        matmul<T>({d, d_row, 1}, {s.W[0] + at, K}, dx, K, C, K, count, {.add = true});
-        matmul<T>({d, 1, d_row}, {x, K}, s.dW[0] + at, K, count, K, C, {.add = true});
+        matmul<T>({d, d_row, 1}, {W[0] + at, K}, dx, K, C, K, count, {.add = true});
+        matmul<T>({d, 1, d_row}, {x, K}, dW[0] + at, K, count, K, C, {.add = true});
     }
 
     void gates(int64_t b, const T* x, T* out, int64_t out_row) const {
-        transpose(s.W[0] + s.gate_offset(b), K, s.gates, K, Wt);
+        transpose(W[0] + s.gate_offset(b), K, s.gates, K, Wt);
         matmul<T>({x, K, 1}, {Wt, s.gates}, out, out_row, C, s.gates, K, {});
     }
 };

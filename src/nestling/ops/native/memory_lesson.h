@@ -59,6 +59,13 @@ struct Lesson {
     T error(T output, T target) const { return clipped(s.dot ? -target : output - target); }
     T residual() const { return L > 1 ? T(1) : T(0); }
 
+    // With the weights that make the targets of memory m.
+    Work<T, KIND> targets(int64_t m) const {
+        Work<T, KIND> found = work;
+        if (!m && s.own[0]) found.W = s.own, found.dW = s.d_own;
+        return found;
+    }
+
     // Inputs of the last layer, [C, inputs].
     const T* top_inputs(int64_t m) const { return L > 1 ? p.H[L - 1] + (b * s.memories + m) * C * s.hidden : key; }
     int64_t top_offset(int64_t m) const { return L > 1 ? m * K * s.hidden : m * s.hidden * K; }
@@ -99,7 +106,7 @@ struct Lesson {
         T* H[most_layers];
         for (int64_t l = 1; l < L; l++) H[l] = p.H[l] + (b * s.memories + m) * C * s.hidden;
         work.pass(b, m, key, zk, H);
-        if (s.self_targets) work.pass(b, m, value, zv);
+        if (s.self_targets) targets(m).pass(b, m, value, zv);
         errors(zk[L - 1], zv[L - 1], g[L - 1]);
         for (int64_t l = L - 2; l >= 0; l--) {
             pull(m, l, g[l + 1]);
@@ -181,7 +188,7 @@ struct Lesson {
         work.chain(b, m, key, zk, dz, dH, true, dkey);
         if (!s.self_targets) return;
         scaled(dz[L - 1], T(-1), dg[L - 1], C * K);
-        work.chain(b, m, value, zv, dz, nullptr, false, dvalue);
+        targets(m).chain(b, m, value, zv, dz, nullptr, false, dvalue);
     }
 
     // Before the gradients of the errors: those of the folded ones, which the chunk was written with.
@@ -205,7 +212,7 @@ struct Lesson {
     Rows<T> recall_value(int64_t m, const Rows<T>* zv) {
         const int64_t in = s.inputs(L - 1);
         if (L > 1) work.activations(zv[L - 2], work.h);
-        transpose(s.W[L - 1] + s.offset(b, m, L - 1), in, K, in, work.Wt);
+        transpose(targets(m).W[L - 1] + s.offset(b, m, L - 1), in, K, in, work.Wt);
         matmul<T>({L > 1 ? work.h : value, in, 1}, {work.Wt, K}, at_value, K, C, K, in, {});
         return {at_value, K};
     }
@@ -251,8 +258,8 @@ struct Lesson {
 
     void backward_gates() {
         const int64_t G = s.gates, from = s.memories * s.hidden;
-        T *to_key = work.y, *to_value = work.dh, *targets = spare;
-        if (gates_online() && s.self_targets) work.gates(b, value, targets, G);
+        T *to_key = work.y, *to_value = work.dh, *at_value = spare;
+        if (gates_online() && s.self_targets) work.gates(b, value, at_value, G);
         const Rows<T> g = stacked(p.g[0], from);
         const Rows<const T> dg = p.dg[0] ? stacked(p.dg[0], from) : Rows<const T>{};
         const Rows<const T> dz = p.drecalled[0] ? stacked(p.drecalled[0], from) : Rows<const T>{};
@@ -261,7 +268,7 @@ struct Lesson {
                 const int64_t i = t * G + j;
                 const T up = dg.data ? dg[t][j] : T(0);
                 dtop[i] = gates_online() ? up : T(0);
-                const bool open = gates_online() ? inside(gate_target(t, j, targets)) : inside(g[t][j]);
+                const bool open = gates_online() ? inside(gate_target(t, j, at_value)) : inside(g[t][j]);
                 const T d = open ? up : T(0);
                 to_key[i] = (dz.data ? dz[t][j] : T(0)) + (s.dot || gates_online() ? T(0) : d);
                 to_value[i] = -d;
