@@ -217,7 +217,9 @@ def check_ragged(layer: SequenceLayer, hidden: int) -> None:
 
 
 def check_state_is_a_value(layer: SequenceLayer, hidden: int) -> None:
-    """A call leaves the state it was given as it was; a clone shares nothing; select picks, orders and repeats rows."""
+    """A call leaves the state it was given as it was, and training the state it gave; a clone shares nothing; select
+    picks, orders and repeats rows.
+    """
     x = noise(3, 10, hidden)
     with torch.no_grad():
         _, state = layer(x)
@@ -239,6 +241,13 @@ def check_state_is_a_value(layer: SequenceLayer, hidden: int) -> None:
         assert state.nbytes == sum(t.numel() * t.element_size() for t in before)
         assert state.first_nonfinite() is None
         assert all(t.shape[0] == 3 for _, t in state.tensors()), "a tensor of the state is not batch first"
+
+        begun = layer(x[:, :1])[1].detach()
+        before = [t.clone() for _, t in begun.tensors()]
+        for parameter in layer.parameters():
+            parameter.add_(1.0)
+        for old, (name, new) in zip(before, begun.tensors(), strict=True):
+            assert torch.equal(old, new), f"{name} of a state changes when an optimizer changes the parameters"
 
 
 def check_detach(layer: SequenceLayer, hidden: int) -> None:

@@ -11,7 +11,8 @@ For a level of period C with fast weight W, tokens counted from t = 1, r the lev
     L_t(W) = 1/2 |W key_t - target_t|^2 / max(1, |key_t|^2)
 
     step "token":    g_t = dL_t/dW at W_i,  W'_t = W'_{t-1} (I - r/C key_t key_t^T / max(1, |key_t|^2)) - r/C g_t
-                     (without the erase: W'_{t-1} - r/C g_t);  W* = W'_t at the period's end
+                     (without the erase: W'_{t-1} - r/C g_t; with a gain it erases W'_{t-1} - W_0);  W* = W'_t at the
+                     period's end
     step "spectral": W* = W_i - r / max(1, s) sum_t g_t,  s^4 the sum of the fourth powers of the eigenvalues of
                      sum_t key_t key_t^T / max(1, |key_t|^2)
     step "proximal": W* is where the derivative of sum_t L_t(W) + |W - W_i|^2 (1 - r) / (2 r) is zero
@@ -110,7 +111,8 @@ def token_step(part: ContinuumLevel, level: Level, key: Tensor, target: Tensor) 
     if not part.config.erase:
         return level.running - rate * gradient
     power = torch.clamp(key.square().sum(-1), min=1)[:, None, None]
-    return level.running - rate * gradient - rate / power * apply(level.running, key)[:, :, None] * key[:, None, :]
+    held = level.running if part.gain is None else level.running - part.down
+    return level.running - rate * gradient - rate / power * apply(held, key)[:, :, None] * key[:, None, :]
 
 
 def whole_step(part: ContinuumLevel, level: Level) -> Tensor:

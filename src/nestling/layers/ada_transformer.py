@@ -18,7 +18,7 @@ from nestling.layers.heads import fast_dtype, free_of_weight_decay
 from nestling.layers.scalar_retention import valid_tokens
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
-from nestling.memory.state import State
+from nestling.memory.state import State, rows_of
 from nestling.ops.chunk_rule import chunk_scan
 from nestling.ops.normalize import safe_normalize
 
@@ -138,7 +138,7 @@ class AdaTransformer(SequenceLayer):
 
     def first_state(self, x: Tensor) -> AdaTransformerState:
         """No token in view, and the learned memory."""
-        weight = self.down.to(fast_dtype(x)).expand(len(x), -1, -1)
+        weight = rows_of(self.down.to(fast_dtype(x)), len(x))
         return AdaTransformerState(self.attention.first_state(x), weight)
 
     def describe_memories(self) -> tuple[MemoryDescription, ...]:

@@ -17,7 +17,7 @@ from nestling.layers.heads import fast_dtype, logit
 from nestling.layers.sequence import Aligned, SequenceLayer
 from nestling.memory.description import OBJECTIVES, SURPRISE, MemoryDescription, write_rule
 from nestling.memory.grid import Grid, chunk_spans, shift_rows, unshift_rows
-from nestling.memory.state import State
+from nestling.memory.state import State, rows_of
 from nestling.ops.chunk_rule import chunk_advance, chunk_writes, decay_products
 
 __all__ = ["ContinuumConfig", "ContinuumLevel", "ContinuumMemory", "ContinuumState", "LevelState"]
@@ -33,7 +33,11 @@ OVER = {"token": "", "spectral": ", l over their keys' largest eigenvalue", "pro
 
 @dataclass
 class LevelState(State):
-    """Fast weights of one level, `[N, hidden, intermediate]`.
+    """Fast weights of one level, `[N, hidden, intermediate]`; with a gain their differences to W_0, the learned ones.
+
+    Of differences the gain gets a gradient of exactly zero before the first update, also where an optimizer has changed
+    W_0 since the document began. Rounding, or W_0's own steps, would be enough for an optimizer that normalises
+    gradients to walk with.
 
     Attributes:
         start: weights since the last update; the level's output comes from them.
@@ -133,10 +137,10 @@ class ContinuumLevel(nn.Module):
         return y.to(x.dtype), state
 
     def _first_state(self, x: Tensor) -> LevelState:
-        """The meta-learned fast weights, no last token, no period begun and no surprise."""
+        """The first fast weights, no last token, no period begun and no surprise."""
         assert self.period is not None
         dtype = fast_dtype(x)
-        weight = self.down.to(dtype).expand(len(x), -1, -1)
+        weight = rows_of(self._first(dtype), len(x))
         whole = self.rule.step != "token"
         return LevelState(
             start=weight,
@@ -147,12 +151,17 @@ class ContinuumLevel(nn.Module):
             surprise=torch.zeros_like(weight) if self.momentum is not None else None,
         )
 
+    def _first(self, dtype: torch.dtype) -> Tensor:
+        """The fast weight of a document's start: W_0, or with a gain no difference to it."""
+        return self.down.to(dtype) if self.gain is None else torch.zeros_like(self.down, dtype=dtype)
+
     def _scan(
         self, h: Tensor, target: Tensor, state: LevelState, grid: Grid, lengths: Tensor | None
     ) -> tuple[Tensor, LevelState]:
         """Output and new state. Errors and keys count as divided by max(1, |key|)."""
         assert self.period is not None
-        tokens = [h, *self._lessons(h, target, state.tail, lengths)]
+        first = None if self.gain is None else h @ self.down.to(h.dtype).mT
+        tokens = [h, *self._lessons(h, target, state.tail, first)]
         if grid.offsets is not None:
             tokens = [shift_rows(t.unsqueeze(1), grid).squeeze(1) for t in tokens]
         spans = chunk_spans(grid.phase, grid.slots, self.period)
@@ -161,35 +170,31 @@ class ContinuumLevel(nn.Module):
         if whole and grid.offsets is None and grid.phase % self.period == 0:
             state = replace(state, period=None)  # zeros, which need not be added to
         for (begin, end), (h_c, key, wanted, *shrink) in zip(spans, pieces, strict=True):
-            recalled = (h_c if shrink else key) @ state.start.mT
-            outputs.append(recalled if shrink and self.gain is None else h_c @ self._heard(state.start).mT)
-            recalled = recalled * shrink[0] if shrink else recalled
+            outputs.append(h_c @ state.start.mT)
+            recalled = outputs[-1] * shrink[0] if shrink else key @ state.start.mT
             state = self._collect(state, key, recalled - wanted, begin)
             if end % self.period == 0:
                 state = self._update(state, grid, end)
         y = torch.cat(outputs, dim=1)
         if grid.offsets is not None:
             y = unshift_rows(y.unsqueeze(1), grid, h.shape[1]).squeeze(1)
+        if first is not None:
+            assert self.gain is not None
+            y = first + self.gain.to(h.dtype) * y
         if state.tail is not None:
             state = replace(state, tail=_last(h, state.tail, lengths))
         if whole and state.period is None:
             state = replace(state, period=PeriodState.empty(state.start, self.period))
         return y, state
 
-    def _heard(self, start: Tensor) -> Tensor:
-        """The weights that answer, W_0 + g (W - W_0).
+    def _lessons(self, h: Tensor, target: Tensor, tail: Tensor | None, first: Tensor | None) -> list[Tensor]:
+        """Keys and targets, divided by max(1, |key|); where the keys are the queries too, the factors as well.
 
-        Of a difference of weights, and not of outputs: before the first update it is zero to the bit, where rounding
-        would give the gain a gradient of noise, and an optimizer that normalises gradients would walk with it.
+        `first` is W_0 h, where the fast weights are differences to W_0: their target is what W_0 leaves of it.
         """
-        if self.gain is None:
-            return start
-        first = self.down.to(start.dtype)
-        return first + self.gain.to(start.dtype)[:, None] * (start - first)
-
-    def _lessons(self, h: Tensor, target: Tensor, tail: Tensor | None, lengths: Tensor | None) -> list[Tensor]:
-        """Keys and targets, divided by max(1, |key|); where the keys are the queries too, the factors as well."""
         key = h if tail is None else torch.cat([tail, h], dim=1)[:, :-1]
+        if first is not None:
+            target = target - (first if tail is None else key @ self.down.to(key.dtype).mT)
         shrink = key.square().sum(-1, keepdim=True).clamp_min(1.0).rsqrt()
         return [key * shrink, target * shrink, *([shrink] if tail is None else [])]
 
@@ -235,7 +240,7 @@ class ContinuumLevel(nn.Module):
             moved = state.start + surprise
         if self.retention is not None:
             kept = torch.sigmoid(self.retention).to(moved.dtype)
-            first = self.down.to(moved.dtype) if initial is None else initial
+            first = self._first(moved.dtype) if initial is None else initial
             moved = torch.lerp(first.expand_as(moved), moved, kept)
             surprise = None if surprise is None else kept * surprise
         if self.context is not None and end % self.context == 0:

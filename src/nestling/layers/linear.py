@@ -28,7 +28,7 @@ from nestling.layers.scalar_retention import (
 )
 from nestling.memory.description import OBJECTIVES, MemoryDescription, write_rule
 from nestling.memory.kept import KeptMemories
-from nestling.memory.state import State
+from nestling.memory.state import State, rows_of
 from nestling.ops.diagonal_rule import diagonal_scan
 from nestling.ops.normalize import safe_normalize
 from nestling.ops.rotary import rotate, rotation
@@ -135,7 +135,7 @@ class LinearMemory(CacheableLayer):
         c, dtype = self.config, fast_dtype(x)
         shape = (len(x), c.num_heads, c.value_width + c.denominator, c.key_width)
         return LinearMemoryState(
-            weight=x.new_zeros(shape, dtype=dtype) if self.initial is None else self._learned(dtype).expand(shape),
+            weight=x.new_zeros(shape, dtype=dtype) if self.initial is None else rows_of(self._learned(dtype), len(x)),
             conv=None if self.conv is None else x.new_zeros(len(x), c.conv_size - 1, self.streams, dtype=dtype),
             position=torch.zeros(len(x), dtype=torch.int64, device="cpu") if c.positions == "rope" else None,
         )

@@ -14,6 +14,7 @@ from nestling.layers.heads import free_of_weight_decay
 from nestling.layers.ttt_config import TTTConfig
 from nestling.memory.bank import BankState, InitialWeights
 from nestling.memory.grid import Grid
+from nestling.memory.state import rows_of
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
 
 FIRST_DEVIATION = 0.02
@@ -51,7 +52,7 @@ class InnerModel(nn.Module):
 
     def first_weights(self, batch_size: int, dtype: torch.dtype) -> BankState:
         """The meta-learned fast weights of every row; gradients reach the parameters through it."""
-        rows = [w.expand(batch_size, *w.shape) for w in self.initial(dtype)]
+        rows = [rows_of(w, batch_size) for w in self.initial(dtype)]
         return BankState(start=rows, running=list(rows), surprise=None)
 
     def forward(

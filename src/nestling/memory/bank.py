@@ -19,7 +19,7 @@ from nestling.memory.activation import ACTIVATIONS, activate
 from nestling.memory.lesson import Lesson, Rates, Trace, above_base, generating, online_gradient
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
-from nestling.memory.state import State
+from nestling.memory.state import State, rows_of
 from nestling.ops import native
 from nestling.ops.chunk_step import chunk_step
 from nestling.ops.normalize import safe_normalize
@@ -123,7 +123,7 @@ class MemoryBank(nn.Module):
         if self.anchored:
             rows = [w.new_zeros(batch_size, *w.shape) for w in weights]
         else:
-            rows = [w.expand(batch_size, *w.shape) for w in weights]
+            rows = [rows_of(w, batch_size) for w in weights]
         surprise = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in rows] if momentum else None
         return BankState(start=rows, running=list(rows), surprise=surprise)
 

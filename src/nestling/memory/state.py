@@ -141,6 +141,15 @@ class State:
         return template.map(lambda t: found[next(names)].to(t.device if t.dtype != torch.int64 else "cpu"))
 
 
+def rows_of(weight: Tensor, batch_size: int) -> Tensor:
+    """First fast weights of every row, `[N, ...]`, as views of one copy of a parameter.
+
+    Of a copy, since optimizers change parameters in place: a state that was carried over a step would change with them,
+    and one that was read from a file would not.
+    """
+    return weight.clone().expand(batch_size, *weight.shape)
+
+
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if value is None:
         return None
