@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from collections.abc import Callable, Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -77,14 +78,33 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-@pytest.mark.parametrize("path", python_files(), ids=name_of)
+def for_each(paths: Iterable[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of all files, which names every file that fails: a test for each takes longer than what it looks at."""
+
+    def decorate(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    wrong.append(str(error).splitlines()[0])
+            assert not wrong, "\n".join(wrong)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
+@for_each(python_files())
 def test_a_file_is_read_in_one_sitting(path: Path) -> None:
     """At most 400 lines."""
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines; part it in two by subject"
 
 
-@pytest.mark.parametrize("path", python_files(), ids=name_of)
+@for_each(python_files())
 def test_annotations_are_postponed(path: Path) -> None:
     """Shape annotations are strings to Python, so a file that has annotations must not evaluate them."""
     tree = parse(path)
@@ -94,7 +114,7 @@ def test_annotations_are_postponed(path: Path) -> None:
     assert postponed or not annotated, f"{name_of(path)} needs: from __future__ import annotations"
 
 
-@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+@for_each([p for p in python_files() if p.is_relative_to(ROOT / "src")])
 def test_public_things_are_documented(path: Path) -> None:
     """Modules, public classes, public functions and public methods have docstrings."""
     if not path.read_text(encoding="utf-8").strip():
@@ -103,7 +123,7 @@ def test_public_things_are_documented(path: Path) -> None:
     assert not missing, f"{name_of(path)} has no docstring for {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+@for_each([p for p in python_files() if p.is_relative_to(ROOT / "src")])
 def test_imports_point_one_way(path: Path) -> None:
     """From ops and optim over memory, layers and models up to continual, training and the commands."""
     own = path.relative_to(ROOT / "src" / "nestling").with_suffix("").parts[0]
@@ -125,7 +145,7 @@ def test_modules_do_not_import_each_other() -> None:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("path", [p for p in python_files() if p.is_relative_to(ROOT / "src")], ids=name_of)
+@for_each([p for p in python_files() if p.is_relative_to(ROOT / "src")])
 def test_layers_are_called(path: Path) -> None:
     """No layer's weight or bias is read from outside, and no `forward` or `run` is called in place of the layer.
 
@@ -136,14 +156,14 @@ def test_layers_are_called(path: Path) -> None:
         assert not passed_by, f"{name_of(path)} does not call the module in {', '.join(passed_by)}"
 
 
-@pytest.mark.parametrize("path", [*python_files(), *prose_files()], ids=name_of)
+@for_each([*python_files(), *prose_files()])
 def test_prose_has_no_long_dashes(path: Path) -> None:
     """A comma, a colon or a full stop says which of the three is meant."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert not re.search("[\u2013\u2014]", line), f"{name_of(path)}:{number} has an en or em dash"
 
 
-@pytest.mark.parametrize("path", [p for p in prose_files() if "reproductions" not in p.parts], ids=name_of)
+@for_each([p for p in prose_files() if "reproductions" not in p.parts])
 def test_prose_has_lines_that_a_diff_can_show(path: Path) -> None:
     """At most 160 characters without links' targets; tables, code and generated reports are as wide as they are."""
     fenced = False
@@ -155,7 +175,7 @@ def test_prose_has_lines_that_a_diff_can_show(path: Path) -> None:
         assert length <= 160, f"{name_of(path)}:{number} has {length} characters; break the line"
 
 
-@pytest.mark.parametrize("path", prose_files(), ids=name_of)
+@for_each(prose_files())
 def test_links_lead_somewhere(path: Path) -> None:
     """Relative links of Markdown files name files that exist."""
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):

@@ -9,7 +9,7 @@ import torch
 
 from nestling import NestlingForCausalLM
 from nestling.models import convert
-from tests.models.conftest import SMALL, small_model
+from tests.models.conftest import REPRESENTATIVE, SMALL, small_model
 from tests.models.pretrained import pretrained
 
 VOCABULARY = 61
@@ -25,8 +25,8 @@ SUBJECTS: dict[str, Callable[[], NestlingForCausalLM]] = {
     "converted llama": partial(converted, "llama"),
     "converted qwen3": partial(converted, "qwen3"),
 }
-FEW = ("hope", "titans_mac", "mamba2", "converted llama")
-"""For what takes long: deep and matrix memories, a segment of its own, no memory, and a converted model."""
+FEW = (*REPRESENTATIVE, "converted llama")
+"""For what takes long, or does not depend on a model's layers."""
 
 
 def subject(name: str) -> NestlingForCausalLM:

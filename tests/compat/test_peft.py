@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from tests.compat.subjects import SUBJECTS, batch, subject
+from tests.compat.subjects import FEW, SUBJECTS, batch, subject
 from tests.models.conftest import with_gains
 
 
@@ -31,9 +31,10 @@ def test_lora_learns_everywhere_generates_and_merges(name: str) -> None:
         assert not torch.allclose(adapted, out.logits)
         hidden = model.get_base_model().base_model(ids).last_hidden_state
         torch.testing.assert_close(hidden, model(input_ids=ids, output_hidden_states=True).hidden_states[-1])
-        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        written = [model.generate(input_ids=ids, use_cache=use, **options) for use in (True, False)]
-        assert torch.equal(*written)
+        if name in FEW:
+            options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            written = [model.generate(input_ids=ids, use_cache=use, **options) for use in (True, False)]
+            assert torch.equal(*written)
         torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, rtol=1e-3, atol=1e-3)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.compat.subjects import SUBJECTS, batch, subject
+from tests.compat.subjects import FEW, SUBJECTS, batch, subject
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTING = {"plain": None, "checkpointing": False, "reentrant": True}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,14 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_alone")
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        pytest.param(name, how, id=f"{name}-{said}", marks=() if how is None or name in FEW else pytest.mark.slow)
+        for said, how in CHECKPOINTING.items()
+        for name in SUBJECTS
+    ],
+)
 def test_rows_shorter_than_a_levels_period(name: str, checkpointing: bool | None) -> None:
     """Two steps, for the first one is forgiven; the bare model's gradients, and 0 where it has none."""
     ids = batch(2, 3)

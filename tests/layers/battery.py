@@ -22,6 +22,10 @@ TIME = 17
 PROBE = 6
 SPLITS: tuple[tuple[int, ...], ...] = ((1,) * TIME, (5, 12), (8, 8, 1), (3, 0, 14))
 
+IMPLIED = ("padding", "packed documents", "row independence", "causality")
+"""Checks that others imply as long as a layer leaves rows and documents to `SequenceLayer`: "ragged positions" compares
+padded rows with rows alone, and "split" a whole text with its tokens one by one."""
+
 Check = Callable[[SequenceLayer, int], None]
 
 

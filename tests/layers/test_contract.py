@@ -29,7 +29,7 @@ from nestling.layers.self_modifying import SelfModifyingConfig, SelfModifyingTit
 from nestling.layers.sequence import SequenceLayer
 from nestling.layers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from nestling.layers.ttt import TTTConfig, TTTLayer
-from tests.layers.battery import CHECKS
+from tests.layers.battery import CHECKS, IMPLIED
 from tests.layers.reference_linear import ROWS
 
 HIDDEN = 8
@@ -140,8 +140,19 @@ LAYERS: dict[str, Callable[[], SequenceLayer]] = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("layer", LAYERS)
+def _cases() -> list[Any]:
+    """Every layer with every check; what others imply fast for the first layer of a class alone."""
+    cases, seen = [], set()
+    for layer, make in LAYERS.items():
+        kind = type(make())
+        for check in CHECKS:
+            marks = [pytest.mark.slow] if kind in seen and check in IMPLIED else []
+            cases.append(pytest.param(layer, check, id=f"{layer}-{check}", marks=marks))
+        seen.add(kind)
+    return cases
+
+
+@pytest.mark.parametrize(("layer", "check"), _cases())
 def test_contract(layer: str, check: str) -> None:
     made = LAYERS[layer]().double()
     with torch.no_grad():

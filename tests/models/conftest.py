@@ -48,8 +48,28 @@ def small_config(preset: str, **overrides: Any) -> NestlingConfig:
     return presets.PRESETS[preset]("tiny", **settings)
 
 
-LOOPED = pytest.mark.parametrize("loops", [1, 2], indirect=True, ids=["once", "looped"])
+REPRESENTATIVE = ("hope", "samba", "titans_mac", "memory_caching")
+"""Fast weights inside a chunk and a period; keys and values beside a recurrence; segments; a state that grows."""
+
+
+def _cases(*, few: bool = False, looped: bool = False) -> pytest.MarkDecorator:
+    """Every preset, all but `REPRESENTATIVE` marked slow with `few`; with `looped` once and with blocks that run twice,
+    the latter fast for `REPRESENTATIVE` alone.
+    """
+    cases = []
+    for loops in (1, 2) if looped else (1,):
+        for name in SMALL:
+            marks = [pytest.mark.slow] if (few or loops > 1) and name not in REPRESENTATIVE else []
+            values, said = ([name, loops], f"{name}-{('once', 'looped')[loops - 1]}") if looped else ([name], name)
+            cases.append(pytest.param(*values, id=said, marks=marks))
+    return pytest.mark.parametrize(["preset", "loops"] if looped else ["preset"], cases, indirect=True)
+
+
+LOOPED = _cases(looped=True)
 """For tests of what holds whether the blocks run once or several times."""
+FEW = _cases(few=True)
+"""For tests of code that does not depend on a model's layers: what it does with several of them is enough."""
+FEW_LOOPED = _cases(few=True, looped=True)
 
 
 @pytest.fixture(params=SMALL)
@@ -81,9 +101,9 @@ def make(preset: str, loops: int) -> Callable[..., NestlingForCausalLM]:
 
 @pytest.fixture
 def all_models() -> dict[str, NestlingForCausalLM]:
-    """A small model of every preset at once, and each again with blocks that run twice."""
+    """A small model of every preset at once, and some again with blocks that run twice."""
     once = {name: small_model(name) for name in SMALL}
-    return once | {f"{name} twice": small_model(name, loops=2) for name in SMALL}
+    return once | {f"{name} twice": small_model(name, loops=2) for name in REPRESENTATIVE}
 
 
 @pytest.fixture

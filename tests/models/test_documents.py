@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from nestling import NestlingForCausalLM
 from nestling.models.documents import find_documents
-from tests.models.conftest import SMALL, small_model
+from tests.models.conftest import FEW, small_model
 
 LENGTHS = (5, 1, 7, 8)
 
@@ -20,6 +20,7 @@ def positions(*lengths: int) -> Tensor:
     return torch.cat([torch.arange(n) for n in lengths])[None]
 
 
+@FEW
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,7 +56,7 @@ def test_documents_packed_in_several_padded_rows(model: NestlingForCausalLM, ids
         torch.testing.assert_close(out.logits[row, begin:end], model(ids[row : row + 1, begin:end]).logits[0])
 
 
-@pytest.mark.parametrize("preset", SMALL)
+@FEW
 def test_plain_positions_change_nothing(preset: str, ids: Tensor) -> None:
     model = small_model(preset).double()
     left = (torch.arange(21) >= torch.tensor([[0], [4], [20]])).long()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestling import NestlingForCausalLM
-from tests.models.conftest import LOOPED, small_model
+from tests.models.conftest import FEW, FEW_LOOPED, LOOPED, small_model
 
 NEW = 9
 
@@ -19,18 +19,21 @@ def generate(model: NestlingForCausalLM, ids: Tensor | None, **settings: Any) ->
     return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | settings)
 
 
-def argmax_loop(model: NestlingForCausalLM, ids: Tensor) -> Tensor:
+def assert_greedy(model: NestlingForCausalLM, text: Tensor) -> None:
+    """Each of the last `NEW` tokens is the most probable one after those before it, read without a cache.
+
+    In one call: no logits depend on later tokens (`test_modeling`).
+    """
     with torch.no_grad():
-        for _ in range(NEW):
-            logits = model(ids, use_cache=False).logits[:, -1]
-            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
-    return ids
+        logits = model(text[:, :-1], use_cache=False).logits[:, -NEW:]
+    assert torch.equal(text[:, -NEW:], logits.argmax(-1))
 
 
 @LOOPED
-def test_greedy_is_the_argmax_loop_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
+def test_greedy_is_the_argmax_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
     found = generate(model, ids)
-    assert torch.equal(found, argmax_loop(model, ids))
+    assert found.shape == (3, 21 + NEW) and torch.equal(found[:, :21], ids)
+    assert_greedy(model, found)
     # Random weights may fall into a loop, but not all into one token.
     assert len(found[:, -NEW:].unique()) > NEW // 2
 
@@ -41,10 +44,11 @@ def test_a_left_padded_batch_equals_single_rows(model: NestlingForCausalLM, ids:
     mask = (torch.arange(time) >= time - torch.tensor(lengths)[:, None]).long()
     found = generate(model, torch.where(mask == 1, ids, 0), attention_mask=mask)
     for row, n in enumerate(lengths):
-        assert torch.equal(found[row, -NEW:], argmax_loop(model, ids[row : row + 1, -n:])[0, -NEW:])
+        assert_greedy(model, found[row : row + 1, -n - NEW :])
+        assert torch.equal(found[row, -n - NEW : -NEW], ids[row, -n:])
 
 
-@LOOPED
+@FEW_LOOPED
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_beams_equal_beams_without_a_cache(model: NestlingForCausalLM, ids: Tensor, settings: dict[str, int]) -> None:
     found = generate(model, ids, **settings)
@@ -52,6 +56,7 @@ def test_beams_equal_beams_without_a_cache(model: NestlingForCausalLM, ids: Tens
     assert len(found) == 3 * settings.get("num_return_sequences", 1)
 
 
+@FEW
 def test_sampling_equals_sampling_without_a_cache(model: NestlingForCausalLM, ids: Tensor) -> None:
     found = []
     for use_cache in (True, False):
@@ -62,33 +67,35 @@ def test_sampling_equals_sampling_without_a_cache(model: NestlingForCausalLM, id
     assert not torch.equal(found[0][0], found[0][1])
 
 
+@FEW
 def test_a_state_continues_with_new_tokens_only(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         state = model(ids[:, :15]).past_key_values
     kept = state.clone()
     rest = generate(model, ids[:, 15:], past_key_values=state)
-    expected = argmax_loop(model, ids)[:, 15:]
-    assert torch.equal(rest, expected)
+    assert torch.equal(rest[:, :6], ids[:, 15:])
+    assert_greedy(model, torch.cat((ids[:, :15], rest), 1))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state.tensors(), kept.tensors(), strict=True))
     short = generate(model, ids[:, 15:], past_key_values=state, attention_mask=torch.ones_like(ids))
-    assert torch.equal(short, expected)
+    assert torch.equal(short, rest)
 
 
-@LOOPED
+@FEW_LOOPED
 def test_all_tokens_with_a_state_are_not_read_twice(model: NestlingForCausalLM, ids: Tensor) -> None:
     """The way of transformers: everything from the start, and the cache of its beginning."""
     with torch.no_grad():
         state = model(ids[:, :15]).past_key_values
-    expected = argmax_loop(model, ids)
-    assert torch.equal(generate(model, ids, past_key_values=state), expected)
+    out = generate(model, ids, return_dict_in_generate=True)
+    assert torch.equal(generate(model, ids, past_key_values=state), out.sequences)
     beams = generate(model, ids, past_key_values=state, num_beams=3)
     assert torch.equal(beams, generate(model, ids, num_beams=3))
-    out = generate(model, ids, return_dict_in_generate=True)
     every = torch.ones_like(out.sequences)  # without a mask, transformers leaves out a padding token that was written
     more = generate(model, out.sequences, past_key_values=out.past_key_values, attention_mask=every)
-    assert torch.equal(more, argmax_loop(model, out.sequences))
+    assert torch.equal(more[:, :-NEW], out.sequences)
+    assert_greedy(model, more)
 
 
+@FEW
 def test_all_tokens_of_a_left_padded_batch(model: NestlingForCausalLM, ids: Tensor) -> None:
     mask = (torch.arange(21) >= torch.tensor([[0], [18], [9]])).long()
     options = {"attention_mask": mask, "return_dict_in_generate": True}
@@ -98,13 +105,15 @@ def test_all_tokens_of_a_left_padded_batch(model: NestlingForCausalLM, ids: Tens
     assert torch.equal(found, generate(model, out.sequences, attention_mask=mask))
 
 
+@FEW
 def test_a_text_is_read_a_second_time_when_the_mask_says_so(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         state = model(ids).past_key_values
     again = torch.cat((ids, ids[:, :4]), 1)
     mask = torch.ones(3, 21 + 25, dtype=torch.int64)
     found = generate(model, again, past_key_values=state, attention_mask=mask)
-    assert torch.equal(found[:, 25:], argmax_loop(model, torch.cat((ids, again), 1))[:, 46:])
+    assert torch.equal(found[:, :25], again)
+    assert_greedy(model, torch.cat((ids, found), 1))
 
 
 def test_what_cannot_be_told_is_refused() -> None:
@@ -136,7 +145,7 @@ def test_positions_of_the_callers_own_are_refused() -> None:
         generate(model, ids, past_key_values=model.init_state(2), prefill_chunk_size=4)
 
 
-@LOOPED
+@FEW_LOOPED
 def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
         state = model(ids[:, :15]).past_key_values
@@ -146,7 +155,7 @@ def test_a_state_is_repeated_for_beams(model: NestlingForCausalLM, ids: Tensor) 
         generate(model, ids[:2], past_key_values=state)
 
 
-@LOOPED
+@FEW_LOOPED
 def test_the_state_comes_back(model: NestlingForCausalLM, ids: Tensor) -> None:
     out = generate(model, ids, return_dict_in_generate=True)
     state = out.past_key_values
@@ -155,14 +164,16 @@ def test_the_state_comes_back(model: NestlingForCausalLM, ids: Tensor) -> None:
     last = out.sequences[:, -1:]
     # With a mask: random weights may write the pad token, which transformers would take for padding.
     more = generate(model, last, past_key_values=state, attention_mask=torch.ones_like(last))
-    assert torch.equal(more[:, 1:], argmax_loop(model, out.sequences)[:, -NEW:])
+    assert_greedy(model, torch.cat((out.sequences, more[:, 1:]), 1))
 
 
+@FEW
 def test_inputs_embeds(model: NestlingForCausalLM, ids: Tensor) -> None:
     found = generate(model, None, inputs_embeds=model.embed_tokens(ids))
-    assert torch.equal(found, argmax_loop(model, ids)[:, -NEW:])
+    assert_greedy(model, torch.cat((ids, found), 1))
 
 
+@FEW
 def test_assisted_generation_is_refused(model: NestlingForCausalLM, ids: Tensor) -> None:
     with pytest.raises(ValueError, match="stateful"):
         generate(model, ids[:1], assistant_model=model)

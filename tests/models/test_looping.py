@@ -15,7 +15,7 @@ from nestling import NestlingConfig, NestlingForCausalLM
 from nestling.layers.sequence import Aligned
 from nestling.memory.state import StateFileError
 from nestling.models import ModelState, NestlingModel
-from tests.models.conftest import LOOPED, small_config, small_model
+from tests.models.conftest import FEW, LOOPED, small_config, small_model
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -31,6 +31,7 @@ def by_hand(model: NestlingForCausalLM, ids: Tensor, loops: int) -> Tensor:
     return model.lm_head(model.norm(x) * model.config.logit_scale)
 
 
+@FEW
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_the_input_is_added_before_every_loop(make: Make, ids: Tensor, times: int) -> None:
     """As the configuration says, and as a call says of any model."""
@@ -56,6 +57,7 @@ def test_configurations_say_loops_where_there_are_several(preset: str, loops: in
     assert ("loops" in config.to_dict()) == (loops > 1)
 
 
+@FEW
 def test_a_state_has_a_part_for_every_loop(make: Make, ids: Tensor) -> None:
     model = make(loops=3)
     with torch.no_grad():
@@ -70,6 +72,7 @@ def test_a_state_has_a_part_for_every_loop(make: Make, ids: Tensor) -> None:
     assert not torch.equal(parts[0], parts[1]) and not torch.equal(parts[1], parts[2])
 
 
+@FEW
 def test_the_number_of_a_state_is_kept(make: Make, ids: Tensor, tmp_path: Path) -> None:
     """Through calls, selected rows and files; no other can be asked for."""
     model = make()
@@ -91,6 +94,7 @@ def test_the_number_of_a_state_is_kept(make: Make, ids: Tensor, tmp_path: Path) 
         ModelState.load(tmp_path / "twice.state", make(loops=2))
 
 
+@FEW
 def test_a_state_of_another_depth_is_refused(make: Make, ids: Tensor) -> None:
     """Half as many blocks that run twice have as many states, and are another model."""
     model, flat = make(), make(num_layers=1)
@@ -122,6 +126,7 @@ def test_what_is_no_number_of_loops_is_refused(loops: Any) -> None:
             call()
 
 
+@FEW
 def test_generate_takes_loops(make: Make, ids: Tensor) -> None:
     model, twice = make(tie_word_embeddings=False).double(), make(tie_word_embeddings=False, loops=2).double()
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
@@ -137,6 +142,7 @@ def test_generate_takes_loops(make: Make, ids: Tensor) -> None:
     assert torch.equal(*beams)
 
 
+@FEW
 def test_hidden_states_are_those_of_every_loop(make: Make, ids: Tensor) -> None:
     model = make(loops=2)
     found = model(ids, output_hidden_states=True).hidden_states

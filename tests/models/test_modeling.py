@@ -101,24 +101,27 @@ def test_causal_and_rows_apart(model: NestlingForCausalLM, ids: Tensor) -> None:
 
 
 @LOOPED
-@pytest.mark.parametrize("side", ["left", "right", "holes"])
-def test_padded_equals_unpadded(model: NestlingForCausalLM, ids: Tensor, side: str) -> None:
-    time = ids.shape[1]
-    mask = torch.zeros_like(ids)
-    for row, n in enumerate([21, 6, 13]):
-        slots = {"left": range(time - n, time), "right": range(n), "holes": torch.randperm(time)[:n].tolist()}[side]
-        mask[row, list(slots)] = 1
-    out = model(torch.where(mask == 1, ids, 0), attention_mask=mask, labels=ids)
-    total = torch.zeros((), dtype=torch.float64)
-    for row in range(3):
-        real = mask[row].bool()
-        alone = model(ids[row, real][None], labels=ids[row, real][None])
-        torch.testing.assert_close(out.logits[row, real], alone.logits[0])
-        total = total + alone.loss * (int(real.sum()) - 1)
-        assert out.past_key_values.position[row] == int(real.sum())
-    loss = total / (int(mask.sum()) - 3)
-    torch.testing.assert_close(out.loss, loss)
-    assert_same_gradients(gradients(model, out.loss), gradients(model, loss))
+def test_padded_equals_unpadded(model: NestlingForCausalLM, ids: Tensor) -> None:
+    lengths, time = (21, 6, 13), ids.shape[1]
+    texts = [row[None, :n] for row, n in zip(ids, lengths, strict=True)]
+    alone = [model(text, labels=text) for text in texts]
+    terms = [out.loss * (n - 1) for out, n in zip(alone, lengths, strict=True)]
+    loss = sum(terms, torch.zeros(())) / (sum(lengths) - 3)
+    wanted = gradients(model, loss)
+    for side in ("left", "right", "holes"):
+        padded, mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, n in enumerate(lengths):
+            slots = {"left": range(time - n, time), "right": range(n), "holes": torch.randperm(time)[:n].tolist()}[side]
+            mask[row, list(slots)] = True
+            padded[row, mask[row]] = texts[row][0]
+        out = model(padded, attention_mask=mask.long(), labels=padded)
+        for row, expected in enumerate(alone):
+            torch.testing.assert_close(
+                out.logits[row, mask[row]], expected.logits[0], msg=lambda m, s=side: f"{s}: {m}"
+            )
+        assert out.past_key_values.position.tolist() == list(lengths)
+        torch.testing.assert_close(out.loss, loss)
+        assert_same_gradients(gradients(model, out.loss), wanted)
 
 
 @LOOPED

@@ -16,7 +16,9 @@ def parameters(preset: str, size: str) -> tuple[int, int]:
     return total, total - model.embed_tokens.weight.numel()
 
 
-@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=() if s in ("tiny", "1.3b") else pytest.mark.slow) for s in presets.SIZES]
+)
 def test_all_presets_of_a_size_have_equal_parameters(size: str) -> None:
     counts = {name: parameters(name, size)[0] for name in presets.PRESETS}
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts

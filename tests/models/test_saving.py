@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nestling import NestlingConfig, NestlingForCausalLM
 from nestling.memory.state import StateFileError
 from nestling.models import ModelState
-from tests.models.conftest import LOOPED, small_model
+from tests.models.conftest import FEW, FEW_LOOPED, LOOPED, small_model
 
 Make = Callable[..., NestlingForCausalLM]
 
@@ -129,7 +129,7 @@ def test_a_file_of_version_0_1_is_read(ids: Tensor, tmp_path: Path) -> None:
     assert torch.equal(found.position, state.position)
 
 
-@LOOPED
+@FEW_LOOPED
 def test_another_models_state_is_refused(saved: tuple[NestlingForCausalLM, ModelState, Path], make: Make) -> None:
     model, state, path = saved
     with pytest.raises(StateFileError, match="saved by another model"):
@@ -143,6 +143,7 @@ def test_another_models_state_is_refused(saved: tuple[NestlingForCausalLM, Model
         state.save(path, make(num_layers=1))
 
 
+@FEW
 def test_damaged_state_files_are_refused(saved: tuple[NestlingForCausalLM, ModelState, Path]) -> None:
     model, _, path = saved
     whole = path.read_bytes()
@@ -160,6 +161,7 @@ def test_damaged_state_files_are_refused(saved: tuple[NestlingForCausalLM, Model
     ModelState.load(path, model)
 
 
+@FEW
 def test_a_flipped_bit_in_the_header_is_refused_or_harmless(
     saved: tuple[NestlingForCausalLM, ModelState, Path],
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_harmless(
     assert refused > 64
 
 
+@FEW
 def test_broken_states_are_named_and_not_saved(saved: tuple[NestlingForCausalLM, ModelState, Path]) -> None:
     model, state, path = saved
     before = path.read_bytes()
@@ -193,7 +196,7 @@ def test_broken_states_are_named_and_not_saved(saved: tuple[NestlingForCausalLM,
     assert path.read_bytes() == before
 
 
-@LOOPED
+@FEW_LOOPED
 def test_a_file_of_the_right_model_with_wrong_tensors_is_refused(
     saved: tuple[NestlingForCausalLM, ModelState, Path],
 ) -> None:

@@ -278,7 +278,8 @@ def test_gradcheck(momentum: bool, erase: bool, online: bool, schedule: str) -> 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(scan(dict(zip(names, values, strict=True)), chunk_size=2, online=online, schedule=schedule))
 
-    assert torch.autograd.gradcheck(run, tensors)
+    # In a random direction where the schedule is given: None takes one of them.
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=schedule is not None)
 
 
 @pytest.mark.parametrize("schedule", [None, "parallel", "sequential"])

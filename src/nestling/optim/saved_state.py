@@ -63,8 +63,9 @@ def layouts(
         for number, parameter in zip(saved["params"], group["params"], strict=True):
             key = place, parameter.shape, parameter.dtype, parameter.device, isinstance(parameter, DTensor)
             if key not in known:
-                now = _after_a_step(optimizer, group, parameter, step)
-                then = _after_a_step(optimizer, {**group, **saved}, parameter, step)
+                now = then = _after_a_step(optimizer, group, parameter, step)
+                if any(name != "params" and not _same(group.get(name), value) for name, value in saved.items()):
+                    then = _after_a_step(optimizer, {**group, **saved}, parameter, step)
                 known[key] = None
                 if now is not None and then is not None:
                     values = now | then
@@ -72,6 +73,11 @@ def layouts(
                     known[key] = Layout(values, frozenset(now.keys() & then.keys()), spread)
             found[number] = known[key]
     return found
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two settings are known to be one."""
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str | tuple) and a == b)
 
 
 def _after_a_step(
