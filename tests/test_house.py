@@ -51,7 +51,7 @@ READ_WITH_REASON = {
     ("conversion.py", "_config: attention.o_proj.bias"),
     ("convertible.py", "has_own_head: cast(Any, m).weight"),
     ("convertible.py", "_check_modules: cast(nn.Embedding, m).weight"),
-    ("self_modifying.py", "_memories: loop.run"),  # no module
+    ("self_modifying.py", "_learn: loop.run"),  # no module
     ("long_term_memory.py", "_learn: loop.run"),
     ("sequence.py", "_continue: self.run"),  # what a call of the layer does
 }

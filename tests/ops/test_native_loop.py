@@ -101,8 +101,13 @@ TITANS: list[dict[str, Any]] = [
     {"self_chunk_size": 14},
     {"self_chunk_size": 14, "adapt": ("memory",)},
     {"self_chunk_size": 14, "momentum": True, "adapt": ("memory", "k", "eta")},
+    {"self_chunk_size": 14, "momentum": True, "adapt": ("memory", "alpha")},
+    {"self_chunk_size": 14, "depth": 3, "adapt": ("memory", "v", "q")},
+    {"self_chunk_size": 14, "objective": "dot", "erase": False, "use_retention": False, "adapt": ALL},
     MATRIX | {"self_chunk_size": 14, "chunk_size": 1, "adapt": ALL},
     WHOLE | {"self_chunk_size": 14, "adapt": ALL},
+    WHOLE | {"self_chunk_size": 14, "adapt": ("memory", "eta")},
+    WHOLE | MATRIX | {"self_chunk_size": 14, "self_targets": False},
     FOLLOWS | WHOLE | {"self_chunk_size": 28},
 ]
 MEMORY: list[dict[str, Any]] = [
@@ -184,15 +189,20 @@ def read(layer: Any, x: Tensor, lengths: tuple[int, ...]) -> tuple[list[Tensor],
 LENGTHS = (25, 2, 1, 7, 14, 3)
 
 
-def compare(monkeypatch, layer: Any, calls: Calls) -> None:
-    x = normal(3, sum(LENGTHS), layer.config.hidden_size).requires_grad_()
+def banks(layer: Any) -> int:
+    """Loops that a call takes: memories with a chunk of their own have theirs."""
+    return 1 if getattr(layer, "own", None) is None else 2
+
+
+def compare(monkeypatch, layer: Any, calls: Calls, lengths: tuple[int, ...] = LENGTHS) -> None:
+    x = normal(3, sum(lengths), layer.config.hidden_size).requires_grad_()
 
     def run() -> list[Tensor]:
-        outputs, state = read(layer, x, LENGTHS)
+        outputs, state = read(layer, x, lengths)
         return values_and_gradients([*outputs, *carried(state)], [x, *layer.parameters()])
 
     compiled, plain = both(monkeypatch, run)
-    assert calls.count == len(LENGTHS)
+    assert calls.count == banks(layer) * len(lengths)
     # A share that no rate uses: a zero from the one, nothing from the other.
     zeroed = [torch.zeros_like(a) if b is None and not a.any() else b for a, b in zip(compiled, plain, strict=True)]
     assert_same(compiled, zeroed, tolerance=1e-10)
@@ -209,20 +219,26 @@ def test_neural_memory(monkeypatch, calls, settings) -> None:
     compare(monkeypatch, memory(**settings), calls)
 
 
-@pytest.mark.parametrize("of", ["outputs", "running", "start", "surprise"])
+@pytest.mark.parametrize("settings", [WHOLE, FOLLOWS], ids=str)
+def test_chunks_of_hundreds(monkeypatch, calls, settings) -> None:
+    compare(monkeypatch, titans(**settings, chunk_size=160), calls, (150, 20))
+
+
+@pytest.mark.parametrize("of", ["outputs", "running", "start", "surprise", "own"])
 @pytest.mark.parametrize("time", [3, 7, 10, 14])
 def test_gradients_of_one_result_alone(monkeypatch, calls, of, time) -> None:
     """What has no upstream gradient counts as zero; the chunk's first weights may be given, passed on, or reached."""
-    layer = titans(momentum=True)
+    layer = titans(momentum=True, self_chunk_size=14 if of == "own" else 7)
     x = normal(2, 4 + time, 12).requires_grad_()
+    initial = layer.own if of == "own" else layer.main
 
     def run() -> list[Tensor]:
         (_, y), state = read(layer, x, (4, time))
-        results = [y] if of == "outputs" else getattr(state.main, of)
-        return values_and_gradients(results, [x, *layer.main.parameters(), layer.conv])
+        results = [y] if of == "outputs" else state.own.running if of == "own" else getattr(state.main, of)
+        return values_and_gradients(results, [x, *initial.parameters(), layer.conv])
 
     assert_same(*both(monkeypatch, run), tolerance=1e-10)
-    assert calls.count == 2
+    assert calls.count == 2 * banks(layer)
 
 
 def test_a_copied_state_continues_as_the_original(calls) -> None:
@@ -270,13 +286,20 @@ def test_checkpointed(calls, make) -> None:
         {"objective": "lp"},
         {"read": "chunk"},
         {"depth": 9},
-        {"chunk_size": 129},
     ],
     ids=str,
 )
 def test_what_is_not_covered_goes_chunk_by_chunk(calls, settings) -> None:
-    y, _ = titans(**settings)(normal(2, 130, 12))
+    y, _ = titans(**settings)(normal(2, 15, 12))
     assert y.isfinite().all() and not calls.count
+
+
+def test_chunks_that_outgrow_a_cache_go_through_torch(monkeypatch, calls) -> None:
+    monkeypatch.setattr(native, "MAX_CHUNK", 6)
+    y, _ = titans(self_chunk_size=14)(normal(2, 15, 12))
+    assert y.isfinite().all() and not calls.count
+    titans(chunk_size=3, self_chunk_size=9)(normal(2, 15, 12))
+    assert calls.count == 1  # of M_memory
 
 
 @pytest.mark.parametrize(
@@ -299,7 +322,7 @@ def test_rows_out_of_step_go_chunk_by_chunk(calls) -> None:
     assert calls.count == 1
 
 
-@pytest.mark.parametrize("settings", [{"momentum": True}, FOLLOWS, MATRIX | ONLINE], ids=str)
+@pytest.mark.parametrize("settings", [{"momentum": True}, FOLLOWS, MATRIX | ONLINE, {"self_chunk_size": 14}], ids=str)
 def test_second_derivatives(monkeypatch, calls, settings) -> None:
     """Of a call that begins inside a chunk and ends inside another, through its output and its state."""
     layer = titans(**settings)
@@ -313,7 +336,7 @@ def test_second_derivatives(monkeypatch, calls, settings) -> None:
         return values_and_gradients(first, wanted)
 
     assert_same(*both(monkeypatch, run), tolerance=1e-9)
-    assert calls.count == 2
+    assert calls.count == 2 * banks(layer)
 
 
 @pytest.mark.parametrize(("make", "settings"), [(titans, FOLLOWS | WHOLE), (titans, FOLLOWS), (memory, FOLLOWS)])

@@ -20,12 +20,12 @@ Plain = Callable[[dict[str, Tensor], Scales, Base, BankState], tuple[Tensor, Ban
 
 @dataclass(frozen=True)
 class BankLoop:
-    """The loop over the chunks of one bank, whose first memory answers the queries.
+    """The loop over the chunks of one bank, whose first memory answers the queries if it is called "memory".
 
     Attributes:
         rule: the learning rule.
         rates: formula of the rates.
-        bank: the memories; those after the first make what their names say, "k", "v", "q", "eta" and "alpha".
+        bank: the memories; the others make what their names say, "k", "v", "q", "eta" and "alpha".
         chunk: tokens in a chunk.
         self_targets: every memory's target is its own M(v_t), else v_t.
     """
@@ -45,7 +45,7 @@ class BankLoop:
         state: BankState,
         grid: Grid,
     ) -> tuple[Tensor, BankState]:
-        """Answers `[N, H, L, V]` and the bank after the last token.
+        """Answers `[N, H, L, V]`, or what a bank without M_memory makes, side by side; and the bank after all tokens.
 
         Args:
             plain: the same chunk after chunk, of the tokens, the scales, the base and the state.
@@ -87,7 +87,7 @@ class BankLoop:
 
     def _shape(self, first: int, state: BankState) -> LoopShape:
         rule, bank = self.rule, self.bank
-        dot = rule.objective == "dot"
+        dot, answers = rule.objective == "dot", bank.deep[:1] == ("memory",)
         memories = native.BankShape(
             len(bank.deep), len(bank.gates), bank.hidden, bank.activation, self.self_targets, dot, rule.clip, 1
         )
@@ -96,7 +96,8 @@ class BankLoop:
             self.rates,
             self.chunk,
             first,
-            bank.deep[1:],
+            answers,
+            bank.deep[answers:],
             bank.gates,
             online=rule.online,
             momentum=state.surprise is not None,

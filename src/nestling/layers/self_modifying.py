@@ -247,7 +247,8 @@ class SelfModifyingTitans(CacheableLayer):
         if self.own is not None and state.own is not None:
             # Nothing that these memories make or learn depends on M_memory, so they go ahead of it.
             grid = Grid.of(state.position, lengths, time, c.outer_chunk)
-            made, own = self._chunks(self.own, grid, None)(tokens, scales, self.own.base(dtype), state.own)
+            inputs = {n: t for n, t in tokens.items() if n != "q"}
+            made, own = self._learn(self.own, inputs, scales, state.own, grid, None)
             widths = [self.head_dim] * len(self.own.deep) + [1] * len(self.own.gates)
             parts = zip(self.own.deep + self.own.gates, made.split(widths, -1), strict=True)
             tokens = {n: t for n, t in tokens.items() if not n.startswith("u_")}
@@ -255,13 +256,8 @@ class SelfModifyingTitans(CacheableLayer):
         inside = kept if kept is not None and kept.mixes_layers else None
         if inside is not None:
             tokens["shares"] = inside.shares
-        grid, base = Grid.of(state.position, lengths, time, c.chunk_size), self.main.base(dtype)
-        plain = self._chunks(self.main, grid, inside)
-        if c.compile_chunks or inside is not None:
-            o, main = plain(tokens, scales, base, state.main)
-        else:
-            loop = BankLoop(c, c.rates, self.main, c.chunk_size, c.self_targets)
-            o, main = loop.run(plain, tokens, scales, base, state.main, grid)
+        grid = Grid.of(state.position, lengths, time, c.chunk_size)
+        o, main = self._learn(self.main, tokens, scales, state.main, grid, inside)
         if kept is not None and inside is None:
             o = kept.combine(tokens["q"], o, c.activation)
         return o, main, own
@@ -290,12 +286,28 @@ class SelfModifyingTitans(CacheableLayer):
         gain = None if self.gain is None else self.gain.to(dtype)
         return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others, gain)
 
-    def _chunks(self, bank: MemoryBank, grid: Grid, kept: KeptMemories | None) -> Plain:
-        """A bank chunk after chunk: answers of M_memory, or side by side what a bank without it makes."""
-        c = self.config
+    def _learn(
+        self,
+        bank: MemoryBank,
+        tokens: dict[str, Tensor],
+        scales: Scales,
+        state: BankState,
+        grid: Grid,
+        kept: KeptMemories | None,
+    ) -> tuple[Tensor, BankState]:
+        """Answers of M_memory, or side by side what a bank without it makes; and the bank after all chunks."""
+        c, base = self.config, bank.base(state.start[0].dtype)
         chunk = c.chunk_size if bank is self.main else c.outer_chunk
+        plain = self._chunks(bank, chunk, grid, kept)
+        if c.compile_chunks or kept is not None:
+            return plain(tokens, scales, base, state)
+        loop = BankLoop(c, c.rates, bank, chunk, c.self_targets)
+        return loop.run(plain, tokens, scales, base, state, grid)
+
+    def _chunks(self, bank: MemoryBank, chunk: int, grid: Grid, kept: KeptMemories | None) -> Plain:
+        """`_learn`, chunk after chunk."""
         generate, step = SelfModifyingTitans._generate, SelfModifyingTitans._step
-        if c.compile_chunks:
+        if self.config.compile_chunks:
             generate, step = _compiled_generate, _compiled_step
 
         def plain(tokens: dict[str, Tensor], scales: Scales, base: Base, state: BankState) -> tuple[Tensor, BankState]:

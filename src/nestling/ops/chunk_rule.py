@@ -277,7 +277,7 @@ def chunk_scan(
 
     tensors = (x, g, rate, erase, log_a, q, weight)
     if schedule is None and log_momentum is None and native.fits(x[..., :1, :], weight):
-        size = min(chunk_size, native.MAX_CHUNK)
+        size = min(chunk_size, native.SCAN_CHUNK)
         y, last = native.native_scan(lambda *t: plain(*t)[:2], tensors, size, read_before)
         return y, last, None
     return plain(*tensors)

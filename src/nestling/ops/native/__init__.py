@@ -25,6 +25,7 @@ from nestling.ops.native.short_conv import native_short_conv
 __all__ = [
     "MAX_CHUNK",
     "MAX_LAYERS",
+    "SCAN_CHUNK",
     "TOKENS",
     "BankShape",
     "LoopShape",
@@ -44,8 +45,10 @@ __all__ = [
 ]
 
 # Above these a problem outgrows a core's cache, and torch's own products are the faster ones.
-MAX_CHUNK = 128
+MAX_CHUNK = 512
 _MAX_WIDTH = 512
+# Of a scan, whose result is the same for every chunk.
+SCAN_CHUNK = 128
 
 
 def fits(x: Tensor, weight: Tensor | None = None) -> bool:

@@ -20,6 +20,7 @@ struct LoopArguments {
     int64_t split;  // the first chunk's running weights are not its first ones
     int64_t momentum, before, online_only, threads;
     int64_t keep;  // a backward pass will come
+    int64_t answers;  // the first memory answers the queries; else all generate, and y is what they make, side by side
     double clip, max_erase, floor, stretch;
     Activation activation;
     RateKind kind;
@@ -61,7 +62,8 @@ struct LoopArguments {
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }
-    int64_t generated() const { return memories - 1; }
+    int64_t generated() const { return memories - answers; }
+    int64_t made_wide() const { return generated() * K + gates; }
     // Layer 0 is padded to whole vectors: products with it then need no packing.
     int64_t rows() const {
         const int64_t step = 2 * width<T>, n = memories * hidden + gates;
@@ -70,7 +72,8 @@ struct LoopArguments {
     int64_t stack(int64_t l) const { return l ? memories : 1; }      // memories of layer l with a weight of their own
     // Parts of layer l that are written by themselves: its memories; of the stacked layer 0 the first memory and, where
     // they have other rates, the rest.
-    int64_t parts(int64_t l) const { return l ? memories : others && memories + gates > 1 ? 2 : 1; }
+    int64_t parts(int64_t l) const { return l ? memories : others && answers && memories + gates > 1 ? 2 : 1; }
+    bool shared(int64_t part) const { return others && (part || !answers); }  // takes a share of the rates
     int64_t apart() const { return parts(0) > 1 ? hidden : 0; }
     int64_t outputs(int64_t l, int64_t part) const {
         if (l || !apart()) return wide(l);
@@ -84,7 +87,7 @@ struct LoopArguments {
     int64_t given_numbers(int64_t l) const { return l ? numbers(l) : (memories * hidden + gates) * K; }
 
     // Numbers of the first memory's weight of a layer, or of all where the others are like it.
-    int64_t ungained(int64_t l) const { return !gain ? numbers(l) : l ? wide(l) * inputs(l) : hidden * K; }
+    int64_t ungained(int64_t l) const { return !gain ? numbers(l) : !answers ? 0 : l ? wide(l) * inputs(l) : hidden * K; }
 
     // W_0 + F; of the memories after the first W_0 + gain F, and beside it that of the first, which makes its targets.
     void whole(const T* W0, const T* F, int64_t l, int64_t head, T* out, T* own_out) const {
@@ -100,7 +103,7 @@ struct LoopArguments {
 
     BankArguments<T> bank(int64_t n, const T* const* W) const {
         BankArguments<T> b{};
-        b.problems = b.threads = b.first = 1, b.memories = memories, b.C = length(n), b.K = K, b.hidden = hidden;
+        b.problems = b.threads = 1, b.first = answers, b.memories = memories, b.C = length(n), b.K = K, b.hidden = hidden;
         b.layers = layers, b.gates = gates, b.padding = rows() - memories * hidden - gates;
         b.self_targets = self_targets, b.dot = dot, b.clip = clip, b.apart = apart(), b.online = online;
         std::copy_n(W, layers, b.W);
@@ -212,15 +215,27 @@ struct LoopChunk {
         a.problems = a.threads = a.memories = 1, a.C = C, a.K = s.inputs(l), a.V = s.outputs(l, part);
         a.Q = s.outputs(l), a.normalise = l > 0, a.before = s.before;
         const int64_t of_tokens = s.outputs_before(l, part, C), of_weights = s.weights_before(l, part);
-        const bool shared = part && s.others;
+        const bool shared = s.shared(part);
         a.x = l ? k.H[l] + part * C * s.hidden : vectors(k_role), a.g = k.g[l] + of_tokens, a.kept = k.E[l] + of_tokens;
         a.lr = shared ? k.lr_others[l] : k.lr[l], a.erase = !s.erases(l) ? nullptr : shared ? k.e_others[l] : k.e[l];
         a.log_a = shared ? k.log_a_others : k.log_a, a.log_b = log_b();
         a.online = s.follows(l), a.W = k.W[l] + of_weights, a.S = s.momentum ? k.S[l] + of_weights : nullptr;
         a.recalled = s.recalls(n, l) ? k.recalled[l] + of_tokens : nullptr;
-        if (part) return a;
+        if (part || !s.answers) return a;
         a.q = query(l), a.y = answers(l);
         return a;
+    }
+
+    // Every number that a bank without M_memory makes of the chunk's tokens, with its place in y.
+    template <class F>
+    void each_made(F visit) const {
+        const int64_t W = s.made_wide();
+        for (Role role : {k_role, v_role, q_role, eta_role, alpha_role}) {
+            const bool gate = role == eta_role || role == alpha_role;
+            const int64_t n = gate ? 1 : s.K, m = s.made[role];
+            for (int64_t t = 0; m >= 0 && t < C; t++)
+                visit(role, t * n, (at + t) * W + (gate ? s.generated() * s.K + m : m * s.K), n);
+        }
     }
 
     const T* query(int64_t l) const { return l ? k.query[l] : vectors(q_role); }

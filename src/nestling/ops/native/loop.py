@@ -31,7 +31,8 @@ class LoopShape:
         rates: formula of the rates.
         chunk: tokens in a chunk.
         first: tokens of the first chunk, which an earlier call may have begun.
-        deep: what memories after the first make: "k", "v", "q".
+        answers: the first memory answers the queries; without it, what the memories make is the result.
+        deep: what the other memories make: "k", "v", "q".
         gates: what the gates make: "eta", "alpha".
         online: gradients of the last layer are those of the token before.
         momentum: whether there is a surprise.
@@ -42,6 +43,7 @@ class LoopShape:
     rates: RateRule
     chunk: int
     first: int
+    answers: bool
     deep: tuple[str, ...]
     gates: tuple[str, ...]
     online: bool
@@ -84,6 +86,7 @@ class LoopShape:
             "before": self.read_before,
             "made": self.made,
             "keep": keep,
+            "answers": self.answers,
             "threads": torch.get_num_threads(),
         }
 
@@ -141,9 +144,10 @@ Plain = Callable[[LoopTensors], Sequence[Tensor | None]]
 
 
 def native_loop(plain: Plain, shape: LoopShape, given: LoopTensors) -> tuple[Tensor, list[list[Any]]]:
-    """Answers `[N, H, T, K]`; weights after the last token, surprises after it, and weights at the last chunk's start.
+    """The result; weights after the last token, surprises after it, and weights at the last chunk's start.
 
-    The last are Nones where that chunk is complete or began before the first token; surprises without momentum.
+    The result is the answers `[N, H, T, K]`, or where no memory answers what the memories make, side by side. The last
+    are Nones where that chunk is complete or began before the first token; surprises without momentum.
 
     Args:
         plain: the same out of torch's operations: the answers, then all layers of each of the three.
@@ -169,7 +173,8 @@ class _Loop(torch.autograd.Function):
             "last_surprise": [torch.empty_like(w) if momentum else None for w in given.start],
             "last_start": [torch.empty_like(w) if partial else None for w in given.start],
         }
-        y = torch.empty_like(like)
+        width = like.shape[-1]
+        y = like.new_empty(*like.shape[:3], width if shape.answers else len(shape.deep) * width + len(shape.gates))
         ctx.numbers = shape.numbers(given, keep)
         arguments = {**ctx.numbers, **given.named, **results, "y": y, "kept": None}
         (structure,) = structures("loop")

@@ -93,7 +93,7 @@ struct BackwardChunk : LoopChunk<T> {
             for (int64_t j = 0; j < s.K; j++) out[j] = r * std::min(std::max(in[j], -bound), bound);
         }
         for (int64_t l = 1; l < s.layers; l++) {
-            activations(k.answer[l - 1], k.query[l]);
+            if (s.answers) activations(k.answer[l - 1], k.query[l]);
             for (int64_t m = 0; m < s.memories; m++)
                 for (int64_t t = 0; t < C; t++) {
                     const int64_t row = m * C + t;
@@ -119,7 +119,7 @@ struct BackwardChunk : LoopChunk<T> {
     void write() {
         const int64_t L = s.layers;
         T* d_query = d.vectors[q_role];
-        const T* up = s.dy ? s.dy + at * s.K : nullptr;
+        const T* up = s.answers && s.dy ? s.dy + at * s.K : nullptr;
         zero(d_query, C * s.K);
         if (up && L > 1) std::copy_n(up, C * s.K, d_query);
         zero(d.log_a, C);
@@ -168,7 +168,7 @@ struct BackwardChunk : LoopChunk<T> {
         zero(d.lr[l], C);
         zero(d.e[l], C);
         for (int64_t part = 0; part < s.parts(l); part++) {
-            const bool shared = part && s.others;
+            const bool shared = s.shared(part);
             const T *lr = d.each[0] + part * C, *e = d.each[1] + part * C, share = shared ? s.others[this->head] : T(1);
             add_scaled(d.lr[l], share, lr, C);
             if (s.erases(l)) add_scaled(d.e[l], share, e, C);
@@ -227,10 +227,15 @@ struct BackwardChunk : LoopChunk<T> {
     }
 
     void generate() {
+        if (!s.answers && s.dy)
+            this->each_made([&](Role role, int64_t to, int64_t from, int64_t n) {
+                T* made = role == eta_role ? d.eta : role == alpha_role ? d.alpha : d.vectors[role];
+                add_scaled(made + to, T(1), s.dy + from, n);
+            });
         for (Role role : {k_role, v_role, q_role}) {
             const int64_t m = s.made[role];
             if (m < 0) {
-                std::copy_n(d.vectors[role], C * s.K, s.d_given[role] + at * s.K);
+                if (s.given[role]) std::copy_n(d.vectors[role], C * s.K, s.d_given[role] + at * s.K);
                 continue;
             }
             for (int64_t t = 0; t < C; t++) {

@@ -47,6 +47,11 @@ struct ForwardChunk : LoopChunk<T> {
             k.scale[t] = normalize_row<T>(s.K, unit_eps, unit_bound, k.raw + t * s.K, k.unit + t * s.K);
         for (auto [role, to] : {std::pair{eta_role, k.eta}, std::pair{alpha_role, k.alpha}})
             for (int64_t t = 0; s.made[role] >= 0 && t < C; t++) to[t] = gates[t * s.gates + s.made[role]];
+        if (s.answers) return;
+        this->each_made([&](Role role, int64_t from, int64_t to, int64_t n) {
+            const T* made = role == eta_role ? k.eta : role == alpha_role ? k.alpha : this->vectors(role);
+            std::copy_n(made + from, n, s.y + to);
+        });
     }
 
     void rates() {
@@ -75,7 +80,7 @@ struct ForwardChunk : LoopChunk<T> {
 
     void write(T* const* W2, T* const* S2) {
         for (int64_t l = 0; l < s.layers; l++) {
-            if (l) {
+            if (l && s.answers) {
                 const T* in = k.answer[l - 1];
                 T* out = k.query[l];
 #pragma omp simd
@@ -88,11 +93,11 @@ struct ForwardChunk : LoopChunk<T> {
                 mem.reset(chunk_room(C, a.K, a.V));
                 chunk_forward(a, 0, mem);
             }
-            if (!s.anchored()) continue;
+            if (!s.anchored() || !s.answers) continue;
             const int64_t in = s.inputs(l), out = s.outputs(l);
             matmul<T>({this->query(l), in, 1}, {base_turned[l], out}, this->answers(l), out, C, out, in, {.add = true});
         }
-        if (s.layers > 1) add_scaled(s.y + at * s.K, T(1), this->vectors(q_role), C * s.K);
+        if (s.layers > 1 && s.answers) add_scaled(s.y + at * s.K, T(1), this->vectors(q_role), C * s.K);
     }
 };
 
