@@ -157,7 +157,7 @@ def generate(memories: dict[str, Memory], u: dict[str, Tensor]) -> dict[str, Ten
 def rates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor | None, b: Tensor) -> Gates:
     """a_t, e_t, l_t of every layer and b_t in their stable ranges (the table in `SelfModifyingTitans`)."""
     c = layer.config
-    size = (c.rate_stretch * torch.sigmoid(eta[..., 0] + layer.eta_bias)).clamp_max(1)
+    size = (c.rate_stretch * (torch.sigmoid(eta[..., 0] + layer.eta_bias) - 0.5) + 0.5).clamp(0, 1)
     a = torch.ones_like(size)
     if alpha is not None:
         assert layer.alpha_bias is not None

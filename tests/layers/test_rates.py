@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,20 @@ def test_tokens_that_are_not_there_have_no_rate(rule: RateRule) -> None:
     assert gates.valid is not None
     absent = ~gates.valid.expand(SHAPE)
     for rate in [*rates.inner_lr, *(rates.erase or [])]:
-        assert bool((rate[absent] == 0).all()) and bool((rate[~absent] > 0).all())
+        assert bool((rate[absent] == 0).all())
+        # A stretched rate reaches 0 by itself.
+        assert bool((rate[~absent] > 0).all() if rule.stretch == 1 else (rate[~absent] > 0).any())
+
+
+def test_a_stretched_rate_reaches_both_ends_and_is_half_in_the_middle() -> None:
+    gates, scales, _ = made(1, False, False, False)
+    eta = torch.tensor([-9.0, 0.0, 9.0], dtype=gates.eta.dtype).expand(*SHAPE[:2], 3)
+    scales = replace(scales, eta_bias=torch.zeros_like(scales.eta_bias))
+    rates = chunk_rates(RateRule("split", 2.0, 0.25, stretch=1.03), Gates(eta, None, None, None), scales)
+    assert rates.erase is not None
+    assert torch.equal(
+        rates.erase[0] + rates.inner_lr[0], torch.tensor([0.0, 1.0, 2.0], dtype=eta.dtype).expand_as(eta)
+    )
 
 
 @pytest.mark.any_shapes

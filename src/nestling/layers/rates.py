@@ -66,7 +66,7 @@ def rate_rule(rule: Rule, max_erase: float, chunk: int, split: bool = False, str
         max_erase: largest (e_t + folded l_t) / a_t.
         chunk: the longest time, in tokens, a gradient is stale.
         split: the share is of the whole rate and not of the erase.
-        stretch: of the sigmoid that gives the rate, cut at 1.
+        stretch: of the sigmoid that gives the rate, about 1/2, cut at 0 and 1.
     """
     kind: Kind = "free" if rule.objective != "dot" else "dot"
     if rule.online:
@@ -79,7 +79,8 @@ def rate_rule(rule: Rule, max_erase: float, chunk: int, split: bool = False, str
 def chunk_rates(rule: RateRule, gates: Gates, scales: Scales) -> Rates:
     """Rates of a chunk; tokens that are not there have e = l = 0.
 
-    With k_t = a_t = sigmoid(alpha_t)^(1/16), eta_t = min(1, stretch sigmoid(eta_t)) and r_t = max_erase eta_t:
+    With k_t = a_t = sigmoid(alpha_t)^(1/16), eta_t = stretch (sigmoid(eta_t) - 1/2) + 1/2, cut at 0 and 1, and
+    r_t = max_erase eta_t:
 
         "erase"    e_t = k_t r_t, l_t = share k_t min(r_t, 2 - r_t) (1 - b_t)
         "free"     e_t = 0, l_t = share eta_t max(floor, 1 - a_t) (1 - b_t)
@@ -134,7 +135,7 @@ def _plain(
     """log a, l of every layer, and e of every layer when the rule erases, out of torch's operations."""
     eta = torch.sigmoid(eta_logit + eta_bias[:, None])
     if rule.stretch != 1:
-        eta = (rule.stretch * eta).clamp_max(1)
+        eta = (rule.stretch * (eta - 0.5) + 0.5).clamp(0, 1)
     if valid is not None:
         eta = eta * valid
     log_a = None

@@ -78,9 +78,10 @@ class SelfModifyingConfig(Rule):
         retention_start: logits of the retentions at the start, of the first head and of the last, with the others
             evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
             over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
-        rate_stretch: sigma_t = min(1, rate_stretch sigmoid(eta_t)), at least 1. Above 1 a rate reaches its upper end at
-            a finite logit, and with `max_erase` 2 what a key holds is then multiplied by -1 and not by -0.97: a count
-            over hundreds of tokens needs that, and 40 tokens of training do not ask for it.
+        rate_stretch: sigma_t = rate_stretch (sigmoid(eta_t) - 1/2) + 1/2, cut at 0 and 1, at least 1. Above 1 a rate
+            reaches both its ends at finite logits: with `max_erase` 2 what a key holds is then multiplied by -1 and not
+            by -0.97, or kept to the bit. A count over hundreds of tokens needs both, and 40 tokens of training do not
+            ask for them.
         gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
             None is no bias. silu of a projection without one multiplies the answers by random signs.
 
@@ -159,7 +160,7 @@ class SelfModifyingConfig(Rule):
         if not 0 < self.share < 1:
             raise ValueError(f"inner_lr_scale is in (0, 1), not {self.share}")
         if self.rate_stretch < 1:
-            raise ValueError(f"rate_stretch is at least 1, not {self.rate_stretch}: no rate could reach its upper end")
+            raise ValueError(f"rate_stretch is at least 1, not {self.rate_stretch}: no rate could reach its ends")
         if self.gate_scale <= 0:
             raise ValueError(f"gate_scale is positive, not {self.gate_scale}")
         for name in ("hidden_erase_scale", "hidden_lr_scale"):

@@ -20,6 +20,7 @@ struct RatesArguments {
     T *d_eta, *d_alpha, *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden;  // sums over rows and tokens: zeroed
 
     T largest() const { return static_cast<T>(max_erase); }
+    T stretched() const { return static_cast<T>(stretch); }
     T least() const { return static_cast<T>(floor); }
     bool online() const { return kind == RateKind::online || kind == RateKind::split; }
     bool erases() const {
@@ -62,7 +63,7 @@ struct Token {
 
     Token(const RatesArguments<T>& s, int64_t row, int64_t head, int64_t t, int64_t at) : push(s, at) {
         open = sigmoid(s.eta[at] + s.eta_bias[head]);
-        eta = std::min(T(1), static_cast<T>(s.stretch) * open);
+        eta = std::clamp(s.stretched() * (open - T(0.5)) + T(0.5), T(0), T(1));
         present = !s.valid || s.valid[row * s.tokens + t] ? T(1) : T(0);
         log_a = 0;
         if (s.alpha) {
@@ -154,7 +155,7 @@ void backward(const RatesArguments<T>& s, int64_t row, int64_t head) {
         }
         d_eta += d_full * s.largest() * k.present;
         d_log_a += d_keep * k.keep;
-        const T z = k.eta < 1 ? d_eta * k.eta * (1 - k.open) : T(0);
+        const T z = k.eta > 0 && k.eta < 1 ? d_eta * s.stretched() * k.open * (1 - k.open) : T(0);
         s.d_eta[at] = z;
         s.d_eta_bias[head] += z;
         if (!s.alpha) continue;

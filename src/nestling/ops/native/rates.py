@@ -24,7 +24,7 @@ class RateRule:
         kind: of the formula, one of RateKind in C++.
         max_erase: largest (e_t + folded l_t) / a_t.
         floor: least share of a gradient step in "free", one over the chunk.
-        stretch: of the sigmoid that gives the rate, cut at 1.
+        stretch: of the sigmoid that gives the rate, about 1/2, cut at 0 and 1.
         online_only: "online" without an erase of its own.
     """
 
