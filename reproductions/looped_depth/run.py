@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, int]] = {
 }
 TASKS: dict[str, dict[str, Task]] = {
     "hops": {f"{p} hop{'s' * (p > 1)}": HopTask(64, p, 4) for p in (1, 2, 3, 4)},
-    "addition": {f"{n} numbers": AdditionTask(n, 2) for n in (2, 3, 4, 6)},
+    "addition": {f"{n} numbers": AdditionTask(n, 1) for n in (2, 3, 4, 6)},
 }
 RUN = (1, 2, 4, 6, 8)
 """Loops that the looped model is tested with."""
