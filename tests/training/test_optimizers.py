@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,15 @@ def test_every_name_trains(tiny_config: Make, name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("levels", ["", "cms.1=3"])
-@pytest.mark.parametrize("name", ["m3", "muon", "delta_gradient_descent", "deep_momentum"])
+ALWAYS_RESUMED = (("m3", ""), ("m3", "cms.1=3"), ("delta_gradient_descent", "cms.1=3"))
+"""One whose state says when, the same inside a level's period, and one that keeps what layers have read."""
+RESUMED = [
+    pytest.param(*case, marks=() if case in ALWAYS_RESUMED else pytest.mark.slow)
+    for case in product(("m3", "muon", "delta_gradient_descent", "deep_momentum"), ("", "cms.1=3"))
+]
+
+
+@pytest.mark.parametrize(("name", "levels"), RESUMED)
 def test_an_interrupted_run_resumes_exactly(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, levels: str
 ) -> None:
