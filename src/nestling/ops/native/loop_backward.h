@@ -55,7 +55,7 @@ struct BackwardChunk : LoopChunk<T> {
         BankArguments<T> b = s.bank(n, start);
         std::copy_n(s.anchored() ? d.whole : s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
         if (s.anchored()) b.base = base[s.layers - 1], b.dbase = d.base[s.layers - 1];
-        if (s.gain) std::copy_n(own, s.layers, b.own), std::copy_n(d.own, s.layers, b.d_own);
+        if (s.gain && s.answers) std::copy_n(own, s.layers, b.own), std::copy_n(d.own, s.layers, b.d_own);
         return b;
     }
 

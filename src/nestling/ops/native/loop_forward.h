@@ -26,7 +26,7 @@ struct ForwardChunk : LoopChunk<T> {
     BankArguments<T> bank() const {
         BankArguments<T> b = s.bank(this->n, start);
         b.base = s.anchored() ? base[s.layers - 1] : nullptr;
-        if (s.gain) std::copy_n(own, s.layers, b.own);
+        if (s.gain && s.answers) std::copy_n(own, s.layers, b.own);
         return b;
     }
 
