@@ -31,11 +31,6 @@ CLAIMS = (
         "fuzzy recall: Hope 52.1, Titans 50.0, Transformer 47.9",
     ),
     _open(
-        "NL Table 5 (parity)",
-        "Hope tracks parity beyond the length it was trained on",
-        "Hope 100 / 100, Transformer 46.4 / 0, DeltaNet 98.2 / 10.1 (within, beyond)",
-    ),
-    _open(
         "NL Table 5 (others)",
         "five formal languages besides parity",
         "(aa)*, longer than trained on: Hope 100, DeltaNet 100, Transformer 0",
