@@ -19,7 +19,9 @@ def _longer(rows: Sequence[Row]) -> str:
         return f"{100 * statistics.mean(r['accuracy'][length] for r in tested if r['preset'] == preset):.1f}"
 
     found = ", ".join(f"{name} {' / '.join(mean(preset, n) for n in LENGTHS)}" for preset, name in NAMES.items())
-    return f"per cent at the trained length of 40, at 160 and at 640, 2 layers of width 32: {found}"
+    return (
+        f"trained on four windows of {LENGTHS[0]} with the state handed on, per cent at {', '.join(LENGTHS)}: {found}"
+    )
 
 
 CLAIMS = (
