@@ -26,10 +26,11 @@ from reproductions.figure11.vit import Set, VisionTransformer, digits, mnist
 from reproductions.harness.command import Reproduction
 from reproductions.harness.report import EMPTY, Report, table
 from reproductions.harness.rows import Row, Rows
+from reproductions.harness.schedule import warm_cosine
 
 PARTS = ("vit", "language")
 STARTS = {"adamw": 1e-3, "muon": 2e-3, "m3": 2e-3, "delta_momentum": 0.1}
-BATCH, EPOCHS, WEIGHT_DECAY, WARMUP = 128, 6, 0.05, 0.1
+BATCH, EPOCHS, WEIGHT_DECAY = 128, 6, 0.05
 
 
 def evaluate(model: VisionTransformer, data: Set) -> tuple[float, float]:
@@ -45,15 +46,7 @@ def train(name: str, rate: float, seed: int, sets: tuple[Set, Set, Set], patch: 
     (images, labels), valid, test = sets
     model = VisionTransformer(images.shape[-1], patch)
     optimizer = build(name, model, lr=rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        steps,
-        pct_start=WARMUP,
-        div_factor=25,
-        final_div_factor=0.4,
-        cycle_momentum=False,
-    )
+    schedule = warm_cosine(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     start, losses, order = time.perf_counter(), [], torch.empty(0, dtype=torch.long)
     for _ in range(steps):

@@ -24,6 +24,7 @@ from nestling.tasks.hops import HopTask
 from reproductions.harness.command import Reproduction
 from reproductions.harness.report import Report
 from reproductions.harness.rows import Row, Rows
+from reproductions.harness.schedule import warm_cosine
 from reproductions.looped_depth.report import make_report
 
 Task = HopTask | AdditionTask
@@ -41,7 +42,7 @@ RUN = (1, 2, 4, 6, 8)
 """Loops that the looped model is tested with."""
 # Embeddings of length 1, so that at this width the first layer's output does not drown a token's own.
 INITIALIZER_RANGE = 0.125
-RATE, WARMUP = 3e-3, 0.1
+RATE = 3e-3
 SEEDS = (0, 1, 2)
 TOKENS_PER_STEP = 1024
 TEST_ROWS, TEST_SEED = 256, 10_000
@@ -59,9 +60,7 @@ def build(preset: str, model: str, task: str, seed: int) -> NestlingForCausalLM:
 def train(model: NestlingForCausalLM, tasks: Sequence[Task], steps: int, seed: int) -> bool:
     """AdamW, warm-up, cosine to a tenth; fresh sequences at every step. Whether the loss stayed finite."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4, cycle_momentum=False
-    )
+    schedule = warm_cosine(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         task = tasks[step % len(tasks)]

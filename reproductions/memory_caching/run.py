@@ -22,12 +22,13 @@ from nestling.tasks.associative_recall import IGNORE, RecallTask
 from reproductions.harness.command import Reproduction
 from reproductions.harness.report import EMPTY, Report, table
 from reproductions.harness.rows import Row, Rows
+from reproductions.harness.schedule import warm_cosine
 
 VOCABULARY, WIDTH = 64, 64
 TASKS = {"4 pairs in 32": RecallTask(32, 4, VOCABULARY), "16 pairs in 64": RecallTask(64, 16, VOCABULARY)}
 INITIALIZER_RANGE = 0.125  # embeddings of length 1, as in `mqar`
 SEEDS = (0, 1, 2)
-RATE, WARMUP = 1e-2, 0.1
+RATE = 1e-2
 TOKENS_PER_STEP = 1024
 TEST_ROWS, TEST_SEED = 512, 10_000
 # Width of the keys of a head, and settings of Memory Caching if there is any. All heads together write `WIDTH` values.
@@ -60,9 +61,7 @@ def build(name: str, segment: int, seed: int) -> NestlingForCausalLM:
 def train(model: NestlingForCausalLM, steps: int, seed: int) -> None:
     """AdamW, warm-up, cosine to a tenth; fresh sequences at every step."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4, cycle_momentum=False
-    )
+    schedule = warm_cosine(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     easy, hard = TASKS.values()
     for step in range(steps):

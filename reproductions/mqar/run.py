@@ -26,6 +26,7 @@ from reproductions.harness.command import Reproduction
 from reproductions.harness.grid import best_rate, fixed, grow_rate
 from reproductions.harness.report import Report
 from reproductions.harness.rows import Row, Rows
+from reproductions.harness.schedule import warm_cosine
 from reproductions.mqar.report import ablations, presets_table
 from reproductions.mqar.settings import SETTINGS, VOCABULARY, Task
 
@@ -34,7 +35,6 @@ INITIALIZER_RANGE = 0.125
 GRID = (3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 TOKENS_PER_STEP = 2048
-WARMUP = 0.1
 TEST_ROWS, VALIDATION_ROWS = 512, 256
 TEST_SEED, VALIDATION_SEED = 10_000, 20_000
 # Settings of the mixer that differ from the preset's, one question each.
@@ -71,9 +71,7 @@ def train(
     The share `easy` of the steps, the first ones, are of the first task, the rest of all in turn.
     """
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, steps, pct_start=WARMUP, div_factor=25, final_div_factor=0.4, cycle_momentum=False
-    )
+    schedule = warm_cosine(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         task = tasks[0] if step < int(steps * easy) else tasks[step % len(tasks)]

@@ -158,7 +158,7 @@ class ContinuumLevel(nn.Module):
     def _scan(
         self, h: Tensor, target: Tensor, state: LevelState, grid: Grid, lengths: Tensor | None
     ) -> tuple[Tensor, LevelState]:
-        """Output and new state. Errors and keys count as divided by max(1, |key|)."""
+        """Output and new state."""
         assert self.period is not None
         first = None if self.gain is None else h @ self.down.to(h.dtype).mT
         tokens = [h, *self._lessons(h, target, state.tail, first)]
@@ -169,10 +169,10 @@ class ContinuumLevel(nn.Module):
         whole, outputs = state.period is not None, []
         if whole and grid.offsets is None and grid.phase % self.period == 0:
             state = replace(state, period=None)  # zeros, which need not be added to
-        for (begin, end), (h_c, key, wanted, *shrink) in zip(spans, pieces, strict=True):
+        for (begin, end), (h_c, key, wanted, scale) in zip(spans, pieces, strict=True):
             outputs.append(h_c @ state.start.mT)
-            recalled = outputs[-1] * shrink[0] if shrink else key @ state.start.mT
-            state = self._collect(state, key, recalled - wanted, begin)
+            recalled = outputs[-1] if state.tail is None else key @ state.start.mT
+            state = self._collect(state, key, torch.addcmul(wanted, scale, recalled), begin)
             if end % self.period == 0:
                 state = self._update(state, grid, end)
         y = torch.cat(outputs, dim=1)
@@ -188,7 +188,9 @@ class ContinuumLevel(nn.Module):
         return y, state
 
     def _lessons(self, h: Tensor, target: Tensor, tail: Tensor | None, first: Tensor | None) -> list[Tensor]:
-        """Keys and targets, divided by max(1, |key|); where the keys are the queries too, the factors as well.
+        """Keys, and b and s of the errors b + s W x, where x is the query or, with a last token, the key.
+
+        Keys and errors count as divided by max(1, |key|); those of steps token by token have the rate too.
 
         `first` is W_0 h, where the fast weights are differences to W_0: their target is what W_0 leaves of it.
         """
@@ -196,7 +198,12 @@ class ContinuumLevel(nn.Module):
         if first is not None:
             target = target - (first if tail is None else key @ self.down.to(key.dtype).mT)
         shrink = key.square().sum(-1, keepdim=True).clamp_min(1.0).rsqrt()
-        return [key * shrink, target * shrink, *([shrink] if tail is None else [])]
+        scale = shrink if self.rule.step != "token" else shrink * self._token_rate().to(key.dtype)
+        return [key * shrink, -scale * target, scale if tail is None else scale / shrink]
+
+    def _token_rate(self) -> Tensor:
+        assert self.rate is not None and self.period is not None
+        return torch.sigmoid(self.rate) / self.period
 
     def _collect(self, state: LevelState, key: Tensor, error: Tensor, begin: int) -> LevelState:
         """The state with some of a period's tokens, whose first stands in slot `begin`.
@@ -211,22 +218,19 @@ class ContinuumLevel(nn.Module):
         return replace(state, period=state.period.add(key, error, begin % self.period, self.period))
 
     def _write(self, running: Tensor, key: Tensor, error: Tensor) -> Tensor:
-        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights, token by token.
+        """Gradient steps on 1/2 |W key - target|^2 at the period's first weights, token by token; `error` has the rate.
 
         Rates sum to at most 1 over a period. Then the map from one period's weights to the next never stretches,
         whatever the keys. With the erase, e_t |key|^2 <= 1 for each token alone is not enough: the gradients see none
         of the period's erases, and keys that turn slowly make the weights grow without bound.
         """
-        assert self.rate is not None and self.period is not None
-        rate = torch.sigmoid(self.rate) / self.period
-        step = rate * error
         if not self.rule.erase:
-            return running - step.mT @ key
-        rates = rate.to(key.dtype).expand(key.shape[:2])
+            return torch.baddbmm(running, error.mT, key, alpha=-1)
+        rates = self._token_rate().to(key.dtype).expand(key.shape[:2])
         for at in range(0, key.shape[1], MAX_SOLVE):
             t = slice(at, at + MAX_SOLVE)
             decay = decay_products(torch.zeros_like(key[:, t, 0]))
-            writes = chunk_writes(key[:, t], step[:, t], rates[:, t], decay, running)
+            writes = chunk_writes(key[:, t], error[:, t], rates[:, t], decay, running)
             running = chunk_advance(writes, decay, running)[0]
         return running
 
