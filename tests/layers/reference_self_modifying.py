@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.layers.self_modifying import SelfModifyingState, SelfModifyingTitans
+from nestling.layers.self_modifying import LENGTH_SPEED, SelfModifyingState, SelfModifyingTitans
 from nestling.memory.bank import BankState, MemoryBank
 from nestling.memory.objective import inner_loss
 from nestling.memory.rule import Rule
@@ -107,6 +107,8 @@ def reference(layer: SelfModifyingTitans, x: Tensor) -> tuple[Tensor, dict[str, 
             if name not in c.adapt:
                 continue
             target = memory(memory.generating(), v) if c.self_targets else v
+            if name == "memory" and layer.length is not None:
+                target = torch.exp(LENGTH_SPEED * layer.length)[:, None] * target
             if name in ("eta", "alpha") and not c.self_targets:
                 target = v.mean(-1, keepdim=True)
             is_gate_of_mlp = c.memory == "mlp" and name in ("eta", "alpha")

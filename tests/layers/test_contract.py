@@ -42,6 +42,7 @@ HOPE: dict[str, Any] = {
     "anchored": True,
     "others_scale": 0.3,
     "gate_bias": 1.0,
+    "value_length": 1.4,
 }
 ttt = partial(TTTConfig, hidden_size=HIDDEN, num_heads=2, chunk_size=4)
 continuum = partial(ContinuumConfig, hidden_size=HIDDEN, intermediate_size=12)

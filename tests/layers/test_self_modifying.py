@@ -25,6 +25,7 @@ WHOLE: dict[str, Any] = {
     "hidden_lr_scale": 0.2,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,
+    "value_length": 1.4,
 }
 
 CASES: dict[str, dict[str, Any]] = {

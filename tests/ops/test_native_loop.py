@@ -27,11 +27,12 @@ WHOLE: dict[str, Any] = ONLINE | {
     "own_streams": True,
     "anchored": True,
     "others_scale": 0.3,
-    "generation_gain": 0.6,
+    "generation_gain": 0.3,
     "hidden_lr_scale": 0.2,
     "identity": True,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,
+    "value_length": 1.4,
 }
 TITANS: list[dict[str, Any]] = [
     {},

@@ -64,7 +64,7 @@ class BankLoop:
         split = any(a is not b for a, b in zip(state.start, state.running, strict=True))
         given = LoopTensors(
             [tokens.get(name) for name in native.TOKENS],
-            [scales.eta_bias, scales.alpha_bias, scales.share, scales.hidden_erase, scales.others, scales.gain],
+            [getattr(scales, name) for name in native.SCALES],
             state.start,
             state.running if split else [None] * layers,
             state.surprise or [None] * layers,
@@ -110,13 +110,11 @@ def _flat(plain: Plain, begins: bool) -> Callable[[LoopTensors], list[Tensor | N
 
     def run(given: LoopTensors) -> list[Tensor | None]:
         tokens = {n: t for n, t in zip(native.TOKENS, given.tokens, strict=True) if t is not None}
-        eta_bias, alpha_bias, share, hidden, others, gain = given.scales
-        assert eta_bias is not None and share is not None
         start = list(given.start)
         running = [t for t in given.running if t is not None] or start
         surprise = [t for t in given.surprise if t is not None] or None
         base = [t for t in given.base if t is not None] or None
-        scales = Scales(eta_bias, alpha_bias, share, hidden, others, gain)
+        scales = Scales(**dict(zip(native.SCALES, given.scales, strict=True)))  # type: ignore[arg-type]
         y, after = plain(tokens, scales, base, BankState(start, running, surprise))
         nothing: list[Tensor | None] = [None] * len(start)
         # Where the last chunk is complete its weights are the running ones.

@@ -90,6 +90,7 @@ def learn_chunk(
     self_targets: bool,
     base: list[Tensor] | None = None,
     gain: Tensor | None = None,
+    length: Tensor | None = None,
     mix: Mix | None = None,
 ) -> tuple[Tensor | None, BankState]:
     """Targets, gradients and write of one chunk, and the first deep memory's answers to `q` as `rule.read` says.
@@ -105,11 +106,12 @@ def learn_chunk(
         self_targets: every memory's target is its own M(v_t), else v_t.
         base: `MemoryBank.base`.
         gain: see `MemoryBank.whole` and `memory.lesson.generating`.
+        length: see `MemoryBank.lesson`.
         mix: see `MemoryBank.update`; for reads of every token's own weights.
     """
     start = bank.whole(state.start, base, gain)
     teachers = generating(state.start, base, gain) if base and gain is not None and self_targets else None
-    lesson = bank.lesson(rule, start, key, value, self_targets, base, teachers)
+    lesson = bank.lesson(rule, start, key, value, self_targets, base, teachers, length)
     fresh = base is None and state.start[0] is state.running[0]
     y, after = bank.update(rule, state, lesson, rates, fresh, q if rule.read == "token" else None, base, mix)
     if q is not None and rule.read == "chunk":

@@ -48,6 +48,7 @@ class Scales:
             hidden layers.
         others: `[H]` share of the rates that the memories after a bank's first take, or None for all.
         gain: `[H]` of what these memories add to their base (`MemoryBank.whole`), or None for 1.
+        value_length: `[H]` of the targets of M_memory, or None for 1.
     """
 
     eta_bias: Tensor
@@ -56,6 +57,7 @@ class Scales:
     hidden_erase: Tensor | None
     others: Tensor | None = None
     gain: Tensor | None = None
+    value_length: Tensor | None = None
 
 
 def rate_rule(rule: Rule, max_erase: float, chunk: int, split: bool = False, stretch: float = 1.0) -> RateRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,10 @@ from nestling.ops.normalize import safe_normalize
 from nestling.ops.short_conv import short_conv
 
 __all__ = ["ADAPTIVE", "SelfModifyingConfig", "SelfModifyingState", "SelfModifyingTitans"]
+
+
+LENGTH_SPEED = 4.0
+"""A value's length is the exponential of a parameter times this: what it has to be differs by factors between tasks."""
 
 
 @dataclass
@@ -52,10 +57,10 @@ class SelfModifyingTitans(CacheableLayer):
         k_t = M_k(u_t), v_t = M_v(u_t), eta_t = M_eta(u_t), alpha_t = M_alpha(u_t); q_t = silu(conv(x W_q)) or M_q(u_t)
         target of every memory m: M_m(v_t);  write (k_t, M_m(v_t)) by the rule;  o_t = M_memory,t(q_t)
 
-    with k, v and q of length 1. With `anchored` the memories are W_0 + F, and the rule moves F. From
-    a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t = sigmoid(eta_t + bias), `rates.chunk_rates` makes e_t and l_t,
-    which stay in their stable range whatever the memories say. An MLP's layers before the last use a learnable share of
-    e_t.
+    with k, v and q of length 1; with `value_length` M_memory's target is that many times as long. With `anchored` the
+    memories are W_0 + F, and the rule moves F. From a_t = sigmoid(alpha_t + bias)^(1/16) and sigma_t =
+    sigmoid(eta_t + bias), `rates.chunk_rates` makes e_t and l_t, which stay in their stable range whatever the memories
+    say. An MLP's layers before the last use a learnable share of e_t.
 
     Examples:
         >>> import torch
@@ -100,7 +105,8 @@ class SelfModifyingTitans(CacheableLayer):
         self.hidden_erase = nn.Parameter(torch.empty(hidden, c.num_heads)) if hidden else None
         self.others = nn.Parameter(torch.empty(c.num_heads)) if c.others_scale is not None else None
         self.gain = nn.Parameter(torch.empty(c.num_heads)) if c.generation_gain is not None else None
-        free_of_weight_decay(self.share, self.hidden_erase, self.others, self.gain, self.conv)
+        self.length = nn.Parameter(torch.empty(c.num_heads)) if c.value_length is not None else None
+        free_of_weight_decay(self.share, self.hidden_erase, self.others, self.gain, self.length, self.conv)
         self.reset_parameters()
 
     def _bank(self, names: list[str], anchored: bool | None = None) -> MemoryBank:
@@ -120,9 +126,9 @@ class SelfModifyingTitans(CacheableLayer):
         )
 
     def reset_parameters(self) -> None:
-        """Retentions from `retention_start`, rates at mid-range, the convolution near identity."""
+        """Retentions from `retention_start`, rates from `eta_start`, the convolution near identity."""
         c = self.config
-        nn.init.zeros_(self.eta_bias)
+        nn.init.constant_(self.eta_bias, c.eta_start)
         if self.alpha_bias is not None:
             with torch.no_grad():
                 self.alpha_bias.copy_(torch.linspace(*c.retention_start, c.num_heads))
@@ -135,6 +141,8 @@ class SelfModifyingTitans(CacheableLayer):
             nn.init.constant_(self.others, logit(c.others_scale))
         if self.gain is not None and c.generation_gain is not None:
             nn.init.constant_(self.gain, c.generation_gain)
+        if self.length is not None and c.value_length is not None:
+            nn.init.constant_(self.length, math.log(c.value_length) / LENGTH_SPEED)
         if self.gate_proj is not None and c.gate_bias is not None:
             with torch.no_grad():
                 self.gate_proj.weight *= 0.1
@@ -284,7 +292,9 @@ class SelfModifyingTitans(CacheableLayer):
         hidden = None if self.hidden_erase is None else torch.sigmoid(self.hidden_erase.to(dtype))
         others = None if self.others is None else torch.sigmoid(self.others.to(dtype))
         gain = None if self.gain is None else self.gain.to(dtype)
-        return Scales(self.eta_bias.to(dtype), alpha, torch.sigmoid(self.share.to(dtype)), hidden, others, gain)
+        length = None if self.length is None else torch.exp(LENGTH_SPEED * self.length.to(dtype))
+        share = torch.sigmoid(self.share.to(dtype))
+        return Scales(self.eta_bias.to(dtype), alpha, share, hidden, others, gain, length)
 
     def _learn(
         self,
@@ -349,12 +359,14 @@ class SelfModifyingTitans(CacheableLayer):
         valid = grid.valid_slots(start, end, tokens["k"].device)
         gates = Gates(tokens["eta"], tokens.get("alpha"), tokens.get("log_b"), valid)
         rates = chunk_rates(c.rates, gates, scales)
-        q = tokens["q"] if bank is self.main else None
+        q, length = (tokens["q"], scales.value_length) if bank is self.main else (None, None)
         if bank is not self.main and rates.others is not None:
             # A bank without M_memory takes the share whole.
             rates = rates.shared()
         mix = None if kept is None else replace(kept, shares=tokens["shares"]).mix
-        return learn_chunk(c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base, scales.gain, mix)
+        return learn_chunk(
+            c, bank, state, tokens["k"], tokens["v"], rates, q, c.self_targets, base, scales.gain, length, mix
+        )
 
 
 def _own(state: State) -> SelfModifyingState:

@@ -75,6 +75,9 @@ class SelfModifyingConfig(Rule):
             queries, rates and targets, M = W_0 + gain F; M_memory still answers and learns with W_0 + F. From 0 a model
             learns what these updates are good for; one whose texts in training are no longer than a chunk never sees
             an update, and keeps none. Needs `anchored`. None is 1, and not learned.
+        eta_start: logit of the rate at the start, before what the token says. At 0 and a `max_erase` of 2 every token
+            replaces what its key holds, and keys that nothing has taught to stand apart yet erase each other; -1.1 is
+            half of that.
         retention_start: logits of the retentions at the start, of the first head and of the last, with the others
             evenly between: a = sigmoid(logit)^(1/16). (0, 6) is 0.958 to 0.9998, of which the first keeps a twentieth
             over 70 tokens, so half of two heads cannot hold what a text of 128 tokens says.
@@ -84,6 +87,10 @@ class SelfModifyingConfig(Rule):
             ask for them.
         gate_bias: first bias of the output gate, whose weights then start at a tenth: above 0 the gate starts open.
             None is no bias. silu of a projection without one multiplies the answers by random signs.
+        value_length: first value of the learnable length c, of every head, of what M_memory stores: its target is
+            c M_memory(v). Values have length 1, as keys and queries. An answer W_0 q + F q holds a part of q and of the
+            keys that were written, and a value no longer than a key is hard to tell from them. None is 1, and not
+            learned.
 
     Raises:
         ValueError: sizes that do not divide, unknown memories, or a rule that has no closed form.
@@ -115,10 +122,12 @@ class SelfModifyingConfig(Rule):
     identity: bool = field(default=False, metadata=NEW_FIELD)
     others_scale: float | None = field(default=None, metadata=NEW_FIELD)
     generation_gain: float | None = field(default=None, metadata=NEW_FIELD)
+    eta_start: float = field(default=0.0, metadata=NEW_FIELD)
     retention_start: tuple[float, float] = field(default=(0.0, 6.0), metadata=NEW_FIELD)
     rate_stretch: float = field(default=1.0, metadata=NEW_FIELD)
     hidden_lr_scale: float | None = field(default=None, metadata=NEW_FIELD)
     gate_bias: float | None = field(default=None, metadata=NEW_FIELD)
+    value_length: float | None = field(default=None, metadata=NEW_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,6 +184,8 @@ class SelfModifyingConfig(Rule):
             )
         if self.generation_gain is not None and not self.anchored:
             raise ValueError("generation_gain needs anchored=True: it is of what is added to the first weights")
+        if self.value_length is not None and self.value_length <= 0:
+            raise ValueError(f"value_length is positive, or None for values of length 1; not {self.value_length}")
         if self.share_of not in ("erase", "rate"):
             raise ValueError(f"share_of is 'erase' or 'rate', not {self.share_of!r}")
         if self.share_of == "rate" and not (self.gradient == "online" and self.objective == "l2" and self.erase):

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from nestling.layers.chunks import Span, scan_chunks
 from nestling.layers.heads import free_of_weight_decay
 from nestling.layers.ttt_config import TTTConfig
-from nestling.memory.bank import BankState, InitialWeights
+from nestling.memory.bank import BankState
 from nestling.memory.grid import Grid
+from nestling.memory.initial import InitialWeights
 from nestling.memory.state import rows_of
 from nestling.ops.chunk_step import ChunkDecay, chunk_step
 

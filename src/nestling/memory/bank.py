@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from nestling.memory.activation import ACTIVATIONS, activate
-from nestling.memory.lesson import Lesson, Rates, Trace, above_base, generating, online_gradient
+from nestling.memory.initial import InitialWeights
+from nestling.memory.lesson import (
+    Lesson,
+    Rates,
+    Trace,
+    above_base,
+    generating,
+    lengthened,
+    online_gradient,
+    shared_target,
+)
 from nestling.memory.objective import output_gradient
 from nestling.memory.rule import Rule
 from nestling.memory.state import State, rows_of
@@ -41,20 +51,6 @@ class BankState(State):
     start: list[Tensor]
     running: list[Tensor]
     surprise: list[Tensor] | None
-
-
-class InitialWeights(nn.ParameterList):
-    """Meta-learned first values of fast weights, one tensor a layer; a call gives them in a type.
-
-    A call, as every module is used: hooks on it may have to fetch the values from elsewhere.
-    """
-
-    __call__ = nn.Module.__call__
-
-    def forward(self, dtype: torch.dtype) -> list[Tensor]:
-        """The values; gradients reach the parameters through them."""
-        # One by one. A slice of the list would be new parameters, which cuts functional_call off from the gradient.
-        return [weight.to(dtype) for weight in self]
 
 
 class MemoryBank(nn.Module):
@@ -220,22 +216,24 @@ class MemoryBank(nn.Module):
         self_targets: bool,
         base: list[Tensor] | None = None,
         teachers: list[Tensor] | None = None,
+        length: Tensor | None = None,
     ) -> Lesson:
         """What a chunk teaches the memories at its first weights.
 
         Args:
             rule: the learning rule.
             weights: whole weights at the chunk's start.
-            key: `[N, H, L, K]`.
-            value: `[N, H, L, K]`.
+            key, value: `[N, H, L, K]`.
             self_targets: every memory's target is its own M_m(v_t) (NL Eq. 84), else v_t (Titans).
             base: W_0 of every layer where the state is the difference to it.
             teachers: the weights that make the targets, where they are others.
+            length: `[H]`, by which the first memory's targets are multiplied; None is 1.
         """
-        compiled = 1 < self.depth <= native.MAX_LAYERS and rule.objective in ("l2", "dot") and teachers is None
+        simple = rule.objective in ("l2", "dot") and teachers is None and length is None
+        compiled = 1 < self.depth <= native.MAX_LAYERS and simple
         if not compiled or (rule.online and self_targets) or not native.fits(key, weights[0]):
             teachers = (teachers or weights) if self_targets else None
-            return above_base(self._lesson(rule, weights, key, value, teachers, rule.online), rule, base)
+            return above_base(self._lesson(rule, weights, key, value, teachers, rule.online, length), rule, base)
 
         def plain(key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             made = self._lesson(rule, list(weights), key, value, list(weights) if self_targets else None, online=False)
@@ -248,7 +246,14 @@ class MemoryBank(nn.Module):
         return above_base(Lesson([key, *inputs], recalled, gradients), rule, base)
 
     def _lesson(
-        self, rule: Rule, weights: list[Tensor], key: Tensor, value: Tensor, teachers: list[Tensor] | None, online: bool
+        self,
+        rule: Rule,
+        weights: list[Tensor],
+        key: Tensor,
+        value: Tensor,
+        teachers: list[Tensor] | None,
+        online: bool,
+        length: Tensor | None = None,
     ) -> Lesson:
         """`lesson` out of torch's operations; without `online` all gradients are those of the chunk's first weights.
 
@@ -256,10 +261,12 @@ class MemoryBank(nn.Module):
         """
         at_key = self.trace(weights, key)
         if teachers is None:
-            target, gate_target = self.shared_target(value)
+            target, gate_target = shared_target(value, len(self.deep), len(self.gates), self.depth)
         else:
             at_value = self.trace(teachers, value)
             target, gate_target = at_value.output, at_value.gates
+        if length is not None:
+            target = lengthened(target, length, self.width)
         gradients = self.gradients(rule, weights, at_key, target, gate_target)
         if online:
             gradients[-1] = online_gradient(rule, key if self.depth > 1 else None, target).expand_as(at_key.output)
@@ -302,13 +309,6 @@ class MemoryBank(nn.Module):
             first = torch.cat([first, output_gradient(rule, at_key.gates, gate_target)], dim=-1)
         found.reverse()
         return [first, *found]
-
-    def shared_target(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """v_t as every memory's target (Titans), in the output's layout; a gate's target is the mean of v_t."""
-        gate = v.mean(-1, keepdim=True).expand(*v.shape[:-1], len(self.gates))
-        if self.depth > 1:
-            return v.unsqueeze(2), gate if self.gates else None
-        return torch.cat([v.repeat(1, 1, 1, len(self.deep)), gate], dim=-1), None
 
     def update(
         self,

@@ -68,6 +68,21 @@ def generating(weights: list[Tensor], base: list[Tensor], gain: Tensor) -> list[
     return [b + gain.reshape(-1, *[1] * (b.dim() - 1)) * w for b, w in zip(base, weights, strict=True)]
 
 
+def shared_target(v: Tensor, deep: int, gates: int, depth: int) -> tuple[Tensor, Tensor | None]:
+    """v_t as every memory's target (Titans), in the layout of `Trace.output`; a gate's target is the mean of v_t."""
+    of_gates = v.mean(-1, keepdim=True).expand(*v.shape[:-1], gates)
+    if depth > 1:
+        return v.unsqueeze(2), of_gates if gates else None
+    return torch.cat([v.repeat(1, 1, 1, deep), of_gates], dim=-1), None
+
+
+def lengthened(target: Tensor, length: Tensor, width: int) -> Tensor:
+    """Targets in the layout of `Trace.output`, the first memory's times `length` `[H]`."""
+    if target.dim() > 4:
+        return torch.cat([length[:, None, None, None] * target[:, :, :1], target[:, :, 1:]], 2)
+    return torch.cat([length[:, None, None] * target[..., :width], target[..., width:]], -1)
+
+
 def above_base(lesson: Lesson, rule: Rule, base: list[Tensor] | None) -> Lesson:
     """The lesson of weights W_0 + F, whose online write takes away F x, and not the whole W x."""
     if base is not None and rule.online:

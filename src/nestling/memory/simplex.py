@@ -67,6 +67,7 @@ class SimplexBank(MemoryBank):
         self_targets: bool,
         base: list[Tensor] | None = None,
         teachers: list[Tensor] | None = None,
+        length: Tensor | None = None,
     ) -> Lesson:
         """See `MemoryBank.lesson`; the gradients are those with respect to W, as mirror descent takes them."""
         w1, w2 = _on_simplex(weights)

@@ -15,7 +15,7 @@ from nestling.ops.native.build import library
 from nestling.ops.native.chunk import native_chunk
 from nestling.ops.native.delta_rows import native_delta_rows_
 from nestling.ops.native.diagonal import native_diagonal
-from nestling.ops.native.loop import TOKENS, LoopShape, LoopTensors, native_loop
+from nestling.ops.native.loop import SCALES, TOKENS, LoopShape, LoopTensors, native_loop
 from nestling.ops.native.memories import MAX_LAYERS, BankShape, native_inner, native_read
 from nestling.ops.native.normalize import native_normalize
 from nestling.ops.native.rates import RateRule, native_rates
@@ -25,6 +25,7 @@ from nestling.ops.native.short_conv import native_short_conv
 __all__ = [
     "MAX_CHUNK",
     "MAX_LAYERS",
+    "SCALES",
     "SCAN_CHUNK",
     "TOKENS",
     "BankShape",

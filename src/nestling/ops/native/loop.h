@@ -30,12 +30,13 @@ struct LoopArguments {
     const T *eta_bias, *alpha_bias, *share, *hidden_erase;
     const T* others;              // [heads], share of the rates for the memories after the first; null is all
     const T* gain;                // [heads], of what memories that generate add to their base; null is 1
+    const T* value_length;        // [heads], of M_memory's targets; null is 1
     const T* base[most_layers];   // [heads, ...], what the weights, in the state and below, are the difference to; or null
     const T *start[most_layers], *running[most_layers], *surprise[most_layers];
     T *y, *last[most_layers], *last_surprise[most_layers], *last_start[most_layers];
     T* kept;
     const T *dy, *d_last[most_layers], *d_last_surprise[most_layers], *d_last_start[most_layers];
-    T *d_u[all_roles], *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase, *d_others, *d_gain;
+    T *d_u[all_roles], *d_given[all_roles], *d_log_b, *d_eta_bias, *d_alpha_bias, *d_share, *d_hidden_erase, *d_others, *d_gain, *d_value_length;
     T* d_base[most_layers];  // [problems, ...]
     T *d_start[most_layers], *d_running[most_layers], *d_surprise[most_layers];
 

@@ -18,7 +18,7 @@ from nestling.ops.native.second_order import through_torch
 VECTORS, GATES = ("k", "v", "q"), ("eta", "alpha")
 INPUTS = ("u_k", "u_v", "u_q", "u_gates")
 TOKENS = (*INPUTS, *VECTORS, *GATES, "log_b")
-SCALES = ("eta_bias", "alpha_bias", "share", "hidden_erase", "others", "gain")
+SCALES = ("eta_bias", "alpha_bias", "share", "hidden_erase", "others", "gain", "value_length")
 AFTER = ("last", "last_surprise", "last_start")
 
 
@@ -98,7 +98,8 @@ class LoopTensors:
     Attributes:
         tokens: for every name of `TOKENS` a tensor `[N, H, T, K]` (gates `[N, H, T]`), or None for what memories make.
         scales: bias of eta and of alpha `[H]`, share `[L, H]`, share of hidden layers `[L - 1, H]`, share of the
-            memories after the first `[H]`, and gain of what they add to their base `[H]`; or None.
+            memories after the first `[H]`, gain of what they add to their base `[H]`, and length of the first's targets
+            `[H]`; or None.
         start: weights at the start of the first chunk, a layer each.
         running: weights before the first token where they are others, else Nones.
         surprise: a layer each, or Nones.
@@ -196,7 +197,7 @@ class _Loop(torch.autograd.Function):
         given = _checked(ctx.shape, LoopTensors.of(flat))
         layers = len(given.start)
         rows, heads = given.start[0].shape[:2]
-        sizes = ((), (), (layers,), (layers - 1,), (), ())
+        sizes = ((), (), (layers,), (layers - 1,), (), (), ())
         sums = [None if t is None else t.new_zeros(rows, heads, *of) for t, of in zip(given.scales, sizes, strict=True)]
         tokens, start, running, surprise = (
             [None if t is None else torch.empty_like(t) for t in group]
@@ -228,13 +229,14 @@ def _checked(shape: LoopShape, given: LoopTensors) -> LoopTensors:
     layers = len(made.start)
     for name, tensor in zip(TOKENS, made.tokens, strict=True):
         expect(name, tensor, like, rows, heads, time, *((width,) if name in (*INPUTS, *VECTORS) else ()))
-    eta_bias, alpha_bias, share, hidden, others, gain = made.scales
+    eta_bias, alpha_bias, share, hidden, others, gain, length = made.scales
     for name, tensor in (("the bias of eta", eta_bias), ("the bias of alpha", alpha_bias)):
         expect(name, tensor, like, heads)
     expect("share", share, like, layers, heads)
     expect("the share of hidden layers", hidden, like, layers - 1, heads)
     expect("the share of the other memories", others, like, heads)
     expect("the gain of the other memories", gain, like, heads)
+    expect("the length of values", length, like, heads)
     bank = shape.bank
     for anchor, start in zip(made.base, made.start, strict=True):
         expect("a first weight's base", anchor, like, *start.shape[1:])

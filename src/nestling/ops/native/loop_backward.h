@@ -56,6 +56,7 @@ struct BackwardChunk : LoopChunk<T> {
         std::copy_n(s.anchored() ? d.whole : s.fresh(n) ? d.W0 : d.start, s.layers, b.dW);
         if (s.anchored()) b.base = base[s.layers - 1], b.dbase = d.base[s.layers - 1];
         if (s.gain && s.answers) std::copy_n(own, s.layers, b.own), std::copy_n(d.own, s.layers, b.d_own);
+        if (s.answers && s.value_length) b.length = s.value_length + this->head, b.d_length = s.d_value_length + i;
         return b;
     }
 

@@ -27,6 +27,7 @@ struct ForwardChunk : LoopChunk<T> {
         BankArguments<T> b = s.bank(this->n, start);
         b.base = s.anchored() ? base[s.layers - 1] : nullptr;
         if (s.gain && s.answers) std::copy_n(own, s.layers, b.own);
+        if (s.answers && s.value_length) b.length = s.value_length + this->head;
         return b;
     }
 

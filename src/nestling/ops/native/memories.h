@@ -27,7 +27,8 @@ struct BankArguments {
     const T* W[most_layers];
     const T* base;  // online: W_0 of the last layer, where its weight is W_0 + F; else null
     const T* own[most_layers];  // the first memory's weights that make its targets, where they are others; else null
-    T *dW[most_layers], *dbase, *d_own[most_layers];
+    const T* length;  // the first memory's targets are so many times as long; null is 1
+    T *dW[most_layers], *dbase, *d_own[most_layers], *d_length;
 
     int64_t outputs(int64_t l) const { return l == layers - 1 ? K : hidden; }
     int64_t inputs(int64_t l) const { return l ? hidden : K; }

@@ -45,7 +45,8 @@ class BankShape:
         """The fields of BankArguments but the weights."""
         problems, chunk, width = x.flatten(0, -3).shape
         sizes = {"problems": problems, "C": chunk, "K": width, "layers": layers, "padding": 0, "apart": 0}
-        return asdict(self) | sizes | {"online": False, "base": None, "own": (), "threads": torch.get_num_threads()}
+        unused = {"online": False, "base": None, "own": (), "length": None}
+        return asdict(self) | sizes | unused | {"threads": torch.get_num_threads()}
 
     def check(self, weights: Sequence[Tensor], *inputs: Tensor) -> None:
         """Refuse weights and inputs that do not belong to this bank.
@@ -139,7 +140,7 @@ class _Read(torch.autograd.Function):
         d_values, d_gates = (None if t is None else t.contiguous() for t in (d_values, d_gates))
         read = {"x": _places(ctx.shape, inputs), "values": None, "gate_values": None, "z": z}
         read |= {"dvalues": d_values, "dgates": d_gates, "dx": _places(ctx.shape, d_inputs)}
-        bank = ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None, "d_own": ()}
+        bank = ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None, "d_own": (), "d_length": None}
         call("read", inputs[0].dtype, True, bank, read)
         return None, None, None, *d_inputs, *d_weights
 
@@ -182,6 +183,6 @@ class _Inner(torch.autograd.Function):
         lesson |= {"recalled": kept[:layers], "g": kept[layers : 2 * layers], "zv": kept[2 * layers :]}
         lesson |= {"dH": [None, *coming[: layers - 1]], "drecalled": coming[layers - 1 : 2 * layers - 1]}
         lesson |= {"dg": coming[2 * layers - 1 :]}
-        bank = ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None, "d_own": ()}
+        bank = ctx.numbers | {"W": weights, "dW": d_weights, "dbase": None, "d_own": (), "d_length": None}
         call("lesson", weights[0].dtype, True, bank, lesson)
         return None, None, *d_inputs, *d_weights

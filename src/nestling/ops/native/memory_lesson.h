@@ -70,7 +70,13 @@ struct Lesson {
     const T* top_inputs(int64_t m) const { return L > 1 ? p.H[L - 1] + (b * s.memories + m) * C * s.hidden : key; }
     int64_t top_offset(int64_t m) const { return L > 1 ? m * K * s.hidden : m * s.hidden * K; }
 
-    T target(Rows<T> own, int64_t t, int64_t j) const {
+    T length(int64_t m) const { return !m && s.length ? *s.length : T(1); }
+
+    T target(int64_t m, Rows<T> own, int64_t t, int64_t j) const {
+        return length(m) * taught(own, t, j);
+    }
+
+    T taught(Rows<T> own, int64_t t, int64_t j) const {
         return s.self_targets ? own[t][j] + residual() * value[t * K + j] : value[t * K + j];
     }
 
@@ -84,7 +90,7 @@ struct Lesson {
         }
         for (int64_t t = 0; t < C; t++)
             for (int64_t j = 0; j < K; j++)
-                top[t][j] = residual() * key[t * K + j] - clipped(target(own, t, j)) + (s.base ? recalled[t * K + j] : T(0));
+                top[t][j] = residual() * key[t * K + j] - clipped(target(m, own, t, j)) + (s.base ? recalled[t * K + j] : T(0));
     }
 
     // Gradients of `fold` from those of its result, in `folded`: the target's are left there, negative.
@@ -97,7 +103,7 @@ struct Lesson {
         }
         for (int64_t t = 0; t < C; t++)
             for (int64_t j = 0; j < K; j++)
-                if (!inside(target(own, t, j))) folded[t * K + j] = 0;
+                if (!inside(target(m, own, t, j))) folded[t * K + j] = 0;
     }
 
     void forward(int64_t m) {
@@ -107,7 +113,7 @@ struct Lesson {
         for (int64_t l = 1; l < L; l++) H[l] = p.H[l] + (b * s.memories + m) * C * s.hidden;
         work.pass(b, m, key, zk, H);
         if (s.self_targets) targets(m).pass(b, m, value, zv);
-        errors(zk[L - 1], zv[L - 1], g[L - 1]);
+        errors(m, zk[L - 1], zv[L - 1], g[L - 1]);
         for (int64_t l = L - 2; l >= 0; l--) {
             pull(m, l, g[l + 1]);
             for (int64_t t = 0; t < C; t++) {
@@ -121,17 +127,17 @@ struct Lesson {
     }
 
     // Gradients at the outputs of a memory.
-    void errors(Rows<T> outputs, Rows<T> owns, Rows<T> tops) const {
-        const T residual = this->residual();
+    void errors(int64_t m, Rows<T> outputs, Rows<T> owns, Rows<T> tops) const {
+        const T residual = this->residual(), length = this->length(m);
         for (int64_t t = 0; t < C; t++) {
             const T *output = outputs[t], *own = owns[t], *in = key + t * K, *v = value + t * K;
             T* top = tops[t];
             if (s.self_targets) {
 #pragma omp simd
-                for (int64_t j = 0; j < K; j++) top[j] = error(output[j] + residual * in[j], own[j] + residual * v[j]);
+                for (int64_t j = 0; j < K; j++) top[j] = error(output[j] + residual * in[j], length * (own[j] + residual * v[j]));
             } else {
 #pragma omp simd
-                for (int64_t j = 0; j < K; j++) top[j] = error(output[j] + residual * in[j], v[j]);
+                for (int64_t j = 0; j < K; j++) top[j] = error(output[j] + residual * in[j], length * v[j]);
             }
         }
     }
@@ -172,7 +178,9 @@ struct Lesson {
                       {.add = true});
         }
         const T through = s.dot ? T(0) : T(1), residual = this->residual();
-        const T to_value = s.self_targets ? residual : T(1);
+        const T length = this->length(m), to_value = length * (s.self_targets ? residual : T(1));
+        const bool lengthened = !m && s.length;
+        if (lengthened && !s.online && s.self_targets) zv[L - 1] = recall_value(m, zv);
         for (int64_t t = 0; t < C; t++) {
             const T* top = g[L - 1][t];
             T *d = dg[L - 1] + t * K, *z = dz[L - 1] + t * K, *in = dkey + t * K, *v = dvalue + t * K;
@@ -184,10 +192,11 @@ struct Lesson {
             }
             if (s.online) add_scaled(d, T(1), folded + t * K, K);
             add_scaled(v, -to_value, d, K);
+            for (int64_t j = 0; lengthened && j < K; j++) *s.d_length -= d[j] * taught(zv[L - 1], t, j);
         }
         work.chain(b, m, key, zk, dz, dH, true, dkey);
         if (!s.self_targets) return;
-        scaled(dz[L - 1], T(-1), dg[L - 1], C * K);
+        scaled(dz[L - 1], -length, dg[L - 1], C * K);
         targets(m).chain(b, m, value, zv, dz, nullptr, false, dvalue);
     }
 
@@ -205,7 +214,7 @@ struct Lesson {
         if (s.self_targets) zv[L - 1] = recall_value(m, zv);
         fold_back(m, zv[L - 1], to);
         g[L - 1] = {full, K};
-        errors(zk[L - 1], zv[L - 1], g[L - 1]);
+        errors(m, zk[L - 1], zv[L - 1], g[L - 1]);
     }
 
     // z_{L-1} of the value, which nobody kept.
