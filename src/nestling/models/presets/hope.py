@@ -19,6 +19,7 @@ MEMORIES: dict[str, Any] = {
     "others_scale": 0.05,
     "generation_gain": 0.0,
     "hidden_lr_scale": 0.001,
+    "value_length": 1.5,
     "eta_start": -1.1,
     "retention_start": [4.0, 8.0],
     "rate_stretch": 1.03,
@@ -70,7 +71,7 @@ def hope(
         ('self_modifying', [16, None])
     """
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
-    mixer = MEMORIES | {"memory": "mlp", "value_length": 3.0, "chunk_size": chunk_size, "momentum": momentum}
+    mixer = MEMORIES | {"memory": "mlp", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
 
@@ -93,7 +94,7 @@ def hope_linear(
 ) -> NestlingConfig:
     """Hope with matrix-valued memories, several times faster; arguments as in `hope`."""
     shape = shape_of(size, vocab_size, hidden_size, num_layers, loops)
-    mixer = MEMORIES | {"memory": "matrix", "value_length": 1.5, "chunk_size": chunk_size, "momentum": momentum}
+    mixer = MEMORIES | {"memory": "matrix", "chunk_size": chunk_size, "momentum": momentum}
     channel = _continuum(periods or shape.periods, variant, target)
     return assemble(shape, [mixer], channel, num_heads, intermediate_size, tie_word_embeddings)
 
