@@ -89,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp whole": MLP | WHOLE,
     "mlp whole self chunk": MLP | WHOLE | {"self_chunk_size": 8, "activation": "gelu"},
     "mlp whole depth 3": MLP | WHOLE | {"depth": 3, "expansion": 2, "adapt": ("memory", "k", "v", "q", "eta", "alpha")},
+    "mlp whole no self targets": MLP | WHOLE | {"self_targets": False},
     "mlp whole memory only": MLP | WHOLE | {"adapt": ("memory",), "read_before": True},
     "mlp plain face": MLP | {"conv_size": 1, "output_gate": False, "max_erase": 1.0, "inner_lr_scale": 0.7},
 }

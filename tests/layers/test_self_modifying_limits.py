@@ -164,6 +164,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_heads": 0}, "num_heads"),
     ({"chunk_size": 4, "self_chunk_size": 0}, "self_chunk_size"),
     ({"adapt": "memory"}, "adapt"),
+    ({"value_length": 0.0}, "value_length is positive, or None for values of length 1; not 0.0"),
+    ({"rate_stretch": 0.9}, "rate_stretch is at least 1, not 0.9"),
+    ({"gate_scale": 0.0}, "gate_scale is positive, not 0.0"),
+    ({"hidden_erase_scale": 1.0}, r"hidden_erase_scale is in \(0, 1\), not 1.0"),
+    ({"hidden_lr_scale": 0.0}, r"hidden_lr_scale is in \(0, 1\), not 0.0"),
+    ({"others_scale": 1.0, "anchored": True}, r"others_scale is in \(0, 1\)"),
+    ({"others_scale": 0.1}, "others_scale needs anchored=True"),
+    ({"generation_gain": 0.0}, "generation_gain needs anchored=True"),
+    ({"retention_start": (0.0,)}, "retention_start is two logits"),
+    ({"share_of": "key"}, "share_of is 'erase' or 'rate', not 'key'"),
+    ({"share_of": "rate"}, "needs gradient='online', objective='l2' and erase=True"),
 ]
 
 
@@ -171,6 +182,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refuses_in_words(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelfModifyingConfig(**{"hidden_size": 8, "num_heads": 2} | settings)
+
+
+def test_starts_where_the_settings_say() -> None:
+    layer = SelfModifyingTitans(SelfModifyingConfig(hidden_size=8, num_heads=2, value_length=1.5, eta_start=-1.1))
+    scales = layer._scales(torch.float32)
+    assert scales.value_length is not None
+    torch.testing.assert_close(scales.value_length, torch.full((2,), 1.5))
+    torch.testing.assert_close(scales.eta_bias, torch.full((2,), -1.1))
 
 
 def test_config_survives_json() -> None:

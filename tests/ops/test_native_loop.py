@@ -27,12 +27,12 @@ WHOLE: dict[str, Any] = ONLINE | {
     "own_streams": True,
     "anchored": True,
     "others_scale": 0.3,
-    "generation_gain": 0.3,
+    "generation_gain": 0.6,
     "hidden_lr_scale": 0.2,
     "identity": True,
     "rate_stretch": 1.3,
     "gate_bias": 1.0,
-    "value_length": 1.4,
+    "value_length": 0.7,
 }
 TITANS: list[dict[str, Any]] = [
     {},
@@ -86,6 +86,7 @@ TITANS: list[dict[str, Any]] = [
     WHOLE | {"adapt": ALL, "depth": 3, "expansion": 2},
     WHOLE | {"adapt": ("memory", "k", "eta"), "clip": 0.3, "activation": "gelu"},
     WHOLE | {"adapt": ("memory",)},
+    WHOLE | {"self_targets": False},
     WHOLE | {"adapt": ("memory", "alpha"), "self_targets": False, "hidden_size": 38},
     WHOLE | {"gradient": "chunk", "share_of": "erase", "momentum": True},
     WHOLE | MATRIX,

@@ -72,7 +72,7 @@ def shared_target(v: Tensor, deep: int, gates: int, depth: int) -> tuple[Tensor,
     """v_t as every memory's target (Titans), in the layout of `Trace.output`; a gate's target is the mean of v_t."""
     of_gates = v.mean(-1, keepdim=True).expand(*v.shape[:-1], gates)
     if depth > 1:
-        return v.unsqueeze(2), of_gates if gates else None
+        return v.unsqueeze(2).expand(-1, -1, deep, -1, -1), of_gates if gates else None
     return torch.cat([v.repeat(1, 1, 1, deep), of_gates], dim=-1), None
 
 
