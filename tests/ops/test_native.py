@@ -187,11 +187,12 @@ def test_normalize(monkeypatch, width) -> None:
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("channels", [3, 32, 70])
-def test_short_conv(monkeypatch, taps, channels) -> None:
+@pytest.mark.parametrize("tokens", [11, 64, 150])
+def test_short_conv(monkeypatch, taps, channels, tokens) -> None:
     torch.manual_seed(0)
     x, weight, tail = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True)
-        for s in ((2, 11, channels), (channels, taps), (2, taps - 1, channels))
+        for s in ((2, tokens, channels), (channels, taps), (2, taps - 1, channels))
     )
     assert_same(*both(monkeypatch, lambda: values_and_gradients(short_conv(x, weight, tail), [x, weight, tail])))
 
