@@ -39,14 +39,14 @@ def presets_table(rows: Sequence[Row], tasks: Sequence[str], picture: str) -> tu
 
 
 def ablations(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """Ablations under their unchanged preset, at the seeds they have; arguments as in `presets_table`."""
-    plain = _grouped(r for r in rows if r["ablation"] is None)
-    ablated = _grouped(r for r in rows if r["ablation"] is not None)
-    seeds = {r["seed"] for found in ablated.values() for r in found}
-    bases = {preset: [r for r in plain.get((preset, None), ()) if r["seed"] in seeds] for preset, _ in ablated}
-    ablated = {(preset, "nothing"): found for preset, found in bases.items() if found} | ablated
-    changes = [[str(change), f"`{preset}`", *_cells(found)] for (preset, change), found in ablated.items()]
-    return table(["change", "to", "learning rate", *_heads(tasks)], changes) if changes else EMPTY
+    """A preset unchanged and with one change each.
+
+    Args:
+        rows: of one preset, one rate and one number of steps.
+        tasks: names of the difficulties.
+    """
+    lines = [[str(change or "nothing"), *_cells(found)] for (_, change), found in _grouped(rows).items()]
+    return table(["change", "learning rate", *_heads(tasks)], lines) if lines else EMPTY
 
 
 def _heads(tasks: Sequence[str]) -> list[str]:

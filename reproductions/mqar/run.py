@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from reproductions.harness.rows import Row, Rows
 from reproductions.harness.schedule import warm_cosine
 from reproductions.mqar.report import ablations, presets_table
 from reproductions.mqar.settings import SETTINGS, VOCABULARY, Task
+from reproductions.mqar.variants import ABLATIONS, SIZED
 
 # Embeddings of length 1, so that at this width the first layer's output does not drown a token's own.
 INITIALIZER_RANGE = 0.125
@@ -37,29 +37,16 @@ SEEDS = (0, 1, 2)
 TOKENS_PER_STEP = 2048
 TEST_ROWS, VALIDATION_ROWS = 512, 256
 TEST_SEED, VALIDATION_SEED = 10_000, 20_000
-# Settings of the mixer that differ from the preset's, one question each.
-ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "chunk 1": ("titans_lmm", {"chunk_size": 1}),
-    "chunk 16": ("titans_lmm", {"chunk_size": 16}),
-    "chunk 256": ("titans_lmm", {"chunk_size": 256}),
-    "no momentum": ("titans_lmm", {"momentum": False}),
-    "inner learning rate of 0.9": ("titans_lmm", {"inner_lr_scale": 0.9}),
-    "no retention": ("titans_lmm", {"use_retention": False}),
-    "no output gate": ("titans_lmm", {"output_gate": False}),
-    "chunk gradients": ("titans_lmm", {"gradient": "chunk"}),
-    "ascent in place of descent": ("titans_lmm", {"gradient": "chunk", "ascend": True}),
-    "chunk 1, 2 inner steps": ("titans_lmm", {"chunk_size": 1, "inner_steps": 2}),
-}
 
 
 def build(preset: str, seed: int, ablation: str | None = None, vocab_size: int = VOCABULARY) -> NestlingForCausalLM:
     """Two layers of width 64 (the paper's small models), four for Mamba-2, whose layers have half the parameters."""
     torch.manual_seed(seed)
+    preset, changes = SIZED.get(preset, (preset, {} if ablation is None else ABLATIONS[ablation][1]))
     config: NestlingConfig = presets.PRESETS[preset]("tiny", vocab_size=vocab_size, hidden_size=64, num_layers=2)
     config.initializer_range = INITIALIZER_RANGE
-    if ablation is not None:
-        for block in config.blocks:
-            block["mixer"].update(ABLATIONS[ablation][1])
+    for block in config.blocks:
+        block["mixer"].update(changes)
     return NestlingForCausalLM(config)
 
 
@@ -186,31 +173,44 @@ def report(rows: Sequence[Row]) -> Report:
     parts, pictures = {}, {}
     for setting, about in SETTINGS.items():
         part, picture = ("results", "recall.svg") if setting == "small" else (setting, f"{setting}.svg")
-        own = chosen([row for row in rows if row.get("setting", "small") == setting])
-        parts[part], draw = presets_table(own, list(about.test), picture)
+        own = [row for row in rows if row.get("setting", "small") == setting]
+        parts[part], draw = presets_table(chosen(own), list(about.test), picture)
         pictures |= {picture: draw} if draw else {}
         if setting == "small":
-            parts["ablations"] = ablations(own, list(about.test))
+            parts |= {preset: ablations(changed(own, preset), list(about.test)) for preset in ("titans_lmm", "hope")}
     return Report(parts, pictures)
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """The longest trainings there are, at the rates that the shortest chose."""
-    if not rows:
-        return []
-    steps, tune_steps = (choose(row["steps"] for row in rows) for choose in (max, min))
+    """The longest trainings there are of the presets, at the rates that the shortest chose."""
+    steps = max((row["steps"] for row in rows), default=0)
+    rates = _rates(rows)
+    return [r for r in rows if r["ablation"] is None and r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
+
+
+def changed(rows: Sequence[Row], preset: str) -> list[Row]:
+    """Its longest ablations at its rate, after the same trainings of the preset itself."""
+    own = [row for row in rows if row["preset"] == preset and row["rate"] == _rates(rows).get(preset)]
+    ablated = [row for row in own if row["ablation"] is not None]
+    ablated = [row for row in ablated if row["steps"] == max(other["steps"] for other in ablated)]
+    names = {(row["seed"], row["steps"]) for row in ablated}
+    return [row for row in own if row["ablation"] is None and (row["seed"], row["steps"]) in names] + ablated
+
+
+def _rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Of every preset, the best of its trainings at seed 0 with the fewest steps there are."""
+    tune_steps = min((row["steps"] for row in rows), default=0)
     tuning: dict[str, list[Row]] = {}
     for row in rows:
         if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row["ablation"] is None:
             tuning.setdefault(row["preset"], []).append(row)
-    rates = {preset: max(own, key=quality)["rate"] for preset, own in tuning.items()}
-    return [r for r in rows if r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
+    return {preset: max(own, key=quality)["rate"] for preset, own in tuning.items()}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which trainings."""
     parser.add_argument("--setting", default="small", choices=list(SETTINGS), help="which tasks (default: small)")
-    parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=list(presets.PRESETS))
+    parser.add_argument("--presets", nargs="*", default=list(presets.PRESETS), choices=[*presets.PRESETS, *SIZED])
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument(
         "--ablations", nargs="*", choices=list(ABLATIONS), help="these, or all where none is named, not the presets"

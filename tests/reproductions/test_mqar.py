@@ -23,13 +23,23 @@ def test_rates_are_those_of_the_short_trainings(steps: int) -> None:
     rows = [training(0.003, 100, 0, 0.2), training(0.01, 100, 0, 0.4)]
     if steps == 300:  # at the other rate it would have been better
         rows += [training(0.003, 300, 0, 0.9), training(0.01, 300, 0, 0.5), training(0.01, 300, 1, 0.7)]
-        rows += [training(0.01, 300, 0, 0.6, "chunk 1")]
+        rows += [training(0.01, 300, 0, 0.6, "momentum")]
     parts = mqar.report(rows).parts
     assert "0.003" not in parts["results"]
     assert ("0.600 (0.500, 0.700), 1 KiB" if steps == 300 else "0.400 (0.400), 1 KiB") in parts["results"]
-    assert ("| chunk 1 | `hope` | 0.01 |" in parts["ablations"]) == (steps == 300)
+    assert ("| momentum | 0.01 | 0.600 (0.600), 1 KiB" in parts["hope"]) == (steps == 300)
     # at the ablation's seeds
-    assert ("| nothing | `hope` | 0.01 | 0.500 (0.500), 1 KiB" in parts["ablations"]) == (steps == 300)
+    assert ("| nothing | 0.01 | 0.500 (0.500), 1 KiB" in parts["hope"]) == (steps == 300)
+    assert parts["titans_lmm"] == "Nothing finished yet."
+
+
+def test_ablations_may_be_shorter_than_what_is_reported() -> None:
+    """Each beside the preset's training of the same length."""
+    rows = [training(0.01, 100, 0, 0.4), training(0.01, 300, 0, 0.9), training(0.01, 100, 0, 0.2, "momentum")]
+    parts = mqar.report(rows).parts
+    assert "| `hope` | 0.01 | 0.900 (0.900), 1 KiB" in parts["results"]
+    assert "| nothing | 0.01 | 0.400 (0.400), 1 KiB" in parts["hope"]
+    assert "| momentum | 0.01 | 0.200 (0.200), 1 KiB" in parts["hope"]
 
 
 def test_rows_of_two_settings_do_not_meet() -> None:
@@ -68,3 +78,9 @@ def test_only_the_asked_places_are_answered() -> None:
 def test_an_ablation_changes_its_preset(change: str) -> None:
     preset = mqar.ABLATIONS[change][0]
     assert mqar.build(preset, 0, change).config.blocks != mqar.build(preset, 0).config.blocks
+
+
+def test_gated_deltanet_is_also_measured_with_a_state_as_large_as_hopes() -> None:
+    task = SETTINGS["small"].test["32 pairs in 128"]
+    hope, large = (mqar.state_bytes(mqar.build(name, 0), task) for name in ("hope", "gated_deltanet, keys of 88"))
+    assert abs(large / hope - 1) < 0.05
