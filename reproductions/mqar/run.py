@@ -183,9 +183,9 @@ def report(rows: Sequence[Row]) -> Report:
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
     """The longest trainings there are of the presets, at the rates that the shortest chose."""
-    steps = max((row["steps"] for row in rows), default=0)
-    rates = _rates(rows)
-    return [r for r in rows if r["ablation"] is None and r["steps"] == steps and r["rate"] == rates.get(r["preset"])]
+    plain = [row for row in rows if row.get("ablation") is None]
+    steps, rates = max((row["steps"] for row in plain), default=0), _rates(rows)
+    return [row for row in plain if row["steps"] == steps and row["rate"] == rates.get(row["preset"])]
 
 
 def changed(rows: Sequence[Row], preset: str) -> list[Row]:
@@ -202,7 +202,7 @@ def _rates(rows: Sequence[Row]) -> dict[str, float]:
     tune_steps = min((row["steps"] for row in rows), default=0)
     tuning: dict[str, list[Row]] = {}
     for row in rows:
-        if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row["ablation"] is None:
+        if row["steps"] == tune_steps and row["seed"] == SEEDS[0] and row.get("ablation") is None:
             tuning.setdefault(row["preset"], []).append(row)
     return {preset: max(own, key=quality)["rate"] for preset, own in tuning.items()}
 
