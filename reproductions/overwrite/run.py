@@ -97,7 +97,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Which trainings."""
     parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=list(presets.PRESETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
 
 
 REPRODUCTION = Reproduction(run, report, quick, arguments)
