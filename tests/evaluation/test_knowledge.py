@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from nestling import NestlingForCausalLM, presets
 from nestling.evaluation.choices import log_likelihoods
-from nestling.evaluation.knowledge import Answer, ask_knowledge, knowledge_scores, refuses
+from nestling.evaluation.knowledge import Answer, absence_auroc, ask_knowledge, knowledge_scores, refuses
 from nestling.evaluation.shared_prompt import SharedPrompt
 from nestling.tasks.knowledge import NOT_TOLD, KnowledgeQuestion, ask_world, make_world
 from nestling.training.tokenization import byte_tokenizer
@@ -100,14 +102,31 @@ def test_a_sentence_is_gone_on_with_and_the_context_stands_before() -> None:
     assert seen == answers and not model.training
 
 
+def test_told_and_untold_are_told_apart_by_how_reluctant_the_answer_is() -> None:
+    """By hand: reluctances 3 and 1 of absences, 2, 1 and -4 of what was told: 5 1/2 of 6 pairs in order."""
+
+    def answer(kind: str, reluctance: float) -> Answer:
+        absent = kind == "absence"
+        choices = ("a", NOT_TOLD) if absent else ("a", "b")
+        asked = KnowledgeQuestion(kind, "town", "Ada", "?", choices, int(absent), ())
+        scores = (-5.0, reluctance - 5) if absent else (-9.0, -5.0)
+        return Answer(asked, scores, (1, 1), reluctance - 5, None)
+
+    found = [answer("absence", x) for x in (3.0, 1.0)] + [answer("question", x) for x in (2.0, 1.0, -4.0)]
+    assert [a.reluctance for a in found] == [3, 1, 2, 1, -4]
+    assert absence_auroc(found) == pytest.approx((3 + 1.5) / 6)
+    assert absence_auroc([*found, answer("update", 9.0)]) == absence_auroc(found)
+    assert math.isnan(absence_auroc(found[:2]))
+
+
 def test_a_tie_is_no_knowledge() -> None:
     """A model that finds all choices equally likely knows none of them."""
-    answer = Answer(question("?", ("a", "b", "c")), (-1.0, -1.0, -2.0), (1, 1, 1), None)
+    answer = Answer(question("?", ("a", "b", "c")), (-1.0, -1.0, -2.0), (1, 1, 1), None, None)
     assert not answer.right and not answer.normalised and answer.rank == 2
 
 
 def test_a_long_answer_is_not_at_a_loss_per_token() -> None:
-    answer = Answer(question("?", ("long", "short")), (-3.0, -2.0), (3, 1), None)
+    answer = Answer(question("?", ("long", "short")), (-3.0, -2.0), (3, 1), None, None)
     assert not answer.right and answer.normalised
 
 
@@ -125,14 +144,15 @@ def test_a_long_answer_is_not_at_a_loss_per_token() -> None:
     ],
 )
 def test_what_counts_as_saying_it(text: str, answer: str, right: bool) -> None:
-    assert Answer(question("?", (answer, "x")), (0.0, -1.0), (1, 1), text).said is right
+    assert Answer(question("?", (answer, "x")), (0.0, -1.0), (1, 1), None, text).said is right
     assert refuses(text) is (answer == NOT_TOLD and right)
 
 
 def test_scores_are_by_kind() -> None:
     asked = ask_world(make_world(3, seed=1), ["same words", "question"])
     answers = [
-        Answer(q, tuple(float(i == q.gold) for i in range(len(q.choices))), (1,) * len(q.choices), None) for q in asked
+        Answer(q, tuple(float(i == q.gold) for i in range(len(q.choices))), (1,) * len(q.choices), None, None)
+        for q in asked
     ]
     found = knowledge_scores(answers)
     assert list(found) == ["same words", "question", "all"] and found["all"].items == len(asked)

@@ -32,6 +32,7 @@ class Answer:
         question: the question.
         scores: log-likelihood of every choice, nats.
         lengths: tokens of every choice.
+        refusal: log-likelihood of `NOT_TOLD`; None where the prompt is no question.
         text: its own words, up to the end of the line; None where it was not asked for them, or the prompt is no
             question.
     """
@@ -39,6 +40,7 @@ class Answer:
     question: KnowledgeQuestion
     scores: tuple[float, ...]
     lengths: tuple[int, ...]
+    refusal: float | None
     text: str | None
 
     @property
@@ -59,6 +61,12 @@ class Answer:
         return sum(score >= each[self.question.gold] for score in each) == 1
 
     @property
+    def reluctance(self) -> float:
+        """How much likelier `NOT_TOLD` is than any answer of the world, nats; NaN where the prompt is no question."""
+        answers = [s for s, choice in zip(self.scores, self.question.choices, strict=True) if choice != NOT_TOLD]
+        return float("nan") if self.refusal is None else self.refusal - max(answers)
+
+    @property
     def said(self) -> bool | None:
         """Whether its own words have the answer, or of an absence say so; None where there are none."""
         if self.text is None:
@@ -72,7 +80,7 @@ class KnowledgeScores:
 
     Attributes:
         accuracy: fraction whose right choice is the likeliest.
-        normalised: likewise per token.
+        normalised: likewise per token. Of absences see `absence_auroc`.
         rank: mean place of the right choice.
         said: fraction answered rightly in the model's own words, NaN where none were asked for.
         items: questions.
@@ -126,13 +134,15 @@ def ask_knowledge(
     try:
         for question in questions:
             head, rest, space = _prompt(tokenizer, question, context(question), chat)
-            choices = [_encode(tokenizer, space + choice) for choice in question.choices]
+            asked = [*question.choices, NOT_TOLD] if question.asks else question.choices
+            choices = [_encode(tokenizer, space + choice) for choice in asked]
             scores = reader.log_likelihoods(head, rest, choices)
-            text = None
+            refusal, text = (scores.pop(), "") if question.asks else (None, None)
             if words and question.asks:
                 written = reader.write(head, rest, words, stop)
                 text = str(tokenizer.decode(written)).strip().split("\n")[0]
-            found.append(Answer(question, tuple(scores), tuple(map(len, choices)), text))
+            lengths = tuple(map(len, choices[: len(scores)]))
+            found.append(Answer(question, tuple(scores), lengths, refusal, text if words else None))
             on_question(found[-1])
     finally:
         model.train(was_training)
@@ -147,6 +157,23 @@ def knowledge_scores(answers: Iterable[Answer]) -> dict[str, KnowledgeScores]:
     if kinds:
         kinds["all"] = [answer for own in kinds.values() for answer in own]
     return {kind: _scores(own) for kind, own in kinds.items()}
+
+
+def absence_auroc(answers: Iterable[Answer]) -> float:
+    """How well a model tells what it was told from what it was not, 1/2 at chance (area under the ROC curve).
+
+    The probability that it is more reluctant to answer (`Answer.reluctance`) a question of the kind "absence" than one
+    of the kind "question"; ties count half. Which of the two answers is likelier says little by itself: "I was not
+    told." is good English, and names that nobody has are not.
+
+    Returns:
+        NaN where one of the two kinds is missing.
+    """
+    kinds: dict[str, list[float]] = {"absence": [], "question": []}
+    for answer in answers:
+        kinds.get(answer.question.kind, []).append(answer.reluctance)
+    pairs = [(a > b) + (a == b) / 2 for a in kinds["absence"] for b in kinds["question"]]
+    return statistics.mean(pairs) if pairs else float("nan")
 
 
 def _scores(answers: Sequence[Answer]) -> KnowledgeScores:
