@@ -19,7 +19,7 @@ class KnowledgeQuestion:
     """One question.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `KINDS`; of a real text (`sources`) what kind of text it is.
         relation: what is asked for; of two hops both, with a comma.
         subject: of whom or what.
         prompt: a question, or a text to be gone on with.
@@ -72,6 +72,26 @@ def ask_world(
     return [question for kind in (kinds or KINDS) for question in KINDS[kind](asker, kind)]
 
 
+def among(
+    right: str, others: Sequence[str], count: int | None, rng: random.Random, also: str = ""
+) -> tuple[tuple[str, ...], int]:
+    """The right answer at a drawn place among others, `count` in all, as far as there are so many.
+
+    Args:
+        right: the answer.
+        others: what the wrong ones are drawn from; it may hold the right one too.
+        count: None is all there are.
+        rng: of the draw.
+        also: a wrong one that is there in any case; empty for none.
+    """
+    always = [also] if also else []
+    free = [other for other in dict.fromkeys(others) if other not in (right, also)]
+    most = len(free) if count is None else count - 1 - len(always)
+    found = [right, *always, *rng.sample(free, min(most, len(free)))]
+    rng.shuffle(found)
+    return tuple(found), found.index(right)
+
+
 @dataclass
 class _Asker:
     world: World
@@ -105,7 +125,7 @@ class _Asker:
                 continue
             others = [f.subject for f in self.world.facts if f.relation == fact.relation]
             prompt = self.rng.choice(RELATIONS[fact.relation].reverses).format(value=fact.value)
-            choices, gold = self._among(fact.subject, others)
+            choices, gold = among(fact.subject, others, self.choices, self.rng)
             yield KnowledgeQuestion(kind, fact.relation, fact.subject, prompt, choices, gold, (fact.document,))
 
     def two_hops(self, kind: str) -> Iterator[KnowledgeQuestion]:
@@ -140,20 +160,12 @@ class _Asker:
                 yield self._of(kind, fact, self._word(RELATIONS[fact.relation].questions, fact.subject))
 
     def _of(self, kind: str, fact: Fact, prompt: str) -> KnowledgeQuestion:
-        choices, gold = self._among(fact.value, self.world.values(fact.relation), (fact.old,) if fact.old else ())
+        choices, gold = among(fact.value, self.world.values(fact.relation), self.choices, self.rng, fact.old)
         return KnowledgeQuestion(kind, fact.relation, fact.subject, prompt, choices, gold, (fact.document,))
 
     def _absent(self, kind: str, relation: str, name: str, prompt: str, answers: Sequence[str]) -> KnowledgeQuestion:
-        choices, gold = self._among(NOT_TOLD, answers)
+        choices, gold = among(NOT_TOLD, answers, self.choices, self.rng)
         return KnowledgeQuestion(kind, relation, name, prompt, choices, gold, ())
-
-    def _among(self, right: str, others: Sequence[str], always: Sequence[str] = ()) -> tuple[tuple[str, ...], int]:
-        """The right answer at a drawn place among as many others as are wanted and there are."""
-        free = [other for other in dict.fromkeys(others) if other != right and other not in always]
-        most = len(free) if self.choices is None else self.choices - 1 - len(always)
-        found = [right, *always, *self.rng.sample(free, min(most, len(free)))]
-        self.rng.shuffle(found)
-        return tuple(found), found.index(right)
 
     def _word(self, forms: Sequence[str], name: str) -> str:
         text = self.rng.choice(forms).format(name=name)
