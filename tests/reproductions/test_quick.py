@@ -15,6 +15,7 @@ SHOWN = {
     "figure8": "language 1, chrF: alone, sequence",
     "figure11": "| `m3` | 0.002 |",
     "figure12": "`delta_momentum`",
+    "knowledge": "| lora, 10 passes |",
     "looped_depth": "| `transformer` | looped |",
     "memory_caching": "| keys of 4, residual | 8 |",
     "mqar": "4 pairs in 32: accuracy (seeds), state",

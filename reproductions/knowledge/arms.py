@@ -1,0 +1,184 @@
+"""Ways to have read a set of documents before being asked about them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import Options
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.stream.chunks import Piece
+from nestling.continual.stream.scoring import Reader
+from nestling.evaluation.knowledge import Context
+from nestling.tasks.knowledge import KnowledgeQuestion
+from nestling.tasks.text import Document
+from reproductions.harness.lora import add_lora
+
+NEAREST = 3
+"""Passages that are put before a question."""
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way.
+
+    Attributes:
+        before: what stands before a question: "nothing", "everything" or the "nearest" documents.
+        learned: what learns: "nothing", a `Learner` ("levels", of low rank "rank"), or peft's "lora".
+        passes: over the documents.
+    """
+
+    before: Literal["nothing", "everything", "nearest"] = "nothing"
+    learned: Literal["nothing", "levels", "rank", "lora"] = "nothing"
+    passes: int = 1
+
+
+ARMS = {
+    "frozen": Arm(),
+    "context": Arm("everything"),
+    "retrieval": Arm("nearest"),
+    "learn": Arm(learned="levels"),
+    "learn, 10 passes": Arm(learned="levels", passes=10),
+    "learn, rank 16, 10 passes": Arm(learned="rank", passes=10),
+    "lora, 10 passes": Arm(learned="lora", passes=10),
+}
+RATES = {"levels": 3e-4, "rank": 1e-3, "lora": 1e-3}
+"""Where the grid of `--rates` is not given."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What an arm made of the documents.
+
+    Attributes:
+        model: to be asked.
+        context: what is put before each question.
+        nbytes: of what is kept of them.
+        seconds: that it took.
+    """
+
+    model: PreTrainedModel
+    context: Context
+    nbytes: int
+    seconds: float
+
+
+def read(
+    arm: Arm,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    rate: float | None,
+    seed: int,
+) -> Read:
+    """Have a copy of the model read documents.
+
+    Args:
+        arm: how.
+        base: unchanged.
+        tokenizer: its own.
+        documents: in order.
+        rate: of learning; None is that of `RATES`.
+        seed: of what is drawn.
+    """
+    start = time.perf_counter()
+    model, nbytes = base, 0
+    if arm.learned != "nothing":
+        model = copy.deepcopy(base)
+        learn = _by_lora if arm.learned == "lora" else _by_learner
+        nbytes = learn(arm, model, tokenizer, documents, rate or RATES[arm.learned], seed)
+    before: dict[str, Context] = {
+        "nothing": _nothing,
+        "everything": _all_of(documents),
+        "nearest": nearest(documents),
+    }
+    if arm.before != "nothing":
+        nbytes += sum(len(document.text.encode()) for document in documents)
+    return Read(model.eval(), before[arm.before], nbytes, time.perf_counter() - start)
+
+
+def nearest(documents: Sequence[Document], count: int = NEAREST) -> Context:
+    """The documents most like a question by their words (TF-IDF, cosine), most like it last, where it is read last."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    known = vectorizer.fit_transform([document.text for document in documents])
+
+    def context(question: KnowledgeQuestion) -> str:
+        likeness = (known @ vectorizer.transform([question.prompt]).T).toarray()[:, 0]
+        best = sorted(range(len(documents)), key=lambda i: likeness[i])[-count:]
+        return "\n\n".join(documents[i].text for i in best)
+
+    return context
+
+
+def _nothing(_: KnowledgeQuestion) -> str:
+    return ""
+
+
+def _all_of(documents: Sequence[Document]) -> Context:
+    text = "\n\n".join(document.text for document in documents)
+    return lambda _: text
+
+
+def _by_learner(
+    arm: Arm,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    rate: float,
+    seed: int,
+) -> int:
+    """As `nestling learn` does, document by document; in passes, each in another order after the first."""
+    options = Options(seed=seed)
+    learner = Learner(model, lr=rate, options=replace(options, rank=RANK) if arm.learned == "rank" else options)
+    for number in range(arm.passes):
+        for document in _order(documents, number, seed):
+            ids = torch.tensor([*_encode(tokenizer, document.text), int(tokenizer.eos_token_id)])
+            learner.observe(ids, document=DocumentRecord(document.name, "", 0, False, 0.0, ""))
+            learner.end_document()
+    return learner.memory().nbytes
+
+
+def _by_lora(
+    arm: Arm,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    rate: float,
+    seed: int,
+) -> int:
+    """Eight documents a step, AdamW."""
+    add_lora(model, RANK, seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, reader = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95)), Reader(model)
+    for number in range(arm.passes):
+        pieces = []
+        for document in _order(documents, number, seed):
+            ids = torch.tensor([*_encode(tokenizer, document.text), int(tokenizer.eos_token_id)])
+            pieces.append(Piece(ids, 0, torch.ones(len(ids), dtype=torch.bool)))
+        for begin in range(0, len(pieces), 8):
+            reader.losses(pieces[begin : begin + 8]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _order(documents: Sequence[Document], number: int, seed: int) -> list[Document]:
+    if number == 0:
+        return list(documents)
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+    return [documents[i] for i in torch.randperm(len(documents), generator=generator).tolist()]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    return ids
