@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from nestling.continual.learn_documents import frozen_loss, text_digest
+from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.options import Level
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.store import MemoryStore, load_memory
+from nestling.continual.store.texts import text_digest
 from nestling.levels.assignment import stream_levels
 from nestling.models.pretrained import load_pretrained
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from nestling.cli import learning, learning_report, main
-from nestling.continual.learn_documents import frozen_loss, text_digest
+from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.store.memory import Memory, MemoryFileError
 from nestling.continual.store.store import MemoryStore, load_memory
+from nestling.continual.store.texts import text_digest
 from nestling.models import NestlingForCausalLM, presets
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same

@@ -42,6 +42,23 @@ def learn(
         ),
     ] = 4096,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --measure 0.", rich_help_panel=RECORDS)] = False,
+    keep_texts: Annotated[
+        bool,
+        typer.Option(
+            "--keep-texts",
+            help="Keep the texts beside the memory, for nestling memory forget. A memory that has begun to goes on to.",
+            rich_help_panel=RECORDS,
+        ),
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encrypt the texts kept with this key (nestling memory key makes one).",
+            rich_help_panel=RECORDS,
+            show_default=False,
+        ),
+    ] = None,
     note: Annotated[str, typer.Option(help="A line to keep with the snapshot.", rich_help_panel=RECORDS)] = "",
 ) -> None:
     """Read texts and learn from them; what is learned goes to a memory, the model's files stay as they are.
@@ -60,6 +77,8 @@ def learn(
         save_seconds=save_seconds,
         measure=0 if quick else measure,
         note=note,
+        keep_texts=keep_texts,
+        key=key,
     )
     if stopped:
         raise typer.Exit(130)

@@ -26,7 +26,6 @@ from nestling.continual.learn_documents import (
     Text,
     frozen_loss,
     learn_text,
-    text_digest,
     tokens_read,
 )
 from nestling.continual.learner.guards import LearningDivergedError
@@ -37,6 +36,7 @@ from nestling.continual.replay.rehearsal import RehearsedText
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
+from nestling.continual.store.texts import KeptTexts, read_key, text_digest
 from nestling.errors import UserError
 from nestling.levels.assignment import parse_levels
 from nestling.tasks.text import Document, read_documents
@@ -55,6 +55,7 @@ class Session:
         measure: tokens of each document that are read before and after; 0 for none.
         check: raises `Stopped` when it is time to stop.
         lines: of progress, where the console is no terminal and shows no bar.
+        keep: told the digest of every text before it is learned from.
         outcomes: a line for every document begun.
         seconds: spent on learning, saves included; what is read before and after, and what is written, left out.
     """
@@ -65,6 +66,7 @@ class Session:
     measure: int
     check: Callable[..., None]
     lines: ProgressLines | None
+    keep: Callable[[str], None] = lambda _: None
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -96,6 +98,7 @@ class Session:
         if start is None:
             say(self.console, f"{text.name}: learned already, skipped")
             return
+        self.keep(text.digest)
         outcome = Outcome(text.name, start, self.measure)
         self.outcomes.append(outcome)
         if start:
@@ -142,6 +145,8 @@ def run(
     save_seconds: float,
     measure: int,
     note: str,
+    keep_texts: bool = False,
+    key: Path | None = None,
 ) -> bool:
     """Learn from texts into a memory, and report; returns whether it was interrupted.
 
@@ -153,6 +158,7 @@ def run(
     """
     store, console = MemoryStore(place), stdout_console()
     documents = [document for path in paths for document in _documents(path, place)]
+    kept = _kept_texts(place, keep_texts, key)
     quiet_libraries()
     with store.lock():
         saved = store.load() if store.exists() else None
@@ -170,12 +176,31 @@ def run(
             warnings.simplefilter("ignore")  # the learner's are printed as notes
             lines = None if console.is_terminal else ProgressLines(_to_learn(learner, texts))
             session = Session(learner, autosave, console, measure, check, lines)
+            if kept is not None:
+                by_digest = {text_digest(d.text): d.text for d in documents}
+                session.keep = lambda digest: kept.keep(by_digest[digest])
             stopped = _until_stopped(session, texts)
             snapshot = _save(session, note, stopped)
     if session.outcomes:
         print_outcomes(console, session.outcomes, session.measure, session.seconds)
     print_place(console, store, snapshot, learner, stopped)
     return stopped
+
+
+def _kept_texts(place: Path, keep: bool, key: Path | None) -> KeptTexts | None:
+    """Where texts are kept: if that is wanted, and in a memory that has begun to.
+
+    Raises:
+        UserError: a key and nothing to keep, or texts that are encrypted and no key.
+    """
+    kept = KeptTexts(place, None if key is None else read_key(key))
+    if key is None and kept.sealed():
+        raise UserError(f"{place} keeps its texts encrypted: give --key FILE")
+    if keep or kept.exists():
+        return kept
+    if key is not None:
+        raise UserError("--key encrypts the texts that are kept: give --keep-texts as well")
+    return None
 
 
 def make_learner(model: PreTrainedModel, saved: Memory | None, settings: Flags[Settings]) -> Learner:

@@ -1,4 +1,4 @@
-"""`nestling memory`: show, diff, fork, merge, rollback, prune, export."""
+"""`nestling memory`: show, diff, fork, merge, rollback, forget, key, prune, export."""
 
 from __future__ import annotations
 
@@ -131,6 +131,55 @@ def rollback(
 
     head = MemoryStore(path).rollback(to)
     say(stdout_console(), f"{path}: now at snapshot {head.number}, {head.time}: {short(head.note)}")
+
+
+@memory.command()
+def forget(
+    path: Source,
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOCUMENT...", help="Name, file name, or the first digits of the digest.", show_default=False
+        ),
+    ],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The base model.", show_default=False)],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Text of a document that came later, where the memory keeps none; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of texts kept encrypted.", show_default=False)
+    ] = None,
+    measure: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure the loss of what is forgotten on its first N tokens.")
+    ] = 4096,
+) -> None:
+    """Forget documents for good: the memory becomes, bit for bit, the one that never read them.
+
+    It goes back to the last snapshot before them and reads again what came after, which needs those texts: kept beside
+    the memory (nestling learn --keep-texts) or given with --text. Snapshots that have read them are deleted, and so are
+    their texts. Exported files, forks and merges keep what they have.
+    """
+    from nestling.cli.forgetting import run
+
+    run(path, documents, model, text or [], key, measure)
+
+
+@memory.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new file; must not exist.", show_default=False)],
+) -> None:
+    """Make a key that texts are kept encrypted with. Whoever loses it loses the texts, and nothing else."""
+    from nestling.cli.console import say, stdout_console
+    from nestling.continual.store.texts import make_key
+
+    make_key(file)
+    say(stdout_console(), f"{file}: a new key; keep it apart from the memory")
 
 
 @memory.command()

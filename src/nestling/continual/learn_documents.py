@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -113,11 +112,6 @@ class Autosave:
         self._unsaved, self._since = 0, time.monotonic()
 
 
-def text_digest(text: str) -> str:
-    """SHA-256 of a document's text, by which it is known again."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def tokens_read(records: Iterable[DocumentRecord], digest: str) -> int | None:
     """Tokens of a document that were learned from, in one part or several; None when it was finished."""
     parts = [r for r in records if r.digest == digest]
@@ -128,12 +122,13 @@ def learn_text(
     student: Student,
     text: Text,
     start: int,
-    autosave: Autosave,
+    autosave: Autosave | None,
     *,
     step: int = 256,
+    stop: int | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Learn from a document to its end.
+    """Learn from a document to its end, or as far as is said.
 
     Tokens are given in steps that end with a chunk of the learner's, because those of a chunk that is not full are read
     once for their losses and once more when it is: every token but those after the document's last full chunk is read
@@ -146,19 +141,22 @@ def learn_text(
         student: the learner.
         text: the document.
         start: tokens of it that were learned from before.
-        autosave: where the memory goes meanwhile.
+        autosave: where the memory goes meanwhile; None for nowhere.
         step: tokens given to the learner at once at most, where chunks are not longer; changes no result.
+        stop: the token before which it stops; None is the end, which finishes the document.
         on_step: called after every step.
     """
+    stop = len(text.ids) if stop is None else min(stop, len(text.ids))
     document = DocumentRecord(text.name, text.digest, 0, False, 0.0, "")
     place = start
-    while place < len(text.ids):
-        ids = text.ids[place : place + _whole_chunks(student.stream, step)]
+    while place < stop:
+        ids = text.ids[place : min(stop, place + _whole_chunks(student.stream, step))]
         place += len(ids)
         seen = student.observe(ids, document=document)
         if place == len(text.ids):
             student.end_document()
-        autosave.count(student, len(ids))
+        if autosave is not None:
+            autosave.count(student, len(ids))
         on_step(Progress(len(ids), seen.losses, seen.notes))
 
 

@@ -256,9 +256,11 @@ class Learner:
         See `nestling.continual.learner.consolidation.consolidate`.
         """
         self.check_at_work()
-        return consolidation.consolidate(
+        done = consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
+        self.counters.consolidations += done.applied
+        return done
 
     @own_modes()
     def memory(self) -> Memory:

@@ -33,8 +33,12 @@ class Counters:
         tokens: observed, pending ones included.
         skipped: tokens of chunks that were refused.
         chunks: learned from, or left out by the gate: those that count for the levels' periods.
+        consolidations: calls of `Learner.consolidate` that were applied.
+        adopted: memories without what going on needs (exported, merged) that were taken up: 0 or 1.
     """
 
     tokens: int = 0
     skipped: int = 0
     chunks: int = 0
+    consolidations: int = 0
+    adopted: int = 0

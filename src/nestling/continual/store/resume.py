@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.continual.component import named, own
+from nestling.continual.learner.observation import Counters
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, decode
@@ -71,6 +72,7 @@ def load(learner: Learner, memory: Memory) -> None:
             _load_progress(learner, memory)
         else:
             learner.start_afresh()
+            learner.counters.adopted = 1
             taking = [component.replaced for component in learner.components.values()]
         for weights in learner.weights.values():
             weights.load(memory.differences, exact)
@@ -126,12 +128,14 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
         raise ValueError(f"the memory's last tokens are no tokens of the vocabulary of {learner.vocabulary}")
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
+    # Memories of version 0.2 do not count these.
+    consolidations, adopted = (int(counters.get(name, 0)) for name in ("consolidations", "adopted"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = opened
-    learner.counters.tokens, learner.counters.skipped, learner.counters.chunks = tokens, skipped, chunks
+    learner.counters = Counters(tokens, skipped, chunks, consolidations, adopted)
     learner.guard.mean, learner.guard.spikes = mean, spikes
     learner.log.present, learner.log.total, learner.log.targets = present, total, targets
 

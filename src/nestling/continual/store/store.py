@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.memory_file import MemoryFileError, is_memory_file, read_fields, write_fields
 from nestling.continual.store.snapshots import INDEX, NAME, Index, Snapshot, read_index, snapshot_name, write_index
+from nestling.continual.store.texts import FOLDER, KeptTexts
 
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds; reading and writing an index takes milliseconds, so a longer wait is for a learner
@@ -171,6 +172,20 @@ class MemoryStore:
 
         return self._add(link, memory, note, False)
 
+    def supersede(self, memory: Memory, note: str, parent: int | None, gone: Collection[int]) -> Snapshot:
+        """Write a snapshot that goes on from `parent` (None: from nothing), make it the head, and delete others.
+
+        Raises:
+            MemoryFileError: as `save`; nothing is deleted then.
+        """
+
+        def after(index: Index) -> tuple[int | None, list[Snapshot]]:
+            kept = [s for s in index.snapshots if s.number not in gone]
+            numbers = {s.number for s in kept}
+            return parent, [s if s.parent in numbers else replace(s, parent=None) for s in kept]
+
+        return self._add(lambda file: write_fields(file, vars(memory)), memory, note, False, after)
+
     def rollback(self, to: int | None = None) -> Snapshot:
         """Make an earlier (or later) snapshot the head; None goes to the head's parent. Deletes nothing.
 
@@ -207,18 +222,21 @@ class MemoryStore:
             self._sweep(left)
         return gone
 
-    def _add(self, write: Callable[[Path], str], memory: Memory, note: str, autosave: bool) -> Snapshot:
+    def _add(
+        self,
+        write: Callable[[Path], str],
+        memory: Memory,
+        note: str,
+        autosave: bool,
+        place: Callable[[Index], tuple[int | None, list[Snapshot]]] | None = None,
+    ) -> Snapshot:
+        """Write a snapshot and make it the head; `place` gives its parent and the others that stay."""
         with self.lock():
             index = self.index() if self.exists() else Index(0, [])
             if not self.exists() and (first := self.path / snapshot_name(1)).exists():
                 first.replace(first.with_suffix(".found"))  # of a process that died, or all that is left of a memory
             self._sweep(index.snapshots)
-            parent, kept = index.head or None, list(index.snapshots)
-            if parent is not None and index.snapshot(parent, self.path).autosave:
-                replaced = index.snapshot(parent, self.path)
-                kept = [s for s in kept if s.number != parent]
-                kept = [replace(s, parent=replaced.parent) if s.parent == parent else s for s in kept]
-                parent = replaced.parent
+            parent, kept = (place or self._after_head)(index)
             number = max((s.number for s in index.snapshots), default=0) + 1
             file = self.path / snapshot_name(number)
             digest = write(file)
@@ -236,6 +254,16 @@ class MemoryStore:
             write_index(self.path, Index(number, [*kept, snapshot]))
             self._sweep([*kept, snapshot])
         return snapshot
+
+    def _after_head(self, index: Index) -> tuple[int | None, list[Snapshot]]:
+        """The head as parent, and all snapshots; an autosave's parent, and all but the autosave."""
+        parent, kept = index.head or None, list(index.snapshots)
+        if parent is not None and index.snapshot(parent, self.path).autosave:
+            replaced = index.snapshot(parent, self.path)
+            kept = [s for s in kept if s.number != parent]
+            kept = [replace(s, parent=replaced.parent) if s.parent == parent else s for s in kept]
+            parent = replaced.parent
+        return parent, kept
 
     def _sweep(self, known: list[Snapshot]) -> None:
         """Delete the snapshots that memory.json does not name: pruned, replaced, or left by a killed process."""
@@ -294,9 +322,9 @@ class MemoryStore:
         return file
 
     def _holds_something_else(self) -> bool:
-        """Not only what a process leaves that died before its first memory.json: a snapshot at most."""
+        """Not only what a process leaves that died before its first memory.json: texts, and a snapshot at most."""
         names = (p.name for p in self.path.iterdir())
-        return any(n not in (LOCK, snapshot_name(1)) and not n.endswith((".tmp", ".found")) for n in names)
+        return any(n not in (LOCK, FOLDER, snapshot_name(1)) and not n.endswith((".tmp", ".found")) for n in names)
 
 
 def load_memory(path: str | Path, number: int | None = None) -> Memory:
@@ -324,6 +352,8 @@ def fork(source: str | Path, target: str | Path, number: int | None = None) -> M
             raise MemoryFileError(f"there is already something at {target}; give a new path")
         try:
             store.adopt(file, digest, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
+            if Path(source).is_dir():
+                KeptTexts(Path(source)).copy_to(place)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise

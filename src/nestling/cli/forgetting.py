@@ -1,0 +1,117 @@
+"""What `nestling memory forget` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nestling.cli.console import quiet_libraries, say, stdout_console
+from nestling.cli.loading import document_tokens, load_causal_lm
+from nestling.continual.forgetting import (
+    Forgetting,
+    learn_again,
+    missing_texts,
+    plan_forgetting,
+    refuse_without,
+    save_forgotten,
+)
+from nestling.continual.learn_documents import Progress, Text, frozen_loss
+from nestling.continual.learner.learner import Learner
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.store import MemoryStore
+from nestling.continual.store.texts import KeptTexts, read_key, text_digest
+from nestling.errors import UserError
+from nestling.tasks.text import read_documents
+
+
+def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], key: Path | None, measure: int) -> None:
+    """Forget documents, and report. Whatever fails or interrupts it before the end leaves the memory as it was.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    store, console = MemoryStore(place), stdout_console()
+    store.index()  # before the lock, which would make the directory of a mistyped name
+    kept = KeptTexts(place, None if key is None else read_key(key))
+    given = {text_digest(d.text): d.text for file in files for d in read_documents(file)}
+    with store.lock():
+        plan = plan_forgetting(store, names)
+        if missing := missing_texts(plan, {*kept.digests(), *given}):
+            raise refuse_without(store, plan, missing)
+        for part in plan.again:  # a text that cannot be read is found before the work
+            given[part.document.digest] = given.get(part.document.digest) or kept.read(part.document.digest)
+        quiet_libraries()
+        model, tokenizer = load_causal_lm(source)
+
+        def tokens(text: str) -> Tensor:
+            return document_tokens(source, model, tokenizer, text)
+
+        asked = [] if not measure else _asked(plan, kept, given, lambda text: tokens(text)[:measure])
+        try:
+            with plan.memory.applied(model):
+                before = [frozen_loss(model, ids) for _, ids in asked]
+            base = [frozen_loss(model, ids) for _, ids in asked]
+            learner = _learned_again(console, store, plan, model, lambda digest: tokens(given[digest]))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        now = [frozen_loss(model, ids) for _, ids in asked]
+        snapshot = save_forgotten(store, plan, learner)
+        for digest in plan.digests:
+            kept.remove(digest)
+    _report(console, store, plan)
+    for (name, ids), *losses in zip(asked, before, now, base, strict=True):
+        said = "{:.4f} before, {:.4f} now, {:.4f} without any memory".format(*losses)
+        say(console, f"loss of {name}, {len(ids):,} tokens: {said}")
+    say(
+        console,
+        f"memory of {snapshot.tokens:,} tokens in {place}, snapshot {snapshot.number} ({snapshot.bytes:,} bytes)",
+    )
+
+
+def _asked(
+    plan: Forgetting, kept: KeptTexts, given: dict[str, str], tokens: Callable[[str], Tensor]
+) -> list[tuple[str, Tensor]]:
+    """What is forgotten, as far as its text is at hand."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    for record in plan.documents:
+        text = given.get(record.digest)
+        if text is None and record.digest in kept.digests():
+            text = kept.read(record.digest)
+        if text is not None:
+            found[record.digest] = Path(record.name).name, tokens(text)
+    return list(found.values())
+
+
+def _learned_again(
+    console: Console,
+    store: MemoryStore,
+    plan: Forgetting,
+    model: PreTrainedModel,
+    tokens: Callable[[str], Tensor],
+) -> Learner:
+    """With a bar; `tokens` gives those of a digest."""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading again", total=plan.tokens)
+
+        def step(progress: Progress) -> None:
+            bar.update(task, advance=progress.tokens)
+
+        def text(record: DocumentRecord) -> Text:
+            return Text(record.name, record.digest, tokens(record.digest))
+
+        return learn_again(model, store, plan, text, step)
+
+
+def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:
+    names = ", ".join(dict.fromkeys(Path(record.name).name for record in plan.documents))
+    begin = "from nothing" if plan.begin is None else f"from snapshot {plan.begin.number}"
+    again = len({part.document.digest for part in plan.again})
+    count = "1 document" if again == 1 else f"{again} documents"
+    done = f"read {count} again {begin}, {plan.tokens:,} tokens" if again else "nothing had come after it"
+    say(console, f"{store.path} has forgotten {names}; {done}")
+    say(console, f"deleted what had read it, snapshots {', '.join(map(str, plan.gone))}, and its text")

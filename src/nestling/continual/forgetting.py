@@ -1,0 +1,231 @@
+"""Forgetting a document exactly: the memory that results is, bit for bit, the one that never read it.
+
+Nothing is subtracted. The last snapshot from before the document is taken up again, and what was read after it is read
+again without it, in the same order. Replay buffers, running means, optimizer states and the spike guard come out as if
+the document had never been there, since they are made anew. On the same machine, with the same threads and software,
+that is the same to the last bit; on another one to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from nestling.continual.learn_documents import Progress, Text, learn_text
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import settings_from
+from nestling.continual.store.fingerprint import base_fingerprint
+from nestling.continual.store.memory import Memory
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.resume import check_model
+from nestling.continual.store.snapshots import Snapshot
+from nestling.continual.store.store import MemoryStore
+from nestling.errors import UserError
+
+SHORTEST_DIGEST = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a document that are read again.
+
+    Attributes:
+        document: its record in the memory that knew the other one.
+        start, stop: from this token of its text to the one before that.
+    """
+
+    document: DocumentRecord
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What forgetting some documents takes.
+
+    Attributes:
+        memory: the head, which has read them.
+        documents: records of what is forgotten.
+        begin: the snapshot it starts from, which has read none of them; None is a fresh beginning.
+        again: what is read again, in order.
+        gone: numbers of the snapshots that have read one of them, and are deleted.
+    """
+
+    memory: Memory
+    documents: tuple[DocumentRecord, ...]
+    begin: Snapshot | None
+    again: tuple[Part, ...]
+    gone: tuple[int, ...]
+
+    @property
+    def digests(self) -> set[str]:
+        """Of what is forgotten."""
+        return {record.digest for record in self.documents}
+
+    @property
+    def records(self) -> list[DocumentRecord]:
+        """Of what stays. Where a document was left for one that is forgotten, and gone on with after it, it is one."""
+        found: list[DocumentRecord] = []
+        for record in self.memory.documents:
+            if record.digest in self.digests:
+                continue
+            last = found[-1] if found else None
+            if last is None or last.finished or (last.name, last.digest) != (record.name, record.digest):
+                found.append(record)
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """That are read again."""
+        return sum(part.stop - part.start for part in self.again)
+
+
+def plan_forgetting(store: MemoryStore, wanted: Sequence[str]) -> Forgetting:
+    """What it takes to forget documents of the head.
+
+    Args:
+        store: the memory.
+        wanted: names of documents, in full or without their folders, or the first 8 or more digits of their digests. A
+            text that was read under several names is forgotten under all.
+
+    Raises:
+        UserError: a document that the memory has not read; one that several texts are meant by; or a memory in which
+            more happened than that documents were read: merged, consolidated, or taught tokens of no document.
+    """
+    head, memory = store.read()
+    digests = {_digest(memory.documents, name, store.path) for name in wanted}
+    if "learner" not in memory.settings:
+        raise UserError(
+            f"{store.path} does not say how it was learned (a merged or exported memory does not), so nothing in it "
+            "can be forgotten exactly; forget in the memories that it was made of"
+        )
+    index = store.index()
+    others = {s.number: store.load(s.number).documents for s in index.snapshots if s.number != head.number}
+    known = others | {head.number: memory.documents}
+    gone = tuple(number for number, records in known.items() if any(r.digest in digests for r in records))
+    begin = next((s for s in index.headed_by(head).line() if s.number not in gone), None)
+    before = Memory("", {}, {}, {}) if begin is None else store.load(begin.number)
+    if begin is None and _count(memory, "adopted"):
+        raise UserError(
+            f"{store.path} began with an exported or merged memory that had read that, and how is not known here; "
+            "forget in the memories that it was made of"
+        )
+    if _count(before, "consolidations") != _count(memory, "consolidations"):
+        raise UserError(
+            f"{store.path} was consolidated after it had read that, which cannot be done again in the same way; "
+            + _rollback(store.path, begin)
+        )
+    records = tuple(record for record in memory.documents if record.digest in digests)
+    return Forgetting(memory, records, begin, _again(memory.documents, before.documents, digests, store.path), gone)
+
+
+def learn_again(
+    model: PreTrainedModel,
+    store: MemoryStore,
+    plan: Forgetting,
+    texts: Callable[[DocumentRecord], Text],
+    on_step: Callable[[Progress], None] = lambda _: None,
+) -> Learner:
+    """The learner that never read what is forgotten; nothing is written.
+
+    Args:
+        model: with its base weights.
+        store: the memory.
+        plan: of `plan_forgetting`.
+        texts: the text of a record, as tokens.
+        on_step: called after every step; what it raises ends it.
+
+    Raises:
+        UserError: a text that is shorter than what was read of it.
+        ValueError: another model than the memory's.
+    """
+    check_model(plan.memory, base_fingerprint(model))
+    learner = Learner.of(model, settings_from(plan.memory.settings["learner"]))
+    if plan.begin is not None:
+        learner.load(store.load(plan.begin.number))
+    for part in plan.again:
+        text = texts(part.document)
+        if len(text.ids) < part.stop:
+            raise UserError(
+                f"{part.document.name} has {len(text.ids):,} tokens, and {part.stop:,} were read of it: this model's "
+                "tokenizer is not the one it was read with"
+            )
+        stop = None if part.document.finished else part.stop
+        learn_text(learner, text, part.start, None, stop=stop, on_step=on_step)
+    when = [record.started for record in plan.records]
+    learner.log.records = [replace(r, started=t) for r, t in zip(learner.log.records, when, strict=True)]
+    return learner
+
+
+def save_forgotten(store: MemoryStore, plan: Forgetting, learner: Learner, note: str = "") -> Snapshot:
+    """Make that the head, and delete every snapshot that has read what is forgotten."""
+    names = ", ".join(dict.fromkeys(Path(record.name).name for record in plan.documents))
+    begin = None if plan.begin is None else plan.begin.number
+    return store.supersede(learner.memory(), note or f"forgot {names}", begin, plan.gone)
+
+
+def missing_texts(plan: Forgetting, kept: set[str]) -> list[str]:
+    """Names of the documents that must be read again, and whose texts are not there."""
+    return list(dict.fromkeys(p.document.name for p in plan.again if p.document.digest not in kept))
+
+
+def refuse_without(store: MemoryStore, plan: Forgetting, names: Sequence[str]) -> UserError:
+    """What to say where texts are missing."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return UserError(
+        f"{shown}: read after what is to be forgotten, and the text is not kept beside {store.path}; give it with "
+        "--text, or " + _rollback(store.path, plan.begin)
+    )
+
+
+def _count(memory: Memory, name: str) -> int:
+    """Of the learner's counters; 0 where the memory has none."""
+    counters = memory.settings.get("counters")
+    value = counters.get(name, 0) if isinstance(counters, dict) else 0
+    return value if isinstance(value, int) else 0
+
+
+def _rollback(path: Path, begin: Snapshot | None) -> str:
+    if begin is None:
+        return f"begin another memory: {path} has no snapshot from before that document"
+    return (
+        "go back to before that document, which loses what came after it too, with: "
+        f"nestling memory rollback {path} --to {begin.number}"
+    )
+
+
+def _digest(records: Sequence[DocumentRecord], name: str, path: Path) -> str:
+    exact = {r.digest for r in records if name in (r.name, Path(r.name).name)}
+    found = exact or {r.digest for r in records if len(name) >= SHORTEST_DIGEST and r.digest.startswith(name)}
+    found.discard("")
+    if not found:
+        have = ", ".join(dict.fromkeys(Path(r.name).name for r in records if r.digest)) or "none"
+        raise UserError(f"{path} has read no document {name}; it has read {have[:400]}")
+    if len(found) > 1:
+        digits = ", ".join(sorted(digest[:12] for digest in found))
+        raise UserError(f"{name} names {len(found)} texts that {path} has read; say which by its digest: {digits}")
+    return found.pop()
+
+
+def _again(
+    records: Sequence[DocumentRecord], before: Sequence[DocumentRecord], digests: set[str], path: Path
+) -> tuple[Part, ...]:
+    """What came after `before`, without some documents. The last of `before` may have gone on."""
+    found: list[Part] = []
+    read: dict[str, int] = {}
+    for i, record in enumerate(records):
+        first = read.get(record.digest, 0)
+        read[record.digest] = first + record.tokens
+        done = before[i].tokens if i < len(before) else 0
+        if record.digest in digests or (done == record.tokens and i < len(before)):
+            continue
+        if not record.digest:
+            raise UserError(
+                f"{path} was taught {record.tokens:,} tokens of no document after its last snapshot from before what "
+                "is to be forgotten, and they cannot be read again"
+            )
+        found.append(Part(record, first + done, first + record.tokens))
+    return tuple(found)
