@@ -15,16 +15,25 @@ Groups = dict[tuple[str, str | None], list[Row]]
 def presets_table(rows: Sequence[Row], tasks: Sequence[str], picture: str) -> tuple[str, Callable[[], str] | None]:
     """The presets in the order of their accuracy, from one rate for each, and what draws the picture of them.
 
+    The mean of the seeds, the lowest of them, and the largest state of the tasks.
+
     Args:
         rows: of one setting, at the rates of their presets.
         tasks: names of its difficulties.
         picture: file name; the table ends with it.
     """
-    plain = _grouped(r for r in rows if r["ablation"] is None)
-    plain = dict(sorted(plain.items(), key=lambda item: -_overall(item[1])))
+    plain = _ordered(rows)
     if not plain:
         return EMPTY, None
-    lines = [[f"`{preset}`", *_cells(found)] for (preset, _), found in plain.items()]
+    lines = [
+        [
+            f"`{preset}`",
+            f"{found[0]['rate']:g}",
+            f"{max(found[0]['state_bytes']) / 1024:,.0f} KiB",
+            *(f"{_mean(found, i):.3f} ({min(r['test'][i] for r in found):.3f})" for i in range(len(tasks))),
+        ]
+        for (preset, _), found in plain.items()
+    ]
     points = [
         Point(preset, task, found[0]["state_bytes"][i] / 1024, 100 * _mean(found, i))
         for (preset, _), found in plain.items()
@@ -32,10 +41,17 @@ def presets_table(rows: Sequence[Row], tasks: Sequence[str], picture: str) -> tu
     ]
 
     def draw() -> str:
-        return scatter_chart(points, x_label="state, KiB (logarithmic)", y_label="accuracy, %")
+        labels = {"x_label": "state, KiB (logarithmic)", "y_label": "accuracy, %"}
+        return scatter_chart(points, **labels, y_range=(0, 100))
 
-    text = table(["preset", "learning rate", *_heads(tasks)], lines)
+    text = table(["preset", "learning rate", "state", *tasks], lines)
     return f"{text}\n\n![accuracy against the size of the state]({picture})", draw
+
+
+def every_seed(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """The same presets with the accuracy of every seed and the state after every task; arguments as there."""
+    lines = [[f"`{preset}`", *_cells(found)] for (preset, _), found in _ordered(rows).items()]
+    return table(["preset", "learning rate", *_heads(tasks)], lines) if lines else EMPTY
 
 
 def ablations(rows: Sequence[Row], tasks: Sequence[str]) -> str:
@@ -59,6 +75,12 @@ def _grouped(rows: Iterable[Row]) -> Groups:
     for row in sorted(rows, key=lambda r: r["seed"]):
         groups.setdefault((row["preset"], row["ablation"]), []).append(row)
     return groups
+
+
+def _ordered(rows: Sequence[Row]) -> Groups:
+    """Presets as they are, the best first."""
+    plain = _grouped(r for r in rows if r["ablation"] is None)
+    return dict(sorted(plain.items(), key=lambda item: -_overall(item[1])))
 
 
 def _mean(rows: Sequence[Row], task: int) -> float:

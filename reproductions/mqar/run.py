@@ -26,7 +26,7 @@ from reproductions.harness.grid import best_rate, fixed, grow_rate
 from reproductions.harness.report import Report
 from reproductions.harness.rows import Row, Rows
 from reproductions.harness.schedule import warm_cosine
-from reproductions.mqar.report import ablations, presets_table
+from reproductions.mqar.report import ablations, every_seed, presets_table
 from reproductions.mqar.settings import SETTINGS, VOCABULARY, Task
 from reproductions.mqar.variants import ABLATIONS, SIZED
 
@@ -175,6 +175,7 @@ def report(rows: Sequence[Row]) -> Report:
         part, picture = ("results", "recall.svg") if setting == "small" else (setting, f"{setting}.svg")
         own = [row for row in rows if row.get("setting", "small") == setting]
         parts[part], draw = presets_table(chosen(own), list(about.test), picture)
+        parts[f"{part}_seeds"] = every_seed(chosen(own), list(about.test))
         pictures |= {picture: draw} if draw else {}
         if setting == "small":
             parts |= {preset: ablations(changed(own, preset), list(about.test)) for preset in ("titans_lmm", "hope")}

@@ -59,6 +59,7 @@ def test_scatter_has_a_panel_a_group_and_a_mark_a_name() -> None:
     for text in ("easy", "hard", "one", "two", "state, KiB", "accuracy, %"):
         assert f">{text}<" in chart
     assert chart == scatter_chart(points, x_label="state, KiB", y_label="accuracy, %")
+    assert chart != scatter_chart(points, x_label="state, KiB", y_label="accuracy, %", y_range=(0, 100))
     with pytest.raises(ValueError, match="at least one point"):
         scatter_chart([], x_label="x", y_label="y")
 

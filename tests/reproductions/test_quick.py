@@ -18,7 +18,7 @@ SHOWN = {
     "knowledge": "| lora, 10 passes |",
     "looped_depth": "| `transformer` | looped |",
     "memory_caching": "| keys of 4, residual | 8 |",
-    "mqar": "4 pairs in 32: accuracy (seeds), state",
+    "mqar": "| 4 pairs in 32 |",
     "orthogonal_tasks": "| orthogonal | delta momentum |",
     "overwrite": "| preset | learning rate | 4 pairs |",
     "parity": "| `hope` | carry |",

@@ -34,7 +34,14 @@ class Point:
     y: float
 
 
-def scatter_chart(points: Sequence[Point], *, x_label: str, y_label: str, width: float = 7.6) -> str:
+def scatter_chart(
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+    width: float = 7.6,
+) -> str:
     """Panels below one another, one a group, x on a logarithmic scale, as an SVG document.
 
     Every point has its name at the right of its panel, the highest first, with a line to it.
@@ -43,6 +50,7 @@ def scatter_chart(points: Sequence[Point], *, x_label: str, y_label: str, width:
         points: at least one.
         x_label: with the unit.
         y_label: with the unit.
+        y_range: of all panels, so that what looks far apart is; None fits each to its points.
         width: inches at 72 points.
 
     Raises:
@@ -65,6 +73,9 @@ def scatter_chart(points: Sequence[Point], *, x_label: str, y_label: str, width:
             axes.set_title(group, loc="left", fontsize=11)
             axes.set_ylabel(y_label)
             axes.grid(visible=True)
+            if y_range is not None:
+                margin = 0.04 * (y_range[1] - y_range[0])
+                axes.set_ylim(y_range[0] - margin, y_range[1] + margin)
             _name(axes, mine, names, LINE / height)
         panels[-1].set_xlabel(x_label)
         buffer = io.StringIO()
