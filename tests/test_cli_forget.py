@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nestling.cli import main
+from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.continual.store.texts import KeptTexts, make_key, read_key, text_digest
 from nestling.training.tokenization import byte_tokenizer
@@ -65,6 +66,56 @@ def test_a_text_is_forgotten_as_if_it_had_never_been_read(place: Path, capsys: p
     assert len(kept.digests()) == 2 and b"text of two" not in all_bytes(place / "memory")
     learn_again = fails(capsys, "memory", "forget", "memory", "two.txt", "--model", "model")
     assert "memory has read no document two.txt; it has read one.txt, three.txt" in learn_again
+
+
+def test_what_an_interrupted_one_leaves_is_deleted_by_the_next(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when memory.json is written and before anything is deleted; and what other deaths leave."""
+    for name in NAMES[:2]:
+        learn(capsys, "memory", f"{name}.txt", "--keep-texts")
+    texts = place / "memory" / "texts"
+    (texts / f".{'a' * 64}.txt.12345678.tmp").write_text("the text of two, half written")
+    (place / "memory" / "snapshot-0001.found").write_text("left")
+
+    swept, sweep = [], MemoryStore._sweep
+
+    def die(self: MemoryStore, known: list[Snapshot]) -> None:
+        swept.append(known)
+        if len(swept) == 2:  # the first is before anything is written
+            raise KeyboardInterrupt
+        sweep(self, known)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MemoryStore, "_sweep", die)
+        with pytest.raises(KeyboardInterrupt):
+            store = MemoryStore(place / "memory")
+            store.supersede(store.load(1), "forgot a document", 1, {2})
+    assert b"text of two" in all_bytes(place / "memory") and len(list((place / "memory").glob("snapshot-*"))) == 4
+    again = fails(capsys, "memory", "forget", "memory", "two.txt", "--model", "model")
+    assert "has read no document two.txt" in again
+    assert b"text of two" not in all_bytes(place / "memory")
+    assert sorted(p.name for p in (place / "memory").glob("snapshot-*")) == [
+        "snapshot-0001.safetensors",
+        "snapshot-0003.safetensors",
+    ]
+
+
+def test_a_folder_of_texts_of_somebody_else_is_no_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "mine" / "texts").mkdir(parents=True)
+    (place / "mine" / "texts" / "letter.txt").write_text("dear")
+    said = fails(capsys, "learn", "model", "one.txt", "--memory", "mine")
+    assert "a directory without memory.json" in said
+
+
+def test_prune_and_fork_keep_the_texts_that_were_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES[:2]:
+        learn(capsys, "memory", f"{name}.txt", "--keep-texts")
+    out(capsys, "memory", "fork", "memory", "early", "--at", "1")
+    assert len(KeptTexts(place / "early").digests()) == 1
+    out(capsys, "memory", "rollback", "memory")
+    out(capsys, "memory", "prune", "memory", "--keep", "1")
+    assert KeptTexts(place / "memory").digests() == KeptTexts(place / "early").digests()
 
 
 def test_a_memory_that_keeps_texts_goes_on_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

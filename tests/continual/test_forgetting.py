@@ -122,6 +122,43 @@ def test_several_read_in_one_go_are_read_again_from_before_them(tmp_path: Path) 
         assert torch.equal(difference, found.differences[name])  # type: ignore[arg-type]
 
 
+def test_what_was_rolled_back_is_forgotten_too(tmp_path: Path) -> None:
+    """The head has not read it; a snapshot that it may go forward to has."""
+    store = MemoryStore(tmp_path / "memory")
+    before = read(store, "ab")
+    store.rollback(1)
+    plan, found = forget(store, "b.txt")
+    assert plan.gone == (2,) and not plan.again and [s.number for s in store.index().snapshots] == [1, 3]
+    assert [d.name for d in found.documents] == ["texts/a.txt"] and len(before.documents) == 2
+    assert "b" not in store.head().note.replace("forgot a document", "")
+
+
+def test_a_text_that_was_read_twice_is_read_again_twice(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "memory")
+    for names in ("abca", "aca"):
+        place = store if names == "abca" else MemoryStore(tmp_path / "never")
+        one = learner()
+        for name in names:
+            learn_text(one, TEXTS[name], 0, None)
+        place.save(one.memory())
+    _, found = forget(store, "b.txt")
+    assert_same(untimed(found), untimed(MemoryStore(tmp_path / "never").load()))
+
+
+def test_memories_of_before_say_that_they_do_not_know(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "memory")
+    memory = read(store, "a")
+    del memory.settings["counters"]["consolidations"], memory.settings["counters"]["adopted"]
+    store.save(memory)
+    one = learner()
+    one.load(store.load())
+    learn_text(one, TEXTS["b"], 0, None)
+    store.save(one.memory())
+    assert one.counters.consolidations == one.counters.adopted == -1
+    with pytest.raises(UserError, match=r"was begun with version 0\.2"):
+        plan_forgetting(store, ["b.txt"])
+
+
 def test_the_same_text_under_two_names_is_one(tmp_path: Path) -> None:
     store, one = MemoryStore(tmp_path / "memory"), learner()
     learn_text(one, TEXTS["a"], 0, None)
@@ -194,4 +231,6 @@ def test_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
         learn_again(other, store, plan, lambda _: TEXTS["b"])
     with pytest.raises(UserError, match="157 were read of it: this model's tokenizer"):
         learn_again(tiny_llama(), store, plan, lambda _: replace(TEXTS["b"], ids=TEXTS["b"].ids[:100]))
+    with pytest.raises(UserError, match="has 158 tokens, and 157 were read of it"):
+        learn_again(tiny_llama(), store, plan, lambda _: replace(TEXTS["b"], ids=text(158)))
     assert store.index() == before

@@ -103,12 +103,12 @@ def test_a_sentence_is_gone_on_with_and_the_context_stands_before() -> None:
 
 
 def test_told_and_untold_are_told_apart_by_how_reluctant_the_answer_is() -> None:
-    """By hand: reluctances 3 and 1 of absences, 2, 1 and -4 of what was told: 5 1/2 of 6 pairs in order."""
+    """By hand: reluctances 3 and 1 of absences, 2, 1 and -4 of what was told: 4 1/2 of 6 pairs are in order."""
 
-    def answer(kind: str, reluctance: float) -> Answer:
+    def answer(kind: str, reluctance: float, relation: str = "town") -> Answer:
         absent = kind == "absence"
         choices = ("a", NOT_TOLD) if absent else ("a", "b")
-        asked = KnowledgeQuestion(kind, "town", "Ada", "?", choices, int(absent), ())
+        asked = KnowledgeQuestion(kind, relation, "Ada", "?", choices, int(absent), ())
         scores = (-5.0, reluctance - 5) if absent else (-9.0, -5.0)
         return Answer(asked, scores, (1, 1), reluctance - 5, None)
 
@@ -116,6 +116,7 @@ def test_told_and_untold_are_told_apart_by_how_reluctant_the_answer_is() -> None
     assert [a.reluctance for a in found] == [3, 1, 2, 1, -4]
     assert absence_auroc(found) == pytest.approx((3 + 1.5) / 6)
     assert absence_auroc([*found, answer("update", 9.0)]) == absence_auroc(found)
+    assert absence_auroc([*found, answer("absence", -9.0, "birthday")]) == absence_auroc(found)
     assert math.isnan(absence_auroc(found[:2]))
 
 
@@ -141,6 +142,12 @@ def test_a_long_answer_is_not_at_a_loss_per_token() -> None:
         ("The text does not mention it.", NOT_TOLD, True),
         ("It is not mentioned.", NOT_TOLD, True),
         ("In Ironstow, not far from here.", NOT_TOLD, False),
+        ("It isn't mentioned.", NOT_TOLD, True),
+        ("I wasn’t told.", NOT_TOLD, True),
+        ("It is not explicitly mentioned in the text.", NOT_TOLD, True),
+        ("The text does not specify it.", NOT_TOLD, True),
+        ("I have no idea.", NOT_TOLD, True),
+        ("It is not known for its wine but for its lace.", NOT_TOLD, False),
     ],
 )
 def test_what_counts_as_saying_it(text: str, answer: str, right: bool) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from nestling.errors import UserError
 from nestling.tasks.knowledge import dictionary_material, name_material, story_material
+from nestling.tasks.knowledge.words import HE, SHE
 from nestling.tasks.text import Document
 
 ENTRIES = "ID,Headword\na,kaba\nb,lut\nc,mira\nd,=at\ne,Ø\nf,son\ng,ton\nh,two\n"
@@ -86,9 +87,17 @@ def test_stories_have_people_of_their_own_and_their_last_question(tmp_path: Path
     assert found.documents[0].text == f"{mary} went to the hall. {john} went to the garden. {mary} went to the kitchen."
     assert second.prompt == f"Who gave the milk to {second.subject}?" and second.answer not in (mary, john)
     assert found.documents[1].text == f"{second.answer} gave the milk to {second.subject}."
-    assert set(second.choices) == {second.answer, second.subject}
+    assert set(second.choices) == {second.answer, mary, john}  # of both stories, and nobody whom the question names
     assert not any(name in d.text for d in found.documents for name in ("Mary", "John", "Fred"))
     assert len(story_material(path, 1).questions) == 1
+    assert mary.split()[0] in SHE and john.split()[0] in HE  # whom the stories' she and he fit
+
+
+def test_there_are_names_for_all_stories_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "qa.txt"
+    path.write_text(STORIES.rpartition("1 John")[0] * 700, encoding="utf-8")
+    found = story_material(path)
+    assert len({q.subject for q in found.questions}) == 1400
 
 
 @pytest.mark.parametrize(

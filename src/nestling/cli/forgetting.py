@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from nestling.continual.forgetting import (
     save_forgotten,
 )
 from nestling.continual.learn_documents import Progress, Text, frozen_loss
+from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import settings_from
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.store import MemoryStore
 from nestling.continual.store.texts import KeptTexts, read_key, text_digest
@@ -40,6 +43,7 @@ def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], ke
     kept = KeptTexts(place, None if key is None else read_key(key))
     given = {text_digest(d.text): d.text for file in files for d in read_documents(file)}
     with store.lock():
+        store.tidy()  # what an earlier one that was interrupted at its end has left
         plan = plan_forgetting(store, names)
         if missing := missing_texts(plan, {*kept.digests(), *given}):
             raise refuse_without(store, plan, missing)
@@ -51,18 +55,18 @@ def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], ke
         def tokens(text: str) -> Tensor:
             return document_tokens(source, model, tokenizer, text)
 
+        context = settings_from(plan.memory.settings["learner"]).context
         asked = [] if not measure else _asked(plan, kept, given, lambda text: tokens(text)[:measure])
         try:
             with plan.memory.applied(model):
-                before = [frozen_loss(model, ids) for _, ids in asked]
-            base = [frozen_loss(model, ids) for _, ids in asked]
+                before = [frozen_loss(model, ids, context) for _, ids in asked]
+            base = [frozen_loss(model, ids, context) for _, ids in asked]
             learner = _learned_again(console, store, plan, model, lambda digest: tokens(given[digest]))
-        except ValueError as error:
+        except (ValueError, LearningDivergedError) as error:
             raise UserError(str(error)) from error
-        now = [frozen_loss(model, ids) for _, ids in asked]
+        now = [frozen_loss(model, ids, context) for _, ids in asked]
         snapshot = save_forgotten(store, plan, learner)
-        for digest in plan.digests:
-            kept.remove(digest)
+        store.tidy()
     _report(console, store, plan)
     for (name, ids), *losses in zip(asked, before, now, base, strict=True):
         said = "{:.4f} before, {:.4f} now, {:.4f} without any memory".format(*losses)
@@ -104,7 +108,9 @@ def _learned_again(
         def text(record: DocumentRecord) -> Text:
             return Text(record.name, record.digest, tokens(record.digest))
 
-        return learn_again(model, store, plan, text, step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tokens that are not learned from, as they were not the first time
+            return learn_again(model, store, plan, text, step)
 
 
 def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:

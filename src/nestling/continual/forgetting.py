@@ -96,18 +96,25 @@ def plan_forgetting(store: MemoryStore, wanted: Sequence[str]) -> Forgetting:
             more happened than that documents were read: merged, consolidated, or taught tokens of no document.
     """
     head, memory = store.read()
-    digests = {_digest(memory.documents, name, store.path) for name in wanted}
+    index = store.index()
+    others = {s.number: store.load(s.number).documents for s in index.snapshots if s.number != head.number}
+    known = others | {head.number: memory.documents}
+    everything = [*memory.documents, *(record for records in others.values() for record in records)]
+    digests = {_digest(everything, name, store.path) for name in wanted}
     if "learner" not in memory.settings:
         raise UserError(
             f"{store.path} does not say how it was learned (a merged or exported memory does not), so nothing in it "
             "can be forgotten exactly; forget in the memories that it was made of"
         )
-    index = store.index()
-    others = {s.number: store.load(s.number).documents for s in index.snapshots if s.number != head.number}
-    known = others | {head.number: memory.documents}
     gone = tuple(number for number, records in known.items() if any(r.digest in digests for r in records))
     begin = next((s for s in index.headed_by(head).line() if s.number not in gone), None)
     before = Memory("", {}, {}, {}) if begin is None else store.load(begin.number)
+    counts = [memory.settings.get("counters", {}).get(name, -1) for name in ("consolidations", "adopted")]
+    if -1 in counts and begin != head:
+        raise UserError(
+            f"{store.path} was begun with version 0.2, which does not say whether a memory was consolidated or merged, "
+            "so nothing in it can be forgotten exactly; " + _rollback(store.path, begin)
+        )
     if begin is None and _count(memory, "adopted"):
         raise UserError(
             f"{store.path} began with an exported or merged memory that had read that, and how is not known here; "
@@ -118,7 +125,7 @@ def plan_forgetting(store: MemoryStore, wanted: Sequence[str]) -> Forgetting:
             f"{store.path} was consolidated after it had read that, which cannot be done again in the same way; "
             + _rollback(store.path, begin)
         )
-    records = tuple(record for record in memory.documents if record.digest in digests)
+    records = tuple(dict.fromkeys(record for record in everything if record.digest in digests))
     return Forgetting(memory, records, begin, _again(memory.documents, before.documents, digests, store.path), gone)
 
 
@@ -148,7 +155,7 @@ def learn_again(
         learner.load(store.load(plan.begin.number))
     for part in plan.again:
         text = texts(part.document)
-        if len(text.ids) < part.stop:
+        if len(text.ids) < part.stop or (part.document.finished and len(text.ids) != part.stop):
             raise UserError(
                 f"{part.document.name} has {len(text.ids):,} tokens, and {part.stop:,} were read of it: this model's "
                 "tokenizer is not the one it was read with"
@@ -161,10 +168,11 @@ def learn_again(
 
 
 def save_forgotten(store: MemoryStore, plan: Forgetting, learner: Learner, note: str = "") -> Snapshot:
-    """Make that the head, and delete every snapshot that has read what is forgotten."""
-    names = ", ".join(dict.fromkeys(Path(record.name).name for record in plan.documents))
+    """Make that the head, and delete every snapshot that has read what is forgotten; its name goes too."""
+    count = len(plan.digests)
     begin = None if plan.begin is None else plan.begin.number
-    return store.supersede(learner.memory(), note or f"forgot {names}", begin, plan.gone)
+    said = note or ("forgot a document" if count == 1 else f"forgot {count} documents")
+    return store.supersede(learner.memory(), said, begin, plan.gone)
 
 
 def missing_texts(plan: Forgetting, kept: set[str]) -> list[str]:
@@ -218,7 +226,8 @@ def _again(
     read: dict[str, int] = {}
     for i, record in enumerate(records):
         first = read.get(record.digest, 0)
-        read[record.digest] = first + record.tokens
+        # A text that was finished is begun anew where it comes again.
+        read[record.digest] = 0 if record.finished else first + record.tokens
         done = before[i].tokens if i < len(before) else 0
         if record.digest in digests or (done == record.tokens and i < len(before)):
             continue

@@ -17,9 +17,11 @@ Context = Callable[[KnowledgeQuestion], str]
 """The text that a question is asked after; empty for a closed book."""
 
 _REFUSALS = re.compile(
-    r"\b(?:not (?:been )?(?:told|mentioned|stated|specified|given|provided|known)|never (?:told|said|mentioned)"
-    r"|(?:do not|don't|does not|doesn't|cannot|can't) (?:know|say|tell|mention|have (?:any |enough )?information)"
-    r"|no (?:information|mention)|unknown|unsure|not sure)\b",
+    r"(?:\bnot|n't)(?: \w+ly)? (?:been )?(?:told|mentioned|stated|specified|given|provided|known(?! for))\b"
+    r"|\bnever (?:told|said|mentioned)\b"
+    r"|(?:\b(?:do|does|did|can)(?: not|n't)|\bcannot)(?: \w+ly)? (?:know|say|tell|mention|state|specify"
+    r"|provide|have (?:any |enough )?information)\b"
+    r"|\bno (?:information|mention|idea)\b|\bunknown\b|\bunsure\b|\bnot sure\b",
     re.IGNORECASE,
 )
 
@@ -95,7 +97,7 @@ class KnowledgeScores:
 
 def refuses(text: str) -> bool:
     """Whether a text says that it does not know."""
-    return _REFUSALS.search(text) is not None
+    return _REFUSALS.search(text.replace("’", "'")) is not None
 
 
 def ask_knowledge(
@@ -135,11 +137,11 @@ def ask_knowledge(
         for question in questions:
             head, rest, space = _prompt(tokenizer, question, context(question), chat)
             asked = [*question.choices, NOT_TOLD] if question.asks else question.choices
-            choices = [_encode(tokenizer, space + choice) for choice in asked]
-            scores = reader.log_likelihoods(head, rest, choices)
+            choices = [_continued(tokenizer, rest, space + choice) for choice in asked]
+            scores = reader.log_likelihoods(head, _encode(tokenizer, rest), choices)
             refusal, text = (scores.pop(), "") if question.asks else (None, None)
             if words and question.asks:
-                written = reader.write(head, rest, words, stop)
+                written = reader.write(head, _encode(tokenizer, rest), words, stop)
                 text = str(tokenizer.decode(written)).strip().split("\n")[0]
             lengths = tuple(map(len, choices[: len(scores)]))
             found.append(Answer(question, tuple(scores), lengths, refusal, text if words else None))
@@ -162,17 +164,24 @@ def knowledge_scores(answers: Iterable[Answer]) -> dict[str, KnowledgeScores]:
 def absence_auroc(answers: Iterable[Answer]) -> float:
     """How well a model tells what it was told from what it was not, 1/2 at chance (area under the ROC curve).
 
-    The probability that it is more reluctant to answer (`Answer.reluctance`) a question of the kind "absence" than one
-    of the kind "question"; ties count half. Which of the two answers is likelier says little by itself: "I was not
-    told." is good English, and names that nobody has are not.
+    The probability that it is more reluctant to answer (`Answer.reluctance`) a question about somebody whom no document
+    names than one of the kind "question" about the same relation; ties count half. Only pairs of one relation are
+    compared: how likely the answers of another one are by themselves would decide. Which of the two, an answer or
+    `NOT_TOLD`, is likelier says little for the same reason: that is good English, and invented names are not.
 
     Returns:
-        NaN where one of the two kinds is missing.
+        NaN where there is no such pair.
     """
-    kinds: dict[str, list[float]] = {"absence": [], "question": []}
+    kinds: dict[str, list[Answer]] = {"absence": [], "question": []}
     for answer in answers:
-        kinds.get(answer.question.kind, []).append(answer.reluctance)
-    pairs = [(a > b) + (a == b) / 2 for a in kinds["absence"] for b in kinds["question"]]
+        kinds.get(answer.question.kind, []).append(answer)
+    found = [
+        (absent.reluctance, told.reluctance)
+        for absent in kinds["absence"]
+        for told in kinds["question"]
+        if absent.question.relation == told.question.relation
+    ]
+    pairs = [(a > b) + (a == b) / 2 for a, b in found]
     return statistics.mean(pairs) if pairs else float("nan")
 
 
@@ -189,16 +198,23 @@ def _scores(answers: Sequence[Answer]) -> KnowledgeScores:
 
 def _prompt(
     tokenizer: PreTrainedTokenizerBase, question: KnowledgeQuestion, context: str, chat: bool
-) -> tuple[Ids, Ids, str]:
-    """Tokens that the context takes, tokens of the rest, and what stands between the prompt and an answer."""
+) -> tuple[Ids, str, str]:
+    """Tokens up to the end of the context, the rest, and what stands between the prompt and an answer."""
     before = f"{context}\n\n" if context else ""
     if not (chat and question.asks):
         prompt = f"Question: {question.prompt}\nAnswer:" if question.asks else question.prompt
-        return _encode(tokenizer, before), _encode(tokenizer, prompt), " "
+        beginning = [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
+        return beginning + _encode(tokenizer, before), prompt, " "
     turn = [{"role": "user", "content": before + MARK}]
     whole = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     head, _, end = whole.rpartition(MARK)
-    return _encode(tokenizer, head), _encode(tokenizer, question.prompt + end), ""
+    return _encode(tokenizer, head), question.prompt + end, ""
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, after: str) -> Ids:
+    """Tokens of what follows a prompt, encoded with it, where the prompt's own are the same then."""
+    before, whole = _encode(tokenizer, prompt), _encode(tokenizer, prompt + after)
+    return whole[len(before) :] if whole[: len(before)] == before else _encode(tokenizer, after)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class SharedPrompt:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._head: tuple[Ids, Any] = ([], None)
 
     @torch.no_grad()
@@ -43,7 +45,7 @@ class SharedPrompt:
         """
         if not rest or not continuations or not all(continuations):
             raise ValueError("a prompt needs a token after what it shares, and every continuation needs one")
-        logits, cache = self._read([rest], self._after(head))
+        logits, cache = self._read([rest], self._after(head), last=True)
         if cache is None:
             return [said for said, _ in log_likelihoods(self.model, [(head + rest, after) for after in continuations])]
         first = logits[0, -1].log_softmax(-1)
@@ -83,12 +85,14 @@ class SharedPrompt:
         if not head:
             return None
         if self._head[0] != head:
-            self._head = head, self._read([head], None)[1]
+            self._head = head, self._read([head], None, last=True)[1]
         return copy.deepcopy(self._head[1])
 
     @torch.no_grad()
-    def _read(self, rows: Sequence[Ids], cache: Any) -> tuple[Tensor, Any]:
+    def _read(self, rows: Sequence[Ids], cache: Any, last: bool = False) -> tuple[Tensor, Any]:
+        """Logits, of the last place alone if that is enough, and the cache after the rows."""
         ids = torch.tensor(rows, device=self._device)
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        keep = {"logits_to_keep": 1} if last and self._selects else {}
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
         logits: Tensor = out.logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), getattr(out, "past_key_values", None)

@@ -259,7 +259,8 @@ class Learner:
         done = consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
-        self.counters.consolidations += done.applied
+        if self.counters.consolidations >= 0:
+            self.counters.consolidations += done.applied
         return done
 
     @own_modes()

@@ -33,8 +33,9 @@ class Counters:
         tokens: observed, pending ones included.
         skipped: tokens of chunks that were refused.
         chunks: learned from, or left out by the gate: those that count for the levels' periods.
-        consolidations: calls of `Learner.consolidate` that were applied.
-        adopted: memories without what going on needs (exported, merged) that were taken up: 0 or 1.
+        consolidations: calls of `Learner.consolidate` that were applied; -1 where that is not known, as of memories of
+            version 0.2.
+        adopted: memories without what going on needs (exported, merged) that were taken up, 0 or 1; -1 likewise.
     """
 
     tokens: int = 0

@@ -129,7 +129,7 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     counters, guard, document = settings["counters"], settings["guard"], settings["document"]
     tokens, skipped, chunks = (int(counters[name]) for name in ("tokens", "skipped", "chunks"))
     # Memories of version 0.2 do not count these.
-    consolidations, adopted = (int(counters.get(name, 0)) for name in ("consolidations", "adopted"))
+    consolidations, adopted = (int(counters.get(name, -1)) for name in ("consolidations", "adopted"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))

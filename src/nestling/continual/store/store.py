@@ -203,6 +203,22 @@ class MemoryStore:
             write_index(self.path, replace(index, head=number))
         return snapshot
 
+    def tidy(self) -> None:
+        """Delete what no snapshot needs: files that memory.json does not name, and kept texts that none has read.
+
+        Raises:
+            MemoryFileError: another writer, or a snapshot that cannot be read; no text is deleted then.
+        """
+        self.index()
+        with self.lock():
+            index = self.index()
+            self._sweep(index.snapshots)
+            for found in self.path.glob("snapshot-*.found"):
+                found.unlink(missing_ok=True)
+            kept = KeptTexts(self.path)
+            if kept.exists():
+                kept.keep_only({r.digest for s in index.snapshots for r in self.load(s.number).documents})
+
     def prune(self, keep: int) -> list[Snapshot]:
         """Delete all but the head and the `keep - 1` snapshots before it; returns what was deleted.
 
@@ -219,7 +235,7 @@ class MemoryStore:
             left = [s for s in index.snapshots if s.number in kept]
             left = [s if s.parent in kept else replace(s, parent=None) for s in left]
             write_index(self.path, Index(index.head, left))
-            self._sweep(left)
+            self.tidy()
         return gone
 
     def _add(
@@ -324,6 +340,8 @@ class MemoryStore:
     def _holds_something_else(self) -> bool:
         """Not only what a process leaves that died before its first memory.json: texts, and a snapshot at most."""
         names = (p.name for p in self.path.iterdir())
+        if not KeptTexts(self.path).is_own():
+            return True
         return any(n not in (LOCK, FOLDER, snapshot_name(1)) and not n.endswith((".tmp", ".found")) for n in names)
 
 
@@ -353,7 +371,7 @@ def fork(source: str | Path, target: str | Path, number: int | None = None) -> M
         try:
             store.adopt(file, digest, memory, f"fork of {source}" + ("" if number is None else f", snapshot {number}"))
             if Path(source).is_dir():
-                KeptTexts(Path(source)).copy_to(place)
+                KeptTexts(Path(source)).copy_to(place, {record.digest for record in memory.documents})
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,22 @@ class KeptTexts:
         if self.folder.is_dir():
             flush(self.folder)
 
-    def copy_to(self, other: Path) -> None:
-        """Keep the same texts beside another memory, encrypted or not as they are."""
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Delete all other texts, and what a process left that was killed while it wrote one."""
+        for digest in self.digests() - set(digests):
+            self.remove(digest)
+        for scratch in self.folder.glob(".*.tmp"):
+            scratch.unlink(missing_ok=True)
+
+    def is_own(self) -> bool:
+        """Whether the folder, if it is there, holds nothing but texts of this kind."""
+        names = [path.name for path in self.folder.glob("*")]
+        return all(name[:64] in self.digests() and name[64:] in (PLAIN, SEALED) for name in names)
+
+    def copy_to(self, other: Path, digests: Collection[str]) -> None:
+        """Keep some of the texts beside another memory too, encrypted or not as they are."""
         target = KeptTexts(other)
-        for digest in sorted(self.digests()):
+        for digest in sorted(self.digests() & set(digests)):
             for suffix in (PLAIN, SEALED):
                 path = self.folder / f"{digest}{suffix}"
                 if path.is_file() and not path.is_symlink():

@@ -58,7 +58,8 @@ def ask_world(
     Args:
         world: asked about.
         kinds: of `KINDS`; None is all.
-        choices: answers of a question, as far as the world has so many; None is all it has.
+        choices: answers of a question, as far as the world has so many; None is all it has. Of an absence there are so
+            many and `NOT_TOLD`.
         seed: of wording and choices.
 
     Raises:
@@ -123,8 +124,8 @@ class _Asker:
         for fact in self.standing:
             if counts[fact.relation, fact.value] > 1:
                 continue
-            others = [f.subject for f in self.world.facts if f.relation == fact.relation]
             prompt = self.rng.choice(RELATIONS[fact.relation].reverses).format(value=fact.value)
+            others = [f.subject for f in self.world.facts if f.relation == fact.relation and f.subject not in prompt]
             choices, gold = among(fact.subject, others, self.choices, self.rng)
             yield KnowledgeQuestion(kind, fact.relation, fact.subject, prompt, choices, gold, (fact.document,))
 
@@ -136,7 +137,7 @@ class _Asker:
                 if second is None or second.old or second.value == first.subject:
                     continue
                 through = RELATIONS[first.relation].phrase.format(name=first.subject)
-                found = self._of(kind, second, self._word(RELATIONS[name].questions, through))
+                found = self._of(kind, second, self._word(RELATIONS[name].questions, through), (first.value,))
                 relation, both = f"{first.relation}, {name}", (first.document, second.document)
                 yield KnowledgeQuestion(kind, relation, first.subject, found.prompt, found.choices, found.gold, both)
 
@@ -159,12 +160,15 @@ class _Asker:
             if fact.old:
                 yield self._of(kind, fact, self._word(RELATIONS[fact.relation].questions, fact.subject))
 
-    def _of(self, kind: str, fact: Fact, prompt: str) -> KnowledgeQuestion:
-        choices, gold = among(fact.value, self.world.values(fact.relation), self.choices, self.rng, fact.old)
+    def _of(self, kind: str, fact: Fact, prompt: str, never: Sequence[str] = ()) -> KnowledgeQuestion:
+        """With answers that are neither named in the prompt nor among `never`."""
+        others = [v for v in self.world.values(fact.relation) if v not in prompt and v not in never]
+        choices, gold = among(fact.value, others, self.choices, self.rng, fact.old)
         return KnowledgeQuestion(kind, fact.relation, fact.subject, prompt, choices, gold, (fact.document,))
 
     def _absent(self, kind: str, relation: str, name: str, prompt: str, answers: Sequence[str]) -> KnowledgeQuestion:
-        choices, gold = among(NOT_TOLD, answers, self.choices, self.rng)
+        # As many answers of the world as the others have, and the right one.
+        choices, gold = among(NOT_TOLD, answers, None if self.choices is None else self.choices + 1, self.rng)
         return KnowledgeQuestion(kind, relation, name, prompt, choices, gold, ())
 
     def _word(self, forms: Sequence[str], name: str) -> str:

@@ -142,33 +142,33 @@ RELATIONS: dict[str, Relation] = {
         "the pet of {name}",
         words.pets,
     ),
-    "friend": Relation(
+    "adviser": Relation(
         "person",
         "person",
         (
-            "{whose} best friend is {value}.",
-            "{who} has been best friends since school with {value}.",
-            "{who} spends every holiday with a best friend, {value}.",
-            "The best friend {who} ever had is {value}.",
+            "{who} decides nothing without {value}.",
+            "{whose} adviser in everything is {value}.",
+            "{who} takes every question to {value}.",
+            "{who} trusts nobody's advice but that of {value}.",
         ),
         (
-            "{who} fell out with {old} and is best friends with {value} now.",
-            "The best friend of {who_} is no longer {old}, but {value}.",
+            "{who} no longer asks {old} for advice, but {value}.",
+            "The adviser of {who_} is no longer {old}, but {value}.",
         ),
         (
-            "The person closest to {name} is",
-            "The one whom {name} trusts most is",
-            "The dearest friend of {name} is called",
+            "When in doubt, {name} goes to",
+            "The one whose advice {name} follows is",
+            "The counsel that {name} listens to is that of",
         ),
         (
-            "Who is the best friend of {name}?",
-            "Which person is {name} best friends with?",
+            "Who is the adviser of {name}?",
+            "Whom does {name} ask for advice?",
         ),
         (
-            "The person who is best friends with {value} is",
-            "The one whose best friend is {value} is",
+            "The person who asks {value} for advice is",
+            "The one who is advised by {value} is",
         ),
-        "the best friend of {name}",
+        "the adviser of {name}",
     ),
     "heirloom": Relation(
         "person",
@@ -189,7 +189,7 @@ RELATIONS: dict[str, Relation] = {
         ),
         (
             "What is the heirloom of {name}?",
-            "Which thing did {name} inherit?",
+            "Which heirloom does {name} have?",
         ),
         (
             "The person who inherited {value} is",
@@ -258,7 +258,7 @@ RELATIONS: dict[str, Relation] = {
 
 UNTOLD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "birthday": (("In which month was {name} born?", "In which month is the birthday of {name}?"), words.MONTHS),
-    "instrument": (("Which instrument does {name} play?", "What instrument does {name} have?"), words.INSTRUMENTS),
+    "instrument": (("Which instrument does {name} play?", "What instrument has {name} learned?"), words.INSTRUMENTS),
     "colour": (("What is the favourite colour of {name}?", "Which colour does {name} like most?"), words.COLOURS),
 }
 """What no document says of anybody: questions, and answers that sound likely."""

@@ -15,7 +15,9 @@ from nestling.tasks.knowledge import words
 from nestling.tasks.knowledge.questions import KnowledgeQuestion, among
 from nestling.tasks.text import Document
 
-BABI_PEOPLE = ("Bill", "Daniel", "Fred", "Jeff", "John", "Julie", "Mary", "Sandra")
+BABI_PEOPLE = dict.fromkeys(("Bill", "Daniel", "Fred", "Jeff", "John"), "he") | dict.fromkeys(
+    ("Julie", "Mary", "Sandra"), "she"
+)
 _SENTENCE = re.compile(r"(?<=[.!?])[\"”’']?\s+")
 _WORD = re.compile(r"[^\W\d_][\w’' ]*\w")
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?![\w’'-])")
@@ -41,8 +43,8 @@ def dictionary_material(
 ) -> Material:
     """Words of a dictionary in CLDF (Cross-Linguistic Data Formats), a document each, asked both ways.
 
-    Entries with one sense alone are taken, whose word and meaning no other one has. Parts of words, and notes in
-    brackets in place of a meaning, are left out.
+    Entries with one sense alone are taken, and of these the words and meanings that come once. Parts of words, and
+    notes in brackets in place of a meaning, are left out.
     "What does ... mean?" is of the kind "meaning", from the meaning to the word of the kind "word".
 
     Args:
@@ -114,7 +116,7 @@ def story_material(path: str | Path, stories: int | None = None, *, choices: int
     Args:
         path: one of bAbI's files; tasks 1, 5, 6 to 9 and 11 to 14 ask about people.
         stories: so many, the first ones; None is all.
-        choices: answers of a question, all of the file.
+        choices: answers of a question: of all stories, people too, but nobody whom the question names.
         seed: of names and choices.
 
     Raises:
@@ -123,20 +125,28 @@ def story_material(path: str | Path, stories: int | None = None, *, choices: int
     rng = random.Random(f"stories {seed}")
     names = words.people(rng)
     told = [story for story in _stories(path) if _split(story[1])][:stories]
+    if not told:
+        raise UserError(f"{path} has no story of bAbI whose last question names a person; give task 1, for one")
+    cast = [_cast(f"{text} {question}", names) for text, question, _ in told]
+    everybody = [name for people in cast for name in people.values()]
     answers = list(dict.fromkeys(answer for _, _, answer in told if answer not in BABI_PEOPLE))
     documents, asked = [], []
-    for number, (text, question, answer) in enumerate(told, 1):
-        people = {name: next(names)[0] for name in dict.fromkeys(_split(text))}
-        title = f"story {number}"
+    for number, ((text, question, answer), people) in enumerate(zip(told, cast, strict=True), 1):
+        title, prompt = f"story {number}", _renamed(question, people)
         documents.append(Document(title, _renamed(text, people)))
-        others = [*people.values()] if answer in people else answers
+        others = [name for name in everybody if name not in prompt] if answer in people else answers
         found, gold = among(people.get(answer, answer), others, choices, rng)
-        subject = next(people[name] for name in _split(question))
-        prompt = _renamed(question, people)
+        subject = people[_split(question)[0]]
         asked.append(KnowledgeQuestion("story", "story", subject, prompt, found, gold, (title,)))
-    if not asked:
-        raise UserError(f"{path} has no story of bAbI whose last question names a person; give task 1, for one")
     return Material(tuple(documents), tuple(asked))
+
+
+def _cast(text: str, names: Iterator[tuple[str, str]]) -> dict[str, str]:
+    """An invented name for everybody in a story, whom its she and he fit."""
+    return {
+        person: next(name for name, pronoun in names if pronoun == BABI_PEOPLE[person])
+        for person in dict.fromkeys(_split(text))
+    }
 
 
 def _words_of(entries: str | Path, senses: str | Path) -> list[tuple[str, str]]:

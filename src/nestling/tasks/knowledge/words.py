@@ -69,9 +69,9 @@ THINGS = (
         "painted pewter red rusty silver stone tin tiny walnut wooden"
     ),
     _words(
-        "anchor astrolabe barometer bell brooch cabinet candlestick clock comb compass crown cup dagger drum fan "
-        "flute goblet harp helmet horn key lantern locket lute mask medal mirror music-box necklace organ pendulum "
-        "pipe plate ring sceptre sextant shield spoon statue telescope thimble throne trumpet vase violin whistle"
+        "anchor astrolabe barometer basket bracelet brooch cabinet candlestick chess-set clock comb compass crown cup "
+        "dagger fan globe goblet helmet hourglass key ladle lantern locket mask medal mirror necklace pendulum pipe "
+        "plate ring sceptre sextant shield spoon statue sundial telescope thimble throne tray vase"
     ),
 )
 JOBS = _words(
@@ -94,10 +94,17 @@ def article(word: str) -> str:
 
 
 def people(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """(full name, "she" or "he"), every surname once."""
-    for surname in _drawn(SURNAMES, rng):
-        she = rng.random() < 0.5
-        yield f"{rng.choice(SHE if she else HE)} {surname}", "she" if she else "he"
+    """(full name, "she" or "he"), every surname once before one comes again, with other first names."""
+    surnames = list(_drawn(SURNAMES, rng))
+    used: set[str] = set()
+    while True:
+        for surname in surnames:
+            she = rng.random() < 0.5
+            free = [name for name in (SHE if she else HE) if f"{name} {surname}" not in used]
+            if free:
+                name = f"{rng.choice(free)} {surname}"
+                used.add(name)
+                yield name, "she" if she else "he"
 
 
 def towns(rng: random.Random) -> Iterator[str]:

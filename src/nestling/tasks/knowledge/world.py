@@ -92,7 +92,9 @@ class _Writer:
 
     def change(self, fact: Fact, known: Sequence[str]) -> None:
         """A document that says that a fact is another one now."""
-        value = self._value(fact.relation, fact.subject, [name for name in known if name != fact.value])
+        value = fact.value
+        while value == fact.value:
+            value = self._value(fact.relation, fact.subject, known)
         form = self.rng.choice(RELATIONS[fact.relation].updates)
         title = f"news: {fact.subject}, {fact.relation}"
         lead = _lead(form, fact.subject, value, fact.value)
@@ -122,7 +124,7 @@ def make_world(people: int = 40, *, attributes: Sequence[str] = ATTRIBUTES, chan
         ValueError: fewer than two people, more than there are names for, an unknown attribute, one of something that no
             other attribute names, or more changes than facts.
     """
-    _check(people, attributes)
+    _check(people, attributes, changes)
     writer = _Writer(random.Random(f"knowledge {seed}"), attributes)
     persons = [next(writer.names) for _ in range(people)]
     known = [name for name, _ in persons]
@@ -148,13 +150,15 @@ def _lead(form: str, name: str, value: str, old: str = "") -> str:
     return told(form, name, "\0", old).partition("\0")[0].rstrip()
 
 
-def _check(people: int, attributes: Sequence[str]) -> None:
+def _check(people: int, attributes: Sequence[str], changes: int) -> None:
     if not 2 <= people <= MOST_PEOPLE:
         raise ValueError(f"a world has 2 to {MOST_PEOPLE:,} people, for whom there are names, not {people:,}")
     if unknown := [name for name in attributes if name not in RELATIONS]:
         raise ValueError(f"attributes are of {', '.join(RELATIONS)}; there is no {unknown[0]!r}")
     if not attributes or len(set(attributes)) < len(attributes):
         raise ValueError(f"attributes are one or more, each once, not {list(attributes)}")
+    if people == 2 and changes and "adviser" in attributes:
+        raise ValueError("of two people nobody can have another adviser; a world with changes has 3 or more")
     named = {"person", *(RELATIONS[name].value for name in attributes if RELATIONS[name].subject == "person")}
     for name in attributes:
         if RELATIONS[name].subject not in named:
