@@ -59,7 +59,7 @@ def test_a_text_is_forgotten_as_if_it_had_never_been_read(place: Path, capsys: p
         (place / f"{name}.txt").unlink()
     said = forget(capsys, "memory", "two.txt")
     assert "memory has forgotten two.txt; read 1 document again from snapshot 1, 410 tokens" in said
-    assert "deleted what had read it, snapshots 2, 3, and its text" in said and "snapshot 4" in said
+    assert "deleted snapshots 2, 3, where it had been read, and its text" in said and "snapshot 4" in said
     before, now, without = map(float, re.findall(r"(\d\.\d{4}) (?:before|now|without)", said))
     assert before < now < without  # the other texts are like it
     assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))

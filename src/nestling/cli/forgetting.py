@@ -120,4 +120,5 @@ def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:
     count = "1 document" if again == 1 else f"{again} documents"
     done = f"read {count} again {begin}, {plan.tokens:,} tokens" if again else "nothing had come after it"
     say(console, f"{store.path} has forgotten {names}; {done}")
-    say(console, f"deleted what had read it, snapshots {', '.join(map(str, plan.gone))}, and its text")
+    numbers = ", ".join(map(str, plan.gone))
+    say(console, f"deleted snapshot{'s' * (len(plan.gone) > 1)} {numbers}, where it had been read, and its text")
