@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nestling.cli import main
+from nestling.cli import main, memory_tables
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.continual.store.texts import KeptTexts, make_key, read_key, text_digest
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
-from tests.continual.test_forgetting import untimed
+from tests.continual.study.test_forgetting import untimed
 from tests.llamas import random_llama
 from tests.test_cli import fails
 from tests.test_cli_memory import out
@@ -60,7 +60,7 @@ def test_a_text_is_forgotten_as_if_it_had_never_been_read(place: Path, capsys: p
     said = forget(capsys, "memory", "two.txt")
     assert "memory has forgotten two.txt; read 1 document again from snapshot 1, 410 tokens" in said
     assert "deleted snapshots 2, 3, where it had been read, and its text" in said and "snapshot 4" in said
-    before, now, without = map(float, re.findall(r"(\d\.\d{4}) (?:before|now|without)", said))
+    before, without, now = map(float, re.findall(r"\b\d+\.\d{4}\b", said))
     assert before < now < without  # the other texts are like it
     assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
     assert len(kept.digests()) == 2 and b"text of two" not in all_bytes(place / "memory")
@@ -118,6 +118,22 @@ def test_prune_and_fork_keep_the_texts_that_were_read(place: Path, capsys: pytes
     assert KeptTexts(place / "memory").digests() == KeptTexts(place / "early").digests()
 
 
+def test_losses_are_read_with_the_memorys_context(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may have no more positions than that."""
+    for name in NAMES[:2]:
+        learn(capsys, "memory", f"{name}.txt", "--keep-texts", "--context=32")
+    contexts: list[int] = []
+
+    def measure(model: object, ids: object, context: int = 512, *_: object) -> float:
+        contexts.append(context)
+        return 1.0
+
+    monkeypatch.setattr(memory_tables, "frozen_loss", measure)
+    assert "loss in nats" in forget(capsys, "memory", "two.txt") and contexts == [32] * 3
+
+
 def test_a_memory_that_keeps_texts_goes_on_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     learn(capsys, "memory", "one.txt", "--keep-texts")
     learn(capsys, "memory", "two.txt")
@@ -140,9 +156,9 @@ def test_without_the_texts_it_says_what_can_be_done(place: Path, capsys: pytest.
     first = fails(capsys, "memory", "forget", "memory", "one.txt", "--model", "model")
     assert "two.txt, three.txt: read after" in first and "begin another memory" in first
     assert MemoryStore(place / "memory").index() == index
-    assert "loss of" not in forget(capsys, "memory", "two.txt", "--text", "three.txt", "--measure", "0")
+    assert "loss in nats" not in forget(capsys, "memory", "two.txt", "--text", "three.txt", "--measure", "0")
     last = forget(capsys, "memory", "three.txt")  # nothing came after it, so nothing is needed
-    assert "nothing had come after it" in last and "loss of" not in last
+    assert "nothing had come after it" in last and "loss in nats" not in last
     assert [d.name for d in load_memory("memory").documents] == ["one.txt"]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.learner.learner import Learner
@@ -17,7 +18,9 @@ from nestling.continual.learner.options import Options
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
+from nestling.evaluation.choices import encode
 from nestling.evaluation.knowledge import Context
+from nestling.evaluation.sampling import own_beginning
 from nestling.tasks.knowledge import KnowledgeQuestion
 from nestling.tasks.text import Document
 from reproductions.harness.lora import add_lora
@@ -25,6 +28,8 @@ from reproductions.harness.lora import add_lora
 NEAREST = 3
 """Passages that are put before a question."""
 RANK = 16
+Named = tuple[str, Tensor]
+"""A document: its name, its tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ ARMS = {
     "lora, 10 passes": Arm(learned="lora", passes=10),
 }
 RATES = {"levels": 3e-4, "rank": 1e-3, "lora": 1e-3}
-"""Where the grid of `--rates` is not given."""
+"""Of what learns, not tuned."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,6 @@ def read(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
-    rate: float | None,
     seed: int,
 ) -> Read:
     """Have a copy of the model read documents.
@@ -87,15 +91,15 @@ def read(
         base: unchanged.
         tokenizer: its own.
         documents: in order.
-        rate: of learning; None is that of `RATES`.
         seed: of what is drawn.
     """
     start = time.perf_counter()
     model, nbytes = base, 0
     if arm.learned != "nothing":
         model = copy.deepcopy(base)
-        learn = _by_lora if arm.learned == "lora" else _by_learner
-        nbytes = learn(arm, model, tokenizer, documents, rate or RATES[arm.learned], seed)
+        texts = [(d.name, torch.tensor(own_beginning(tokenizer) + encode(tokenizer, d.text))) for d in documents]
+        passes = [_ordered(texts, number, seed) for number in range(arm.passes)]
+        nbytes = _by_lora(model, passes, seed) if arm.learned == "lora" else _by_learner(arm, model, passes, seed)
     before: dict[str, Context] = {
         "nothing": _nothing,
         "everything": _all_of(documents),
@@ -128,42 +132,23 @@ def _all_of(documents: Sequence[Document]) -> Context:
     return lambda _: text
 
 
-def _by_learner(
-    arm: Arm,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    rate: float,
-    seed: int,
-) -> int:
-    """As `nestling learn` does, document by document; in passes, each in another order after the first."""
-    options = Options(seed=seed)
-    learner = Learner(model, lr=rate, options=replace(options, rank=RANK) if arm.learned == "rank" else options)
-    for number in range(arm.passes):
-        for document in _order(documents, number, seed):
-            ids = torch.tensor([*_encode(tokenizer, document.text), int(tokenizer.eos_token_id)])
-            learner.observe(ids, document=DocumentRecord(document.name, "", 0, False, 0.0, ""))
-            learner.end_document()
+def _by_learner(arm: Arm, model: PreTrainedModel, passes: Sequence[Sequence[Named]], seed: int) -> int:
+    """As `nestling learn` does, document by document."""
+    options = Options(seed=seed, rank=RANK if arm.learned == "rank" else None)
+    learner = Learner(model, lr=RATES[arm.learned], options=options)
+    for name, ids in (document for documents in passes for document in documents):
+        learner.observe(ids, document=DocumentRecord(name, "", 0, False, 0.0, ""))
+        learner.end_document()
     return learner.memory().nbytes
 
 
-def _by_lora(
-    arm: Arm,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    rate: float,
-    seed: int,
-) -> int:
+def _by_lora(model: PreTrainedModel, passes: Sequence[Sequence[Named]], seed: int) -> int:
     """Eight documents a step, AdamW."""
     add_lora(model, RANK, seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, reader = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95)), Reader(model)
-    for number in range(arm.passes):
-        pieces = []
-        for document in _order(documents, number, seed):
-            ids = torch.tensor([*_encode(tokenizer, document.text), int(tokenizer.eos_token_id)])
-            pieces.append(Piece(ids, 0, torch.ones(len(ids), dtype=torch.bool)))
+    optimizer, reader = torch.optim.AdamW(parameters, lr=RATES["lora"], betas=(0.9, 0.95)), Reader(model)
+    for documents in passes:
+        pieces = [Piece(ids, 0, torch.ones(len(ids), dtype=torch.bool)) for _, ids in documents]
         for begin in range(0, len(pieces), 8):
             reader.losses(pieces[begin : begin + 8]).mean().backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -172,13 +157,9 @@ def _by_lora(
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _order(documents: Sequence[Document], number: int, seed: int) -> list[Document]:
+def _ordered(documents: Sequence[Named], number: int, seed: int) -> list[Named]:
+    """As they are in the first pass, in another order in each later one."""
     if number == 0:
         return list(documents)
     generator = torch.Generator().manual_seed(1000 * seed + number)
     return [documents[i] for i in torch.randperm(len(documents), generator=generator).tolist()]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    return ids

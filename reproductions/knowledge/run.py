@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +23,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.stream.scoring import read_frozen
-from nestling.evaluation.choices import ask_last_words
+from nestling.evaluation.choices import ask_last_words, encode
 from nestling.evaluation.knowledge import absence_auroc, ask_knowledge, knowledge_scores
 from nestling.models.pretrained import load_pretrained
 from nestling.tasks.knowledge import (
@@ -89,19 +89,22 @@ class Experiment:
         other = make_world(self.people, seed=seed + OTHER)
         strange = ask_world(other, ["question"])
         material = Material(world.documents, tuple(ask_world(world)))
-        return self._measured(arm, "world", f"{self.people} people", seed, material, strange)
+        return self.measured(arm, "world", f"{self.people} people", seed, material, strange)
 
-    def real(self, arm: str, source: str, name: str, seed: int, material: Material) -> Row:
-        """An arm on a real text."""
-        return self._measured(arm, source, name, seed, material, [])
-
-    def _measured(
-        self, arm: str, source: str, name: str, seed: int, material: Material, strange: Sequence[KnowledgeQuestion]
+    def measured(
+        self,
+        arm: str,
+        source: str,
+        name: str,
+        seed: int,
+        material: Material,
+        strange: Sequence[KnowledgeQuestion] = (),
     ) -> Row:
+        """An arm on documents, asked about them and, where there are such, questions of nobody's concern."""
         key = {"model": self.name, "source": source, "name": name, "arm": arm, "seed": seed, "chat": self.chat}
 
         def make() -> Row:
-            found = read(ARMS[arm], self.model, self.tokenizer, material.documents, None, seed)
+            found = read(ARMS[arm], self.model, self.tokenizer, material.documents, seed)
             row = self._asked(found, material, strange)
             about = ", ".join(f"{kind} {own['accuracy']:.2f}" for kind, own in row["kinds"].items())
             print(f"{source} {name}, {arm}, seed {seed}: {about} in {row['seconds']:.0f} s", flush=True)
@@ -119,26 +122,22 @@ class Experiment:
             others = ask_knowledge(found.model, self.tokenizer, strange, found.context, chat=self.chat)
             row["other user"] = knowledge_scores(others)["all"].accuracy
         row |= self._losses(found.model, material.documents) | self._judged(found.model)
-        tokens = sum(len(self._encode(document.text)) for document in material.documents)
+        tokens = sum(len(encode(self.tokenizer, document.text)) for document in material.documents)
         return row | {"bytes": found.nbytes, "seconds": round(found.seconds, 1), "tokens": tokens}
 
     def _losses(self, model: PreTrainedModel, documents: Sequence[Document]) -> Row:
         """Of the documents' tokens, each document by itself and at most its first 2,048 tokens."""
-        ids = [torch.tensor(self._encode(document.text)[:2048]) for document in documents]
+        ids = [torch.tensor(encode(self.tokenizer, document.text)[:2048]) for document in documents]
         found = torch.cat([read_frozen(model, own)[1:] for own in ids if len(own) > 1])
         return {"mean_loss": float(found.mean()), "median_loss": float(found.median())}
 
     def _judged(self, model: PreTrainedModel) -> Row:
         row: Row = {}
         if self.judges.wikitext is not None:
-            row["wikitext"] = statistics.mean(read_frozen(model, self.judges.wikitext)[1:].tolist())
+            row["wikitext"] = frozen_loss(model, self.judges.wikitext)
         if self.judges.lambada:
             row["lambada"] = asdict(ask_last_words(model, self.tokenizer, self.judges.lambada))
         return row
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-        return ids
 
 
 def run(args: argparse.Namespace, rows: Rows) -> None:
@@ -158,7 +157,7 @@ def run(args: argparse.Namespace, rows: Rows) -> None:
     for seed in args.seeds:
         for arm in args.arms:
             for source, name, material in sources:
-                made.real(arm, source, name, seed, material)
+                made.measured(arm, source, name, seed, material)
             if not sources:
                 made.world(arm, seed)
 

@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from nestling.cli.console import quiet_libraries, say, stdout_console
 from nestling.cli.loading import document_tokens, load_causal_lm
-from nestling.continual.forgetting import (
+from nestling.cli.memory_tables import Measured, print_losses
+from nestling.continual.learn_documents import Progress, Text
+from nestling.continual.learner.guards import LearningDivergedError
+from nestling.continual.learner.learner import Learner
+from nestling.continual.learner.options import settings_from
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.store import MemoryStore
+from nestling.continual.store.texts import KeptTexts, read_key, text_digest
+from nestling.continual.study.forgetting import (
     Forgetting,
     learn_again,
     missing_texts,
@@ -21,13 +29,6 @@ from nestling.continual.forgetting import (
     refuse_without,
     save_forgotten,
 )
-from nestling.continual.learn_documents import Progress, Text, frozen_loss
-from nestling.continual.learner.guards import LearningDivergedError
-from nestling.continual.learner.learner import Learner
-from nestling.continual.learner.options import settings_from
-from nestling.continual.store.records import DocumentRecord
-from nestling.continual.store.store import MemoryStore
-from nestling.continual.store.texts import KeptTexts, read_key, text_digest
 from nestling.errors import UserError
 from nestling.tasks.text import read_documents
 
@@ -55,40 +56,32 @@ def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], ke
         def tokens(text: str) -> Tensor:
             return document_tokens(source, model, tokenizer, text)
 
-        context = settings_from(plan.memory.settings["learner"]).context
-        asked = [] if not measure else _asked(plan, kept, given, lambda text: tokens(text)[:measure])
+        texts = {} if not measure else _asked(plan, kept, given, lambda text: tokens(text)[:measure])
+        measured = Measured(model, texts, settings_from(plan.memory.settings["learner"]).context)
         try:
-            with plan.memory.applied(model):
-                before = [frozen_loss(model, ids, context) for _, ids in asked]
-            base = [frozen_loss(model, ids, context) for _, ids in asked]
+            losses = measured.losses({"before": plan.memory, "without any memory": None})
             learner = _learned_again(console, store, plan, model, lambda digest: tokens(given[digest]))
         except (ValueError, LearningDivergedError) as error:
             raise UserError(str(error)) from error
-        now = [frozen_loss(model, ids, context) for _, ids in asked]
+        losses |= measured.losses({"now": None})  # with the learner on the model
         snapshot = save_forgotten(store, plan, learner)
         store.tidy()
     _report(console, store, plan)
-    for (name, ids), *losses in zip(asked, before, now, base, strict=True):
-        said = "{:.4f} before, {:.4f} now, {:.4f} without any memory".format(*losses)
-        say(console, f"loss of {name}, {len(ids):,} tokens: {said}")
-    say(
-        console,
-        f"memory of {snapshot.tokens:,} tokens in {place}, snapshot {snapshot.number} ({snapshot.bytes:,} bytes)",
-    )
+    if texts:
+        print_losses(console, measured, losses)
+    size = f"snapshot {snapshot.number} ({snapshot.bytes:,} bytes)"
+    say(console, f"memory of {snapshot.tokens:,} tokens in {place}, {size}")
 
 
 def _asked(
     plan: Forgetting, kept: KeptTexts, given: dict[str, str], tokens: Callable[[str], Tensor]
-) -> list[tuple[str, Tensor]]:
-    """What is forgotten, as far as its text is at hand."""
-    found: dict[str, tuple[str, Tensor]] = {}
+) -> dict[str, Tensor]:
+    """What is forgotten, by name, as far as its text is at hand."""
+    found: dict[str, Tensor] = {}
     for record in plan.documents:
-        text = given.get(record.digest)
-        if text is None and record.digest in kept.digests():
-            text = kept.read(record.digest)
-        if text is not None:
-            found[record.digest] = Path(record.name).name, tokens(text)
-    return list(found.values())
+        if record.digest in given or record.digest in kept.digests():
+            found[record.name] = tokens(given.get(record.digest) or kept.read(record.digest))
+    return found
 
 
 def _learned_again(

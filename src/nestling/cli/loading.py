@@ -17,6 +17,7 @@ from nestling.cli.states import hint
 from nestling.continual.store.memory_file import is_memory_file
 from nestling.continual.store.store import load_memory
 from nestling.errors import UserError
+from nestling.evaluation.sampling import own_beginning
 from nestling.memory.state import StateFileError
 from nestling.models.cache import ModelState
 from nestling.models.pretrained import load_pretrained
@@ -189,7 +190,7 @@ def document_tokens(
     if (Path(source) / CONFIG_FILE).exists():
         ids = encode_document(tokenizer, text)
     else:
-        ids = np.concatenate([_own_beginning(tokenizer), encode_text(tokenizer, text)])
+        ids = np.concatenate([own_beginning(tokenizer), encode_text(tokenizer, text)])
     check_tokens(source, model, ids)
     return torch.from_numpy(ids.astype(np.int64))
 
@@ -220,15 +221,10 @@ def prompt_tokens(
         return [int(i) for i in ids]
     if (Path(source) / CONFIG_FILE).exists() or continuing:
         return [int(i) for i in reading_tokens(tokenizer, [Document("prompt", prompt)], continuing)]
-    found = [*_own_beginning(tokenizer), *map(int, encode_text(tokenizer, prompt))]
+    found = [*own_beginning(tokenizer), *map(int, encode_text(tokenizer, prompt))]
     if not found and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source} has no beginning and no end token to begin with; give a --prompt")
     return found or [start_token(tokenizer)]
-
-
-def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text by itself, a beginning token or nothing."""
-    return [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
 
 
 def check_tokens(source: str | Path, model: PreTrainedModel, ids: Sequence[int] | np.ndarray | Tensor) -> None:

@@ -136,8 +136,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: s
     """
     if not prompt:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [int(start)], _encode(tokenizer, continuation)
-    before, whole = _encode(tokenizer, prompt), _encode(tokenizer, prompt + continuation)
+        return [int(start)], encode(tokenizer, continuation)
+    before, whole = encode(tokenizer, prompt), encode(tokenizer, prompt + continuation)
     return whole[: len(before)], whole[len(before) :]
 
 
@@ -216,7 +216,8 @@ def _lines(path: str | Path, items: int | None) -> list[dict[str, Any]]:
     return found
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """Tokens of a text, and no special ones."""
     ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     return ids
 

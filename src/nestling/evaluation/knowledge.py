@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.evaluation.sampling import MARK, end_tokens
+from nestling.evaluation.choices import encode
+from nestling.evaluation.sampling import MARK, end_tokens, own_beginning
 from nestling.evaluation.shared_prompt import Ids, SharedPrompt
 from nestling.tasks.knowledge import NOT_TOLD, KnowledgeQuestion
 
@@ -108,7 +109,6 @@ def ask_knowledge(
     *,
     chat: bool = False,
     words: int = 0,
-    on_question: Callable[[Answer], object] = lambda _: None,
 ) -> list[Answer]:
     """Ask a model.
 
@@ -122,7 +122,6 @@ def ask_knowledge(
         context: what is to be read before each. Questions that follow each other with the same one read it once.
         chat: put questions with the tokenizer's chat template.
         words: tokens of its own words that are asked for, after questions only; 0 is none.
-        on_question: called after each.
 
     Raises:
         ValueError: `chat` without a chat template.
@@ -138,14 +137,13 @@ def ask_knowledge(
             head, rest, space = _prompt(tokenizer, question, context(question), chat)
             asked = [*question.choices, NOT_TOLD] if question.asks else question.choices
             choices = [_continued(tokenizer, rest, space + choice) for choice in asked]
-            scores = reader.log_likelihoods(head, _encode(tokenizer, rest), choices)
+            scores = reader.log_likelihoods(head, encode(tokenizer, rest), choices)
             refusal, text = (scores.pop(), "") if question.asks else (None, None)
             if words and question.asks:
-                written = reader.write(head, _encode(tokenizer, rest), words, stop)
+                written = reader.write(head, encode(tokenizer, rest), words, stop)
                 text = str(tokenizer.decode(written)).strip().split("\n")[0]
             lengths = tuple(map(len, choices[: len(scores)]))
             found.append(Answer(question, tuple(scores), lengths, refusal, text if words else None))
-            on_question(found[-1])
     finally:
         model.train(was_training)
     return found
@@ -203,23 +201,17 @@ def _prompt(
     before = f"{context}\n\n" if context else ""
     if not (chat and question.asks):
         prompt = f"Question: {question.prompt}\nAnswer:" if question.asks else question.prompt
-        beginning = [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
-        return beginning + _encode(tokenizer, before), prompt, " "
+        return own_beginning(tokenizer) + encode(tokenizer, before), prompt, " "
     turn = [{"role": "user", "content": before + MARK}]
     whole = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     head, _, end = whole.rpartition(MARK)
-    return _encode(tokenizer, head), question.prompt + end, ""
+    return encode(tokenizer, head), question.prompt + end, ""
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, after: str) -> Ids:
     """Tokens of what follows a prompt, encoded with it, where the prompt's own are the same then."""
-    before, whole = _encode(tokenizer, prompt), _encode(tokenizer, prompt + after)
-    return whole[len(before) :] if whole[: len(before)] == before else _encode(tokenizer, after)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # type: ignore[assignment]
-    return ids
+    before, whole = encode(tokenizer, prompt), encode(tokenizer, prompt + after)
+    return whole[len(before) :] if whole[: len(before)] == before else encode(tokenizer, after)
 
 
 def _says(text: str, answer: str) -> bool:

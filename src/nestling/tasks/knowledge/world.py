@@ -1,4 +1,4 @@
-"""Invented worlds: people, towns and things that no model has read of, told in short documents."""
+"""Invented worlds: people, towns and things, told in short documents."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nestling.tasks.text import Document
 
 ATTRIBUTES = ("town", "job", "pet", "craft")
 STRANGERS = 20
+MOST_PEOPLE = 500
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class World:
     documents: tuple[Document, ...]
     facts: tuple[Fact, ...]
     strangers: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """All documents, a paragraph each."""
-        return "\n\n".join(document.text for document in self.documents) + "\n"
 
     def values(self, relation: str) -> list[str]:
         """What is told of a relation, old values too, each once, in the order of the facts."""
@@ -165,6 +161,3 @@ def _check(people: int, attributes: Sequence[str], changes: int) -> None:
             raise ValueError(
                 f"{name!r} is told of every {RELATIONS[name].subject}, and no attribute of people names one"
             )
-
-
-MOST_PEOPLE = 500

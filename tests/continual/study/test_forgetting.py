@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nestling.continual import Learner, Level, Memory, MemoryStore, Options, Rehearsal, Replay
-from nestling.continual.forgetting import Forgetting, learn_again, plan_forgetting, save_forgotten
 from nestling.continual.learn_documents import Text, learn_text
+from nestling.continual.study.forgetting import Forgetting, learn_again, plan_forgetting, save_forgotten
 from nestling.errors import UserError
 from tests.continual.models import assert_same
 from tests.continual.stream.stream_models import text, tiny_llama
