@@ -18,9 +18,10 @@ from nestling.continual.learner.options import Options
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
+from nestling.continual.stream.tokenizing import own_beginning
+from nestling.continual.study.studying import Study
 from nestling.evaluation.choices import encode
 from nestling.evaluation.knowledge import Context
-from nestling.evaluation.sampling import own_beginning
 from nestling.tasks.knowledge import KnowledgeQuestion
 from nestling.tasks.text import Document
 from reproductions.harness.lora import add_lora
@@ -38,12 +39,13 @@ class Arm:
 
     Attributes:
         before: what stands before a question: "nothing", "everything" or the "nearest" documents.
-        learned: what learns: "nothing", a `Learner` ("levels", of low rank "rank"), or peft's "lora".
+        learned: what learns: "nothing", a `Learner` ("levels", of low rank "rank", with exercises "study"), or peft's
+            "lora".
         passes: over the documents.
     """
 
     before: Literal["nothing", "everything", "nearest"] = "nothing"
-    learned: Literal["nothing", "levels", "rank", "lora"] = "nothing"
+    learned: Literal["nothing", "levels", "rank", "lora", "study"] = "nothing"
     passes: int = 1
 
 
@@ -55,6 +57,8 @@ ARMS = {
     "learn, 10 passes": Arm(learned="levels", passes=10),
     "learn, rank 16, 10 passes": Arm(learned="rank", passes=10),
     "lora, 10 passes": Arm(learned="lora", passes=10),
+    "study": Arm(learned="study"),
+    "study and retrieval": Arm("nearest", learned="study"),
 }
 RATES = {"levels": 3e-4, "rank": 1e-3, "lora": 1e-3}
 """Of what learns, not tuned."""
@@ -95,7 +99,10 @@ def read(
     """
     start = time.perf_counter()
     model, nbytes = base, 0
-    if arm.learned != "nothing":
+    if arm.learned == "study":
+        model = copy.deepcopy(base)
+        nbytes = _by_study(model, tokenizer, documents, seed)
+    elif arm.learned != "nothing":
         model = copy.deepcopy(base)
         texts = [(d.name, torch.tensor(own_beginning(tokenizer) + encode(tokenizer, d.text))) for d in documents]
         passes = [_ordered(texts, number, seed) for number in range(arm.passes)]
@@ -139,6 +146,15 @@ def _by_learner(arm: Arm, model: PreTrainedModel, passes: Sequence[Sequence[Name
     for name, ids in (document for documents in passes for document in documents):
         learner.observe(ids, document=DocumentRecord(name, "", 0, False, 0.0, ""))
         learner.end_document()
+    return learner.memory().nbytes
+
+
+def _by_study(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], seed: int
+) -> int:
+    """As `nestling study` does."""
+    learner = Learner(model, lr=RATES["rank"], options=Options(seed=seed, rank=RANK))
+    learner.study({d.name: d.text for d in documents}, tokenizer, Study(seed=seed))
     return learner.memory().nbytes
 
 

@@ -23,6 +23,7 @@ from nestling.continual.store.store import MemoryStore
 from nestling.continual.store.texts import KeptTexts, read_key, text_digest
 from nestling.continual.study.forgetting import (
     Forgetting,
+    Studying,
     learn_again,
     missing_texts,
     plan_forgetting,
@@ -48,8 +49,8 @@ def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], ke
         plan = plan_forgetting(store, names)
         if missing := missing_texts(plan, {*kept.digests(), *given}):
             raise refuse_without(store, plan, missing)
-        for part in plan.again:  # a text that cannot be read is found before the work
-            given[part.document.digest] = given.get(part.document.digest) or kept.read(part.document.digest)
+        for digest in plan.needs:  # a text that cannot be read is found before the work
+            given[digest] = given.get(digest) or kept.read(digest)
         quiet_libraries()
         model, tokenizer = load_causal_lm(source)
 
@@ -60,7 +61,8 @@ def run(place: Path, names: Sequence[str], source: str, files: Sequence[str], ke
         measured = Measured(model, texts, settings_from(plan.memory.settings["learner"]).context)
         try:
             losses = measured.losses({"before": plan.memory, "without any memory": None})
-            learner = _learned_again(console, store, plan, model, lambda digest: tokens(given[digest]))
+            studying = Studying(tokenizer, given.__getitem__)
+            learner = _learned_again(console, store, plan, model, lambda digest: tokens(given[digest]), studying)
         except (ValueError, LearningDivergedError) as error:
             raise UserError(str(error)) from error
         losses |= measured.losses({"now": None})  # with the learner on the model
@@ -90,6 +92,7 @@ def _learned_again(
     plan: Forgetting,
     model: PreTrainedModel,
     tokens: Callable[[str], Tensor],
+    studying: Studying,
 ) -> Learner:
     """With a bar; `tokens` gives those of a digest."""
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -103,15 +106,18 @@ def _learned_again(
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tokens that are not learned from, as they were not the first time
-            return learn_again(model, store, plan, text, step)
+            return learn_again(model, store, plan, text, step, studying)
 
 
 def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:
     names = ", ".join(dict.fromkeys(Path(record.name).name for record in plan.documents))
     begin = "from nothing" if plan.begin is None else f"from snapshot {plan.begin.number}"
-    again = len({part.document.digest for part in plan.again})
+    again = len({part.document.digest for part in plan.parts})
     count = "1 document" if again == 1 else f"{again} documents"
-    done = f"read {count} again {begin}, {plan.tokens:,} tokens" if again else "nothing had come after it"
+    parts = [f"read {count} again, {plan.tokens:,} tokens"] if again else []
+    sessions = len(plan.again) - len(plan.parts)
+    parts += [f"studied {len(plan.needs)} again" + (f" in {sessions} studies" if sessions > 1 else "")] * bool(sessions)
+    done = f"{' and '.join(parts)} {begin}" if parts else "nothing had come after it"
     say(console, f"{store.path} has forgotten {names}; {done}")
     numbers = ", ".join(map(str, plan.gone))
     say(console, f"deleted snapshot{'s' * (len(plan.gone) > 1)} {numbers}, where it had been read, and its text")

@@ -157,8 +157,8 @@ def run(
         UserError: whatever the user can put right; a memory that exists is then as it was last saved.
     """
     store, console = MemoryStore(place), stdout_console()
-    documents = [document for path in paths for document in _documents(path, place)]
-    kept = _kept_texts(place, keep_texts, key)
+    documents = [document for path in paths for document in read_given(path, place)]
+    kept = kept_texts(place, keep_texts, key)
     quiet_libraries()
     with store.lock():
         saved = store.load() if store.exists() else None
@@ -187,7 +187,7 @@ def run(
     return stopped
 
 
-def _kept_texts(place: Path, keep: bool, key: Path | None) -> KeptTexts | None:
+def kept_texts(place: Path, keep: bool, key: Path | None) -> KeptTexts | None:
     """Where texts are kept: if that is wanted, and in a memory that has begun to.
 
     Raises:
@@ -256,7 +256,7 @@ def interruptible() -> Iterator[Callable[..., None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _documents(path: str, memory: Path) -> list[Document]:
+def read_given(path: str, memory: Path) -> list[Document]:
     """Of a file or directory (but the memory's own, which may be inside), or of standard input."""
     if path != "-":
         return read_documents(path, leave_out=memory)

@@ -16,8 +16,8 @@ from nestling import NestlingForCausalLM
 from nestling.cli.states import hint
 from nestling.continual.store.memory_file import is_memory_file
 from nestling.continual.store.store import load_memory
+from nestling.continual.stream.tokenizing import own_beginning
 from nestling.errors import UserError
-from nestling.evaluation.sampling import own_beginning
 from nestling.memory.state import StateFileError
 from nestling.models.cache import ModelState
 from nestling.models.pretrained import load_pretrained

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestling.continual.stream.tokenizing import own_beginning
 from nestling.evaluation.choices import encode
-from nestling.evaluation.sampling import MARK, end_tokens, own_beginning
+from nestling.evaluation.sampling import MARK, end_tokens
 from nestling.evaluation.shared_prompt import Ids, SharedPrompt
 from nestling.tasks.knowledge import NOT_TOLD, KnowledgeQuestion
 

@@ -92,11 +92,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     return frozenset(int(i) for i in ends if i is not None)
 
 
-def own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text by itself, a beginning token or nothing."""
-    return [int(i) for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
-
-
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes after an answer; None without a template or such a token."""
     if not tokenizer.chat_template:

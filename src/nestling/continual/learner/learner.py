@@ -7,22 +7,21 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.component import LearnerComponent, components_of, strictest, undone_on_error
 from nestling.continual.learner import consolidation
 from nestling.continual.learner.average import RunningMean
 from nestling.continual.learner.gradients import take_gradients
 from nestling.continual.learner.guards import LearningWarning, SpikeGuard, check_not_diverged
-from nestling.continual.learner.levels import make_optimizer, make_weights, resolve
+from nestling.continual.learner.levels import make_optimizer, make_weights, resolve, step_levels
 from nestling.continual.learner.observation import Counters, Observation
 from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.learner.steps import retain
 from nestling.continual.learner.weights import taken_off
 from nestling.continual.store import resume
 from nestling.continual.store.applying import COPIED, LEARNER, check_free
@@ -31,6 +30,7 @@ from nestling.continual.store.memory import Memory
 from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
 from nestling.continual.stream.documents import Document, DocumentLog
 from nestling.continual.stream.scoring import Reader, check_context, learning, own_modes
+from nestling.continual.study.studying import Events, Studied, Study, study
 
 C = TypeVar("C", bound=LearnerComponent)
 
@@ -118,6 +118,7 @@ class Learner:
         self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
         self.log = DocumentLog()
         self.counters = Counters()
+        self.studies: list[dict[str, Any]] = []
         self._refused = 0
 
     @own_modes()
@@ -264,6 +265,18 @@ class Learner:
         return done
 
     @own_modes()
+    def study(
+        self,
+        texts: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Study | None = None,
+        events: Events | None = None,
+    ) -> Studied:
+        """Learn texts, by name, until questions made of them are answered; see
+        `nestling.continual.study.studying.study`."""
+        return study(self, texts, tokenizer, settings or Study(), events or Events())
+
+    @own_modes()
     def memory(self) -> Memory:
         """What was learned, and all that is needed to go on exactly from here.
 
@@ -360,27 +373,15 @@ class Learner:
         with learning(self.model, self._everything):
             seen = take_gradients(self.reader, pieces, read_with, budget, self.guard, bounds, self._learned)
             if seen.refusal is None:
-                updated.extend(self._step())
+                updated.extend(
+                    step_levels(self.optimizer, self.weights, self.components.values(), self.settings.options)
+                )
         if seen.refusal is None:
             self._count(pieces, seen.losses)
         else:
             self._refuse(seen.refusal, notes)
         self.stream.end_chunk()
         return placed(pieces, seen.losses.float())[-new:]
-
-    def _step(self) -> list[str]:
-        """Update the levels whose period has passed."""
-        options = self.settings.options
-        due = [level.name for level in self.optimizer.levels if level.elapsed + 1 == level.period]
-        for component in self.components.values():
-            component.before_step(due)
-        for name in due:
-            if (kept := options.retention_of(name)) != 1:
-                retain(self.weights[name].anchored, kept)
-        self.optimizer.step()
-        for component in self.components.values():
-            component.after_step(due)
-        return due
 
     def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
         self.counters.chunks += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nestling.continual.learner.options import Level, Settings
+from nestling.continual.component import LearnerComponent
+from nestling.continual.learner.options import Level, Options, Settings
+from nestling.continual.learner.steps import retain
 from nestling.continual.learner.weights import FullWeights, LevelWeights, LowRankWeights
 from nestling.levels.assignment import existing_names, named_levels, stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
@@ -136,6 +138,25 @@ def make_optimizer(
             "(replay without projection or teacher is not)"
         )
     return made
+
+
+def step_levels(
+    optimizer: MultiFrequency,
+    weights: Mapping[str, LevelWeights],
+    components: Iterable[LearnerComponent],
+    options: Options,
+) -> list[str]:
+    """Update the levels whose period has passed; their names."""
+    due = [level.name for level in optimizer.levels if level.elapsed + 1 == level.period]
+    for component in components:
+        component.before_step(due)
+    for name in due:
+        if (kept := options.retention_of(name)) != 1:
+            retain(weights[name].anchored, kept)
+    optimizer.step()
+    for component in components:
+        component.after_step(due)
+    return due
 
 
 def _check_weight(name: str, weight: Tensor) -> None:

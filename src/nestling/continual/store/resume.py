@@ -50,6 +50,7 @@ def to_memory(learner: Learner) -> Memory:
             "document": {"present": log.present, "total": log.total, "targets": log.targets},
             "stream": {"open": stream.open, "starts": [piece.start for piece in stream.pieces]},
             "optimizer": optimizer,
+            "studies": list(learner.studies),
         }
         | kept,
         tensors=tensors,
@@ -131,13 +132,29 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     # Memories of version 0.2 do not count these.
     consolidations, adopted = (int(counters.get(name, -1)) for name in ("consolidations", "adopted"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
+    studies = _studies(settings.get("studies", []))
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
     learner.stream.open = opened
     learner.counters = Counters(tokens, skipped, chunks, consolidations, adopted)
     learner.guard.mean, learner.guard.spikes = mean, spikes
+    learner.studies = studies
     learner.log.present, learner.log.total, learner.log.targets = present, total, targets
+
+
+def _studies(values: Any) -> list[dict[str, Any]]:
+    """What a memory says of the studies it had, checked: which texts, after how many documents, how, how long."""
+    if not isinstance(values, list):
+        raise ValueError(f"a memory's studies are a list, in this one {str(values)[:80]}")
+    for each in values:
+        fields = each if isinstance(each, dict) else {}
+        whole = [isinstance(fields.get(name), int) and fields[name] >= 0 for name in ("records", "added", "steps")]
+        digests, how = fields.get("digests"), fields.get("settings")
+        named = isinstance(digests, list) and all(isinstance(digest, str) for digest in digests)
+        if not all(whole) or not named or not isinstance(how, dict) or not isinstance(fields.get("finished"), bool):
+            raise ValueError(f"a study of this memory is none: {str(each)[:80]}")
+    return [dict(each) for each in values]
 
 
 def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:

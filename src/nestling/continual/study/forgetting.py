@@ -8,11 +8,13 @@ that is the same to the last bit; on another one to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestling.continual.learn_documents import Progress, Text, learn_text
 from nestling.continual.learner.learner import Learner
@@ -23,6 +25,7 @@ from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.resume import check_model
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
+from nestling.continual.study.studying import Events, Step, Study
 from nestling.errors import UserError
 
 SHORTEST_DIGEST = 8
@@ -43,6 +46,34 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Studying:
+    """What studies are done again with.
+
+    Attributes:
+        tokenizer: of the model.
+        text: of a digest.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study that is done again without some of its texts.
+
+    Attributes:
+        names: of its other texts, by digest, in order.
+        settings: how it was done.
+        most: steps at most, where it was ended early; None is to its own end.
+    """
+
+    names: dict[str, str]
+    settings: Study
+    most: int | None
+
+
+@dataclass(frozen=True)
 class Forgetting:
     """What forgetting some documents takes.
 
@@ -50,14 +81,14 @@ class Forgetting:
         memory: the head, which has read them.
         documents: records of what is forgotten.
         begin: the snapshot it starts from, which has read none of them; None is a fresh beginning.
-        again: what is read again, in order.
+        again: what is read and studied again, in order.
         gone: numbers of the snapshots that have read one of them, and are deleted.
     """
 
     memory: Memory
     documents: tuple[DocumentRecord, ...]
     begin: Snapshot | None
-    again: tuple[Part, ...]
+    again: tuple[Part | Session, ...]
     gone: tuple[int, ...]
 
     @property
@@ -69,18 +100,33 @@ class Forgetting:
     def records(self) -> list[DocumentRecord]:
         """Of what stays. Where a document was left for one that is forgotten, and gone on with after it, it is one."""
         found: list[DocumentRecord] = []
-        for record in self.memory.documents:
+        studied = _studied(self.memory.settings.get("studies", []))
+        left: DocumentRecord | None = None
+        for i, record in enumerate(self.memory.documents):
             if record.digest in self.digests:
                 continue
-            last = found[-1] if found else None
-            if last is None or last.finished or (last.name, last.digest) != (record.name, record.digest):
+            if i in studied or left is None or (left.name, left.digest) != (record.name, record.digest):
                 found.append(record)
+            left = None if record.finished or i in studied else record
+        return found
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is read again."""
+        return [each for each in self.again if isinstance(each, Part)]
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Names of the texts that are read or studied again, by digest."""
+        found: dict[str, str] = {}
+        for each in self.again:
+            found |= {each.document.digest: each.document.name} if isinstance(each, Part) else each.names
         return found
 
     @property
     def tokens(self) -> int:
         """That are read again."""
-        return sum(part.stop - part.start for part in self.again)
+        return sum(part.stop - part.start for part in self.parts)
 
 
 def plan_forgetting(store: MemoryStore, wanted: Sequence[str]) -> Forgetting:
@@ -126,7 +172,7 @@ def plan_forgetting(store: MemoryStore, wanted: Sequence[str]) -> Forgetting:
             + _rollback(store.path, begin)
         )
     records = tuple(dict.fromkeys(record for record in everything if record.digest in digests))
-    return Forgetting(memory, records, begin, _again(memory.documents, before.documents, digests, store.path), gone)
+    return Forgetting(memory, records, begin, _again(memory, before, digests, store.path), gone)
 
 
 def learn_again(
@@ -135,6 +181,7 @@ def learn_again(
     plan: Forgetting,
     texts: Callable[[DocumentRecord], Text],
     on_step: Callable[[Progress], None] = lambda _: None,
+    studied: Studying | None = None,
 ) -> Learner:
     """The learner that never read what is forgotten; nothing is written.
 
@@ -143,7 +190,8 @@ def learn_again(
         store: the memory.
         plan: of `plan_forgetting`.
         texts: the text of a record, as tokens.
-        on_step: called after every step; what it raises ends it.
+        on_step: called after every step of reading; what it raises ends it.
+        studied: what studies are done again with; None where the plan has none.
 
     Raises:
         UserError: a text that is shorter than what was read of it.
@@ -154,6 +202,10 @@ def learn_again(
     if plan.begin is not None:
         learner.load(store.load(plan.begin.number))
     for part in plan.again:
+        if isinstance(part, Session):
+            assert studied is not None
+            _study_again(learner, part, studied)
+            continue
         text = texts(part.document)
         if len(text.ids) < part.stop or (part.document.finished and len(text.ids) != part.stop):
             raise UserError(
@@ -177,7 +229,7 @@ def save_forgotten(store: MemoryStore, plan: Forgetting, learner: Learner, note:
 
 def missing_texts(plan: Forgetting, kept: set[str]) -> list[str]:
     """Names of the documents that must be read again, and whose texts are not there."""
-    return list(dict.fromkeys(p.document.name for p in plan.again if p.document.digest not in kept))
+    return list(dict.fromkeys(name for digest, name in plan.needs.items() if digest not in kept))
 
 
 def refuse_without(store: MemoryStore, plan: Forgetting, names: Sequence[str]) -> UserError:
@@ -218,23 +270,53 @@ def _digest(records: Sequence[DocumentRecord], name: str, path: Path) -> str:
     return found.pop()
 
 
-def _again(
-    records: Sequence[DocumentRecord], before: Sequence[DocumentRecord], digests: set[str], path: Path
-) -> tuple[Part, ...]:
+def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tuple[Part | Session, ...]:
     """What came after `before`, without some documents. The last of `before` may have gone on."""
-    found: list[Part] = []
+    sessions = memory.settings.get("studies", [])[len(before.settings.get("studies", [])) :]
+    by_study = _studied(sessions)
+    names = {record.digest: record.name for record in memory.documents}
+    found: list[tuple[float, Part | Session]] = []
+    for each in sessions:
+        left = {digest: names.get(digest, digest) for digest in each["digests"] if digest not in digests}
+        most = None if each["finished"] else each["steps"]
+        if left:
+            found.append((each["records"] - 0.5, Session(left, Study(**each["settings"]), most)))
     read: dict[str, int] = {}
-    for i, record in enumerate(records):
+    for i, record in enumerate(memory.documents):
         first = read.get(record.digest, 0)
         # A text that was finished is begun anew where it comes again.
         read[record.digest] = 0 if record.finished else first + record.tokens
-        done = before[i].tokens if i < len(before) else 0
-        if record.digest in digests or (done == record.tokens and i < len(before)):
+        done = before.documents[i].tokens if i < len(before.documents) else 0
+        skipped = record.digest in digests or (done == record.tokens and i < len(before.documents))
+        if skipped or i in by_study:
             continue
         if not record.digest:
             raise UserError(
                 f"{path} was taught {record.tokens:,} tokens of no document after its last snapshot from before what "
                 "is to be forgotten, and they cannot be read again"
             )
-        found.append(Part(record, first + done, first + record.tokens))
-    return tuple(found)
+        found.append((i, Part(record, first + done, first + record.tokens)))
+    return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
+
+
+def _studied(sessions: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Which records came of studies."""
+    return {i for each in sessions for i in range(each["records"], each["records"] + each["added"])}
+
+
+class _Enough(Exception):
+    """As many steps as the study had that is done again."""
+
+
+def _study_again(learner: Learner, session: Session, studied: Studying) -> None:
+    taken = 0
+
+    def step(_: Step) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == session.most:
+            raise _Enough
+
+    texts = {name: studied.text(digest) for digest, name in session.names.items()}
+    with suppress(_Enough):
+        learner.study(texts, studied.tokenizer, session.settings, Events(step=step))

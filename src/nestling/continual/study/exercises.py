@@ -1,0 +1,204 @@
+"""Exercises made of a text itself: its passages, their sentences, and questions about the words in them.
+
+A model that reads a text in its own order learns to say it in that order. Exercises bring the same facts another way
+round: every sentence says whom it is about, its words are asked for one by one, and the words lead back to the name.
+Only the text is used: no other model writes here, and no question that somebody may ask later is known.
+
+What is known of the language is little: where sentences end, the English pronouns that begin one, common words. In a
+text of another language the passages and the gaps remain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nestling.continual.study.english import COMMON, POSSESSIVES, PRONOUNS, TITLES
+
+Kind = Literal["passage", "sentence", "gap", "name", "index"]
+KINDS: tuple[Kind, ...] = ("passage", "sentence", "gap", "name", "index")
+LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
+MOST_WORDS = 6  # of what is asked for
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_END = re.compile(r"([.!?][\"”’')\]]*)\s+(?=[^\w\s]*(\w))")
+_WORD = re.compile(r"[^\W_](?:[\w’'-]*[^\W_])?")
+_NAME = re.compile(r"[A-Z][\w-]*[^\W_](?: (?:of |de |van |von )?[A-Z][\w-]*[^\W_])*")
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What is read, and what of it is to be said.
+
+    Attributes:
+        kind: "passage" and "sentence" are read as they are; "gap" asks for words of a sentence, "name" for the one it
+            is about, "index" leads from words to that name.
+        prompt: is read and not learned; "" for what is read as it is.
+        answer: is learned.
+        about: the name in what is read, where that is what the rest hangs on; None in the other kinds.
+    """
+
+    kind: Kind
+    prompt: str
+    answer: str
+    about: str | None = None
+
+
+def exercises(text: str) -> list[Exercise]:
+    """All exercises of a text, in its order, each once.
+
+    Args:
+        text: of any length and language; the kinds "name" and "index" take names in capitals, as English has them.
+
+    Examples:
+        >>> from nestling.continual.study.exercises import exercises
+        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-6:]:
+        ...     print(each.kind, "|", " ".join(each.prompt.split()), "|", each.answer)
+        sentence |  | Vera Sorborg keeps an owl.
+        gap | Question: Vera Sorborg what an owl? Answer: | keeps
+        name | Question: Who keeps an owl? Answer: | Vera Sorborg
+        index | keeps: | Vera Sorborg
+        gap | Question: Vera Sorborg keeps what? Answer: | an owl
+        index | an owl: | Vera Sorborg
+    """
+    found: list[Exercise] = []
+    for passage in passages(text):
+        found.append(Exercise("passage", "", passage, subject(passage)))
+        found.extend(_of_sentences(passage))
+    return list(dict.fromkeys(found))
+
+
+def passages(text: str) -> list[str]:
+    """A text in paragraphs; one that is too long in runs of whole sentences, and a sentence that is too long in words.
+
+    Lines that are broken inside a paragraph are joined.
+    """
+    found: list[str] = []
+    for paragraph in _PARAGRAPH.split(text):
+        joined = " ".join(paragraph.split())
+        if joined:
+            found.extend(_in_runs(joined))
+    return found
+
+
+def sentences(passage: str) -> list[str]:
+    """The sentences of a passage. Neither a title's point ("Mr. Hale") ends one nor what goes on in a small letter."""
+    found, begin = [], 0
+    for match in _END.finditer(passage):
+        said = passage[begin : match.end(1)]
+        if not match.group(2).islower() and said.rsplit(" ", 1)[-1] not in TITLES:
+            found.append(said)
+            begin = match.end()
+    return [each for each in (*found, passage[begin:]) if each]
+
+
+def subject(passage: str) -> str | None:
+    """The name that a passage is about: the first of its names with two words or more, or else the first that stands
+    inside a sentence or comes twice."""
+    said = [(match.group(), match.start()) for match in _NAME.finditer(passage)]
+    starts = {passage.index(sentence) for sentence in sentences(passage)}
+    names = [(_plain(name), start in starts) for name, start in said]
+    names = [(name, first) for name, first in names if name and name.lower() not in COMMON]
+    long = next((name for name, _ in names if " " in name), None)
+    counts = [name for name, _ in names]
+    return long or next((name for name, first in names if not first or counts.count(name) > 1), None)
+
+
+def _of_sentences(passage: str) -> Iterator[Exercise]:
+    about = subject(passage)
+    for said in sentences(passage):
+        sentence = said if about is None else name_in(said, about)
+        if sentence != passage:
+            yield Exercise("sentence", "", sentence, _in(sentence, about))
+        for before, words, after in gaps(sentence, about):
+            yield Exercise("gap", _question(before + "what" + after), words, _in(before + after, about))
+            if about is not None and about in sentence:
+                yield Exercise("name", _asked_for(sentence, about), about)
+                yield Exercise("index", f"{words}:", about)
+
+
+def _in(text: str, name: str | None) -> str | None:
+    return name if name is not None and name in text else None
+
+
+def name_in(sentence: str, name: str) -> str:
+    """The sentence with the name in place of the pronoun that it begins with, or of the first in it."""
+    if name in sentence:
+        return sentence
+    for match in _WORD.finditer(sentence):
+        word = match.group().lower()
+        if word in PRONOUNS or word in POSSESSIVES:
+            new = name if word in PRONOUNS else name + "'s"
+            return sentence[: match.start()] + new + sentence[match.end() :]
+    return sentence
+
+
+def gaps(sentence: str, about: str | None) -> list[tuple[str, str, str]]:
+    """Every run of words that say something, with its article, and what stands before and after it. Names of whom it is
+    about, and words that most sentences have, are not asked for."""
+    hidden = set() if about is None else {*about.split(), *(f"{word}'s" for word in about.split())}
+    runs: list[list[re.Match[str]]] = [[]]
+    words = list(_WORD.finditer(sentence))
+    for place, match in enumerate(words):
+        says = match.group() not in hidden and match.group().lower() not in COMMON
+        joined = bool(runs[-1]) and not sentence[words[place - 1].end() : match.start()].strip()
+        if not says or not joined or len(runs[-1]) == MOST_WORDS:
+            runs.append([])
+        if says:
+            runs[-1].append(match)
+    found: list[tuple[str, str, str]] = []
+    for run in filter(None, runs):
+        begin, end = _with_article(words, run[0]), run[-1].end()
+        found.append((sentence[:begin], sentence[begin:end], sentence[end:]))
+    return found
+
+
+def _with_article(words: Sequence[re.Match[str]], first: re.Match[str]) -> int:
+    place = words.index(first)
+    before = words[place - 1] if place else None
+    return before.start() if before is not None and before.group().lower() in ("a", "an", "the") else first.start()
+
+
+def _question(text: str) -> str:
+    return f"Question: {text.strip().rstrip('.!?')}?\nAnswer:"
+
+
+def _asked_for(sentence: str, name: str) -> str:
+    place = sentence.index(name)
+    after = sentence[place + len(name) :]
+    whose = after.startswith(("'s", "’s"))
+    asked = ("whose" if whose else "who" if place == 0 else "whom") + (after[2:] if whose else after)
+    asked = sentence[:place] + asked
+    return _question(asked[0].upper() + asked[1:])
+
+
+def _plain(name: str) -> str:
+    """Without "'s", and without a common word that a sentence begins with."""
+    words = name.split()
+    while words and words[0].lower() in COMMON:
+        words = words[1:]
+    return re.sub(r"[’']s$", "", " ".join(words))
+
+
+def _in_runs(paragraph: str) -> Iterator[str]:
+    run = ""
+    for sentence in sentences(paragraph):
+        for part in _in_words(sentence):
+            if run and len(run) + len(part) >= LONGEST:
+                yield run
+                run = ""
+            run = f"{run} {part}".strip()
+    if run:
+        yield run
+
+
+def _in_words(sentence: str) -> Iterator[str]:
+    part = ""
+    for word in sentence.split(" "):
+        if part and len(part) + len(word) >= LONGEST:
+            yield part
+            part = ""
+        part = f"{part} {word}".strip()[:LONGEST]
+    yield part

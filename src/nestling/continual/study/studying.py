@@ -1,0 +1,312 @@
+"""Learning a text until it is known (study)."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedTokenizerBase
+
+from nestling.continual.component import Bounds, Companion
+from nestling.continual.learner.gradients import take_gradients
+from nestling.continual.learner.guards import check_not_diverged
+from nestling.continual.learner.weights import LowRankWeights
+from nestling.continual.replay.auxiliary_losses import taught_by
+from nestling.continual.replay.rehearsal import RehearsedText, write
+from nestling.continual.store.records import DocumentRecord
+from nestling.continual.store.texts import text_digest
+from nestling.continual.stream.scoring import learning
+from nestling.continual.stream.tokenizing import plain_tokens
+from nestling.continual.study.curriculum import Curriculum
+from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by
+from nestling.continual.study.preservation import Preservation
+from nestling.settings import check, setting
+
+if TYPE_CHECKING:
+    from nestling.continual.learner.learner import Learner
+
+PANEL = "Study"
+LIKELY = math.log(2)
+"""A token of less loss is likelier than all others together: it is known."""
+WARM_UP, LEAST = 0.1, 0.1  # of the rounds; of the rate
+CLIP = 1.0
+SHAPE = (64, 96)
+"""Pieces and tokens of the text that is preserved, where the learner rehearses none."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """How texts are studied.
+
+    Attributes:
+        rounds: visits of every passage at most. The rate falls along a cosine over so many.
+        until: share of the exercises that are known when it ends early; 1 or more studies all rounds.
+        lr: of AdamW, on the factors or weights of all levels.
+        batch: exercises a step.
+        most: exercises of a passage in a round.
+        preserve: weight of the divergence on the model's own text; see `Preservation`. Only levels of low rank have
+            it; full weights are held by what the learner rehearses.
+        others: exercises a step that are said of other people: there the model shall say what it said before.
+        specific: weight of the divergence on those.
+        seed: of the order, and of those people.
+    """
+
+    rounds: int = setting(8, help="Rounds through all passages at most.", panel=PANEL, at_least=1)
+    until: float = setting(0.95, help="Share known at which it ends.", panel=PANEL, above=0)
+    lr: float = setting(2e-3, help="Learning rate.", flag="lr", panel=PANEL, above=0, below=math.inf)
+    batch: int = setting(8, help="Exercises a step.", panel=PANEL, at_least=1)
+    most: int = setting(9, help="Exercises of a passage in a round at most.", panel=PANEL, at_least=1)
+    preserve: float = setting(
+        10.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
+    )
+    others: int = setting(4, help="Exercises a step said of people of whom nothing is told.", panel=PANEL, at_least=0)
+    specific: float = setting(1.0, help="Weight of those.", panel=PANEL, at_least=0, below=math.inf)
+    seed: int = setting(0, help="Of the order, and of those people.", panel=PANEL, at_least=0)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of range."""
+        check(self)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Exercises were learned from.
+
+    Attributes:
+        round, of: this round, from 1, and how many there are at most.
+        exercises: of the step.
+        left: exercises of this round that are still to come.
+        tokens: of the step, what was read and not learned from included.
+        loss: mean of the targets before learning, nats.
+        known: share of all exercises that were done at their last visit.
+    """
+
+    round: int
+    of: int
+    exercises: int
+    left: int
+    tokens: int
+    loss: float
+    known: float
+
+
+@dataclass
+class Studied:
+    """What a study came to.
+
+    Attributes:
+        exercises: that there are.
+        known: share of them done at their last visit, after each round.
+        steps: taken.
+        tokens: read in all rounds.
+        finished: whether it ended by itself: all rounds, or as much known as was asked for.
+        seconds: what it took, preparation included.
+        changed: KL(base || model) on the model's own text, nats a token, as `Preservation` estimates it; NaN for full
+            weights.
+    """
+
+    exercises: int
+    known: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    finished: bool = False
+    seconds: float = 0.0
+    changed: float = math.nan
+
+
+@dataclass(frozen=True)
+class Events:
+    """Who is told of a study while it goes on.
+
+    Attributes:
+        step: after every step; what it raises ends the study, and what was learned until then stays.
+        round: after every round, which is a good place to save a memory.
+        writing: how many tokens are written of the text that is to be preserved, where there is none yet.
+    """
+
+    step: Callable[[Step], object] = lambda _: None
+    round: Callable[[Studied], object] = lambda _: None
+    writing: Callable[[int], object] = lambda _: None
+
+
+def study(
+    learner: Learner,
+    texts: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Study,
+    events: Events,
+) -> Studied:
+    """Repeat exercises made of texts until they are known:
+
+        mean loss of the exercises' answers
+        + preserve * KL(base || model) on the model's own text, by its second moments
+        + specific * KL(base || model) on exercises that are said of other people
+        + what the learner rehearses
+
+    by AdamW. The levels learn together, without their periods; their own optimizers keep their states.
+
+    Args:
+        learner: attached.
+        texts: what is to be known, by name.
+        tokenizer: of the learner's model.
+        settings: how.
+        events: who is told.
+
+    Raises:
+        ValueError: texts without a word.
+        LearningDivergedError: the weights are no longer finite.
+        RuntimeError: the learner is detached.
+    """
+    began = time.monotonic()
+    learner.check_at_work()
+    lessons = make_lessons(list(texts.values()), tokenizer, learner.settings.context)
+    course = _Course(learner, lessons, tokenizer, settings, _preservation(learner, settings, events.writing))
+    done = Studied(len(lessons))
+    try:
+        with nullcontext() if course.preserved is None else course.preserved.coordinates():
+            course.begin()
+            for number in range(settings.rounds):
+                for step in course.round(number):
+                    done.steps, done.tokens = done.steps + 1, done.tokens + step.tokens
+                    events.step(step)
+                done.known.append(course.curriculum.known)
+                done.changed, done.seconds = course.changed(), time.monotonic() - began
+                if number + 1 == settings.rounds or course.curriculum.known >= settings.until:
+                    done.finished = True
+                    break
+                events.round(done)
+    finally:
+        learner.weights_replaced()
+        _record(learner, texts, tokenizer, course, done)
+    events.round(done)
+    return done
+
+
+class _Course:
+    """A study under way.
+
+    Attributes:
+        texts: number of the text of every passage.
+        first: of every passage read, the losses of its tokens when it was met first.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        lessons: Sequence[Lesson],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Study,
+        preserved: Preservation | None,
+    ) -> None:
+        self.learner, self.lessons, self.tokenizer = learner, lessons, tokenizer
+        self.settings, self.preserved = settings, preserved
+        self.rng = random.Random(f"others {settings.seed}")
+        self.curriculum = Curriculum([lesson.passage for lesson in lessons], settings.most, settings.seed)
+        self.texts = {lesson.passage: lesson.text for lesson in lessons}
+        self.first: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        """Make the optimizer, of the weights as they are learned now."""
+        self.parameters = [p for weights in self.learner.weights.values() for p in weights.learned]
+        self.optimizer = AdamW(self.parameters, betas=self.learner.settings.options.betas, weight_decay=0.0)
+
+    def changed(self) -> float:
+        """See `Studied`."""
+        return math.nan if self.preserved is None else float(self.preserved.divergence().detach())
+
+    def round(self, number: int) -> Iterator[Step]:
+        """One, step by step."""
+        order, settings = self.curriculum.round(number), self.settings
+        for place in range(0, len(order), settings.batch):
+            chosen = order[place : place + settings.batch]
+            lessons = [self.lessons[i] for i in chosen]
+            share = (number + place / len(order)) / settings.rounds
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.lr * _warm_cosine(share)
+            losses = self._learn(lessons)
+            for i, (lesson, own) in zip(chosen, split_by(lessons, losses), strict=True):
+                self.curriculum.saw(i, number, lesson.done(own < LIKELY))
+                if lesson.exercise.kind == "passage":
+                    self.first.setdefault(lesson.passage, own)
+            tokens, left = sum(len(each.piece.ids) for each in lessons), len(order) - place - len(chosen)
+            mean, known = float(losses.mean()), self.curriculum.known
+            yield Step(number + 1, settings.rounds, len(chosen), left, tokens, mean, known)
+
+    def _learn(self, lessons: Sequence[Lesson]) -> Tensor:
+        """One step; losses of the targets before it."""
+        learner, parameters = self.learner, self.parameters
+        beside = [companion for each in learner.components.values() for companion in each.companions()]
+        beside += self._of_others()
+        pieces, budget = [lesson.piece for lesson in lessons], learner.settings.options.batch_tokens
+        with learning(learner.model, parameters):
+            seen = take_gradients(learner.reader, pieces, beside, budget, learner.guard, Bounds(), {"all": parameters})
+            if seen.refusal is None:
+                if self.preserved is not None:
+                    (self.settings.preserve * self.preserved.divergence()).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+                self.optimizer.step()
+        check_not_diverged(parameters, int(seen.refusal is not None), 0, seen.refusal or "")
+        return seen.losses
+
+    def _of_others(self) -> list[Companion]:
+        settings, learner = self.settings, self.learner
+        context = learner.settings.context
+        pieces = of_others(self.lessons, settings.others, self.tokenizer, context, self.rng)
+        losses = taught_by(learner, learner.base_weights)
+        return [Companion(pieces, settings.specific, losses)] if pieces and settings.specific else []
+
+
+def _warm_cosine(share: float) -> float:
+    """Of the highest rate, at this share of the rounds."""
+    warm = min(1.0, share / WARM_UP + LEAST)
+    return warm * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _preservation(learner: Learner, settings: Study, on_token: Callable[[int], object]) -> Preservation | None:
+    """Of the low-rank levels, by the text that is rehearsed, or by such text written for it."""
+    low = [weights for weights in learner.weights.values() if isinstance(weights, LowRankWeights)]
+    if not low or not settings.preserve:
+        return None
+    written = learner.component(RehearsedText)
+    with learner.base_weights():
+        ids = write(learner, *SHAPE, settings.seed, on_token) if written is None else written.write(on_token)
+        return Preservation(learner.model, low, ids)
+
+
+def _record(
+    learner: Learner, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, course: _Course, studied: Studied
+) -> None:
+    """What was studied, in the learner's log; nothing where no step was taken."""
+    if not studied.steps:
+        return
+    learner.log.end(finished=False)
+    learner.stream.end_document()
+    begun, digests = len(learner.log.records), [text_digest(text) for text in texts.values()]
+    read = {record.digest for record in learner.log.records if record.finished}
+    for number, (name, text) in enumerate(texts.items()):
+        if digests[number] in read:
+            continue
+        losses = [own for place, own in course.first.items() if course.texts[place] == number]
+        mean = float(torch.cat(losses).mean()) if losses else 0.0
+        tokens = len(plain_tokens(tokenizer, text)) if studied.finished else 0
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        learner.log.records.append(DocumentRecord(name, digests[number], tokens, studied.finished, mean, now))
+    learner.studies.append(
+        {
+            "digests": digests,
+            "settings": asdict(course.settings),
+            "steps": studied.steps,
+            "finished": studied.finished,
+            "records": begun,
+            "added": len(learner.log.records) - begun,
+        }
+    )

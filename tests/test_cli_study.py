@@ -1,0 +1,112 @@
+"""`nestling study`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestling.cli import main, studying
+from nestling.continual.store.store import MemoryStore, load_memory
+from nestling.training.tokenization import byte_tokenizer
+from tests.continual.models import assert_same
+from tests.continual.study.test_forgetting import untimed
+from tests.llamas import random_llama
+from tests.test_cli import fails
+from tests.test_cli_memory import out
+
+QUICK = ("--rounds", "2", "--lr", "1e-2", "--rank", "3")
+TEXTS = {"vera": "Vera Sorborg lives here. She keeps an owl.\n", "emil": "Emil Morby works as a judge.\n"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and two texts; what is preserved is short."""
+    random_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    for name, text in TEXTS.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(studying, "SHAPE", (4, 12))
+    return tmp_path
+
+
+def study(capsys: pytest.CaptureFixture[str], *more: str, memory: str = "memory") -> str:
+    return " ".join(out(capsys, "study", "model", *QUICK, *more, "--memory", memory).split())
+
+
+def test_a_memory_is_studied_and_used(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = study(capsys, "vera.txt", "emil.txt")
+    assert "2 documents, 17 exercises made of them; known after each round: 0% -> 0%" in said
+    assert re.search(r"[\d,]+ tokens in [\d.]+ s, [\d,.]+ tokens/s", said)
+    assert re.search(r"what the model says of other things has changed by about [\d.]+ nats a token", said)
+    assert "memory of 0 tokens" not in said and "snapshot 3" in said
+    memory = load_memory("memory")
+    assert [Path(d.name).name for d in memory.documents] == ["vera.txt", "emil.txt"]
+    assert all(d.finished for d in memory.documents)
+    study(capsys, "vera.txt", "--rounds", "9", "--lr", "0.05", "--preserve", "0")
+    told = [out(capsys, "generate", "model", "--prompt", "Vera", "--max-new-tokens", "5", "--temperature", "0", *more)
+            for more in ((), ("--memory", "memory"))]  # fmt: skip
+    assert told[0] != told[1]
+    listed = out(capsys, "memory", "show", "memory")
+    assert "studied vera.txt" in " ".join(listed.split())
+
+
+def test_it_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt")
+    study(capsys, "emil.txt")
+    assert len(load_memory("memory").settings["studies"]) == 2
+    assert "learned already, skipped" in out(capsys, "learn", "model", "vera.txt", "--memory", "memory")
+
+
+def test_what_was_studied_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt", "emil.txt", "--keep-texts")
+    study(capsys, "emil.txt", memory="never")
+    said = " ".join(out(capsys, "memory", "forget", "memory", "vera.txt", "--model", "model").split())
+    assert "memory has forgotten vera.txt; studied 1 again from nothing" in said
+    assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
+
+
+def test_full_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = study(capsys, "vera.txt", "--rank", "0")
+    assert "nats a token" not in said
+    assert all(isinstance(d, torch.Tensor) for d in load_memory("memory").differences.values())
+
+
+def test_minutes_end_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = study(capsys, "vera.txt", "--minutes", "0")
+    assert "in round" not in said and not (place / "memory" / "memory.json").exists()
+    said = study(capsys, "vera.txt", "--minutes", "1000")
+    assert "known after each round" in said
+
+
+def test_an_interrupted_study_is_kept(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def step(self: studying.Watch, made: object) -> None:
+        self.last = made  # type: ignore[assignment]
+        steps.append(made)
+        if len(steps) == 2:
+            raise studying.Stopped
+
+    with monkeypatch.context() as broken:
+        broken.setattr(studying.Watch, "step", step)
+        assert main(["study", "model", "vera.txt", "--memory", "memory", *QUICK]) == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert not load_memory("memory").documents[0].finished
+    study(capsys, "vera.txt")
+    assert load_memory("memory").documents[-1].finished and len(MemoryStore("memory").index().snapshots) == 1
+
+
+def test_what_is_wrong_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no file or directory at nowhere" in fails(capsys, "study", "model", "nowhere", "--memory", "memory")
+    (place / "empty.txt").write_text(" \n")
+    assert "holds no text" in fails(capsys, "study", "model", "empty.txt", "--memory", "memory")
+    said = fails(capsys, "study", "model", "vera.txt", "--memory", "memory", "--rank", "40")
+    assert "rank=40 is more than" in said
+    assert "rounds" in fails(capsys, "study", "model", "vera.txt", "--memory", "memory", "--rounds", "0")
+    assert not (place / "memory").exists()
