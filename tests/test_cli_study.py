@@ -41,7 +41,7 @@ def test_a_memory_is_studied_and_used(place: Path, capsys: pytest.CaptureFixture
     said = study(capsys, "vera.txt", "emil.txt")
     assert "2 documents, 17 exercises made of them; known after each round: 0% -> 0%" in said
     assert re.search(r"[\d,]+ tokens in [\d.]+ s, [\d,.]+ tokens/s", said)
-    assert re.search(r"what the model says of other things has changed by about [\d.]+ nats a token", said)
+    assert re.search(r"outputs on other text that is changed, summed: [\d.]+", said)
     assert "memory of 0 tokens" not in said and "snapshot 3" in said
     memory = load_memory("memory")
     assert [Path(d.name).name for d in memory.documents] == ["vera.txt", "emil.txt"]
@@ -71,7 +71,7 @@ def test_what_was_studied_is_forgotten(place: Path, capsys: pytest.CaptureFixtur
 
 def test_full_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = study(capsys, "vera.txt", "--rank", "0")
-    assert "nats a token" not in said
+    assert "other text" not in said
     assert all(isinstance(d, torch.Tensor) for d in load_memory("memory").differences.values())
 
 

@@ -194,4 +194,6 @@ def _report(console: Console, documents: int, last: Step, result: Studied | None
     rate = f"{result.tokens / max(result.seconds, 1e-9):,.1f} tokens/s"
     say(console, f"{result.tokens:,} tokens in {result.seconds:.1f} s, {rate}, what is preserved included")
     if result.changed == result.changed:
-        say(console, f"what the model says of other things has changed by about {result.changed:.3f} nats a token")
+        say(
+            console, f"share of the layers' outputs on other text that the memory changes, summed: {result.changed:.3f}"
+        )

@@ -1,18 +1,14 @@
-"""What a low-rank difference may not change: what the model says of everything else.
+"""What a low-rank difference may not change: what its layers say of everything else.
 
-In text of the model's own a layer meets inputs x with the second moments C = E x x^T, and the text's log-likelihood has
-gradients g by the layer's outputs with G = E g g^T. To second order a difference D = B A of the layer's weight costs
+The inputs x that a layer meets in text of the model's own have the second moments C = E x x^T. A difference D = B A of
+the layer's weight W changes its output there by E |D x|^2 = tr(D C D^T) on average. Two things are made of it:
 
-    KL(base || model) = 1/2 E (g . D x)^2 = 1/2 tr(G D C D^T)        nats a token (K-FAC's approximation)
+    A = A' L^-1 with C + l I = L L^T              the factor is learned in coordinates in which such text is white
+    sum over layers |B A'|^2 / tr(W C W^T)        is added to the loss: the share of the layers' output that is changed
 
-Two things are made of it:
-
-    A = A' L^-1 with C + l I = L L^T          the factor is learned in coordinates in which such text is white
-    1/2 sum over layers tr(B^T G B A' A'^T)   is added to the loss, in its own unit
-
-So a step is dear where common inputs go and common outputs come from, and free where the studied text alone goes. That
-is elastic weight consolidation with a structured Fisher information (arXiv:1805.07810); MEMIT (arXiv:2210.07229) and
-AlphaEdit (arXiv:2410.02355) use C alone, for single facts. It takes no passes over other text while it learns.
+So a step is dear where common inputs go, and free where the studied text alone goes: what MEMIT (arXiv:2210.07229) and
+AlphaEdit (arXiv:2410.02355) do for single facts in closed form, and orthogonal weight modification (arXiv:1810.01256)
+for tasks. It takes no passes over other text while it learns.
 """
 
 from __future__ import annotations
@@ -20,16 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nestling.continual.learner.weights import Factors, LowRankWeights
-from nestling.continual.stream.scoring import learning, own_modes
+from nestling.continual.stream.chunks import Piece
+from nestling.continual.stream.scoring import Reader, learning
 
 BLOCK = 2048
 """Inputs whose moments are kept together; wider layers have a block for every so many, without moments across."""
@@ -70,21 +66,22 @@ class Preservation:
     Args:
         model: with its base weights on.
         weights: of low rank, of that model.
-        ids: text of the model's own, so that its tokens are drawn from what the model says.
+        ids: text of the model's own.
 
-    Cost: one pass over the text with gradients; for each layer a matrix of inputs x inputs and one of outputs x
-    outputs, at most `BLOCK` of them a side, for as long as this lives.
+    Cost: one pass over the text; for every tensor that layers are given a matrix of inputs x inputs, at most `BLOCK` of
+    them a side, for as long as this lives.
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[LowRankWeights], ids: Int[Tensor, "pieces length"]) -> None:
         layers = {name: layer for each in weights for name, layer in each.layers.items()}
         self.factors: dict[str, Factors] = {name: f for each in weights for name, f in each.factors.items()}
-        inputs, self.gradients = moments(model, layers, ids)
+        moments = input_moments(model, layers, ids)
         made: dict[int, Whitened] = {}
-        for blocks in inputs.values():
+        for blocks in moments.values():
             if id(blocks) not in made:
                 made[id(blocks)] = Whitened([_inverse_root(block) for block in blocks])
-        self.white = {name: made[id(blocks)] for name, blocks in inputs.items()}
+        self.white = {name: made[id(blocks)] for name, blocks in moments.items()}
+        self.sizes = {name: _output_size(layers[name], blocks) for name, blocks in moments.items()}
 
     @contextmanager
     def coordinates(self) -> Iterator[None]:
@@ -95,14 +92,12 @@ class Preservation:
                 back.callback(parametrize.remove_parametrizations, factors.right, "weight", leave_parametrized=True)
             yield
 
-    def divergence(self) -> Float[Tensor, ""]:
-        """KL(base || model) on the text, nats a token, to second order and layer by layer; inside `coordinates`."""
+    def changed(self) -> Float[Tensor, ""]:
+        """Sum over the layers of the share of their output's squared size that is changed, inside `coordinates`."""
         total = torch.zeros((), device=next(iter(self.factors.values())).left.weight.device)
         for name, factors in self.factors.items():
-            left, white, blocks = factors.left.weight, _white(factors), self.gradients[name]
-            parts = left.split([len(block) for block in blocks])
-            curved = sum(part.T @ (block @ part) for part, block in zip(parts, blocks, strict=True))
-            total = total + 0.5 * (curved * (white @ white.T)).sum()
+            left, white = factors.left.weight, _white(factors)
+            total = total + ((left.T @ left) * (white @ white.T)).sum() / self.sizes[name]
         return total
 
 
@@ -112,70 +107,55 @@ def _white(factors: Factors) -> Tensor:
     return cast(Tensor, kept.original)
 
 
-Blocks = dict[str, list[Tensor]]
-"""By layer: square matrices along the diagonal of one of the layer's moments."""
-
-
-class _Watch:
-    """Sums the second moments of what passes a layer, in blocks, over all tokens."""
-
-    def __init__(self) -> None:
-        self.inputs: Blocks = {}
-        self.gradients: Blocks = {}
-        self.same: dict[str, str] = {}
-        self.last: tuple[Tensor | None, str] = (None, "")
-
-    def __call__(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook."""
-        output.register_hook(partial(self._gradient, name))
-        if inputs[0] is self.last[0]:  # as the gate and the values of an MLP are given one tensor
-            self.same[name] = self.last[1]
-            return
-        self.last, self.same[name] = (inputs[0], name), name
-        _add(self.inputs, name, inputs[0])
-
-    def _gradient(self, name: str, gradient: Tensor) -> None:
-        _add(self.gradients, name, gradient)
+Blocks = list[Tensor]
+"""Square matrices along the diagonal of a layer's moments."""
 
 
 @torch.no_grad()
-def _add(sums: Blocks, name: str, values: Tensor) -> None:
-    flat = values.detach().reshape(-1, values.shape[-1])
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    new = [part.T @ part for part in flat.split(BLOCK, dim=1)]
-    sums[name] = new if name not in sums else [a.add_(b) for a, b in zip(sums[name], new, strict=True)]
-
-
-def moments(
+def input_moments(
     model: nn.Module, layers: Mapping[str, nn.Linear], ids: Int[Tensor, "pieces length"]
-) -> tuple[Blocks, Blocks]:
-    """E x x^T over the inputs that layers meet in a text, and E g g^T over the gradients of its log-likelihood by their
-    outputs, in blocks. Layers that are given the same tensor share one list of the first.
+) -> dict[str, Blocks]:
+    """E x x^T over the inputs that layers meet in a text. Layers that are given the same tensor share one list."""
+    sums: dict[str, Blocks] = {}
+    same: dict[str, str] = {}
+    last: tuple[Tensor | None, str] = (None, "")
 
-    The text is sampled from the model, so the second is the factor of the Fisher information that K-FAC
-    (arXiv:1503.05671) has for the outputs.
-    """
-    watch = _Watch()
-    handles = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
-    device = next(model.parameters()).device
-    embed = cast(Any, model).get_input_embeddings()
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal last
+        if inputs[0] is last[0]:  # as the gate and the values of an MLP are given one tensor
+            same[name] = last[1]
+            return
+        last, same[name] = (inputs[0], name), name
+        flat = inputs[0].reshape(-1, inputs[0].shape[-1])
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        new = [part.T @ part for part in flat.split(BLOCK, dim=1)]
+        sums[name] = new if name not in sums else [a.add_(b) for a, b in zip(sums[name], new, strict=True)]
+
+    handles = [layer.register_forward_pre_hook(partial(watch, name)) for name, layer in layers.items()]
+    reader = Reader(model)
     try:
-        with own_modes(), learning(model, ()):
-            for rows in ids.to(device).split(ROWS):
-                found = model(inputs_embeds=embed(rows).detach().requires_grad_(), use_cache=False).logits
-                F.cross_entropy(found[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum").backward()
+        with learning(model, ()):
+            for rows in ids.split(ROWS):
+                # Of the last token alone logits are asked for, where the model can do without the others.
+                last_alone = torch.arange(rows.shape[1]) == rows.shape[1] - 1
+                reader.logits([Piece(row, 0, last_alone) for row in rows])
     finally:
         for handle in handles:
             handle.remove()
-    tokens = ids.numel()
-    inputs = {name: [block / tokens for block in blocks] for name, blocks in watch.inputs.items()}
-    gradients = {name: [block / tokens for block in blocks] for name, blocks in watch.gradients.items()}
-    return {name: inputs[watch.same[name]] for name in layers}, gradients
+    means = {name: [block / ids.numel() for block in blocks] for name, blocks in sums.items()}
+    return {name: means[same[name]] for name in layers}
+
+
+@torch.no_grad()
+def _output_size(layer: nn.Linear, moments: Blocks) -> float:
+    """E |W x|^2 = tr(W C W^T)."""
+    parts = layer.weight.to(moments[0].dtype).split([len(block) for block in moments], dim=1)
+    return float(sum(((part @ block) * part).sum() for part, block in zip(parts, moments, strict=True)))
 
 
 def _inverse_root(moments: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
     """L^-1, lower triangular, with L L^T the moments and a floor under them."""
     floor = FLOOR * moments.diagonal().median().clamp_min(torch.finfo(moments.dtype).tiny)
-    size = len(moments)
-    root = torch.linalg.cholesky(moments.double() + floor * torch.eye(size, dtype=torch.float64))
-    return torch.linalg.solve_triangular(root, torch.eye(size, dtype=torch.float64), upper=False).to(moments.dtype)
+    one = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    root = torch.linalg.cholesky(moments.double() + floor * one)
+    return torch.linalg.solve_triangular(root, one, upper=False).to(moments.dtype)

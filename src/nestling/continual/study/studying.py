@@ -53,20 +53,20 @@ class Study:
         lr: of AdamW, on the factors or weights of all levels.
         batch: exercises a step.
         most: exercises of a passage in a round.
-        preserve: weight of the divergence on the model's own text; see `Preservation`. Only levels of low rank have
-            it; full weights are held by what the learner rehearses.
+        preserve: weight of the share of the layers' outputs that is changed on the model's own text; see
+            `Preservation`. Only levels of low rank have it; full weights are held by what the learner rehearses.
         others: exercises a step that are said of other people: there the model shall say what it said before.
         specific: weight of the divergence on those.
         seed: of the order, and of those people.
     """
 
-    rounds: int = setting(8, help="Rounds through all passages at most.", panel=PANEL, at_least=1)
+    rounds: int = setting(10, help="Rounds through all passages at most.", panel=PANEL, at_least=1)
     until: float = setting(0.95, help="Share known at which it ends.", panel=PANEL, above=0)
     lr: float = setting(2e-3, help="Learning rate.", flag="lr", panel=PANEL, above=0, below=math.inf)
     batch: int = setting(8, help="Exercises a step.", panel=PANEL, at_least=1)
     most: int = setting(9, help="Exercises of a passage in a round at most.", panel=PANEL, at_least=1)
     preserve: float = setting(
-        10.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
+        1.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
     )
     others: int = setting(4, help="Exercises a step said of people of whom nothing is told.", panel=PANEL, at_least=0)
     specific: float = setting(1.0, help="Weight of those.", panel=PANEL, at_least=0, below=math.inf)
@@ -110,8 +110,8 @@ class Studied:
         tokens: read in all rounds.
         finished: whether it ended by itself: all rounds, or as much known as was asked for.
         seconds: what it took, preparation included.
-        changed: KL(base || model) on the model's own text, nats a token, as `Preservation` estimates it; NaN for full
-            weights.
+        changed: share of the layers' outputs on the model's own text that is changed, summed over the layers; NaN for
+            full weights.
     """
 
     exercises: int
@@ -148,7 +148,7 @@ def study(
     """Repeat exercises made of texts until they are known:
 
         mean loss of the exercises' answers
-        + preserve * KL(base || model) on the model's own text, by its second moments
+        + preserve * changed share of the layers' outputs on the model's own text
         + specific * KL(base || model) on exercises that are said of other people
         + what the learner rehearses
 
@@ -221,7 +221,7 @@ class _Course:
 
     def changed(self) -> float:
         """See `Studied`."""
-        return math.nan if self.preserved is None else float(self.preserved.divergence().detach())
+        return math.nan if self.preserved is None else float(self.preserved.changed().detach())
 
     def round(self, number: int) -> Iterator[Step]:
         """One, step by step."""
@@ -251,7 +251,7 @@ class _Course:
             seen = take_gradients(learner.reader, pieces, beside, budget, learner.guard, Bounds(), {"all": parameters})
             if seen.refusal is None:
                 if self.preserved is not None:
-                    (self.settings.preserve * self.preserved.divergence()).backward()
+                    (self.settings.preserve * self.preserved.changed()).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, CLIP)
                 self.optimizer.step()
         check_not_diverged(parameters, int(seen.refusal is not None), 0, seen.refusal or "")
