@@ -194,6 +194,4 @@ def _report(console: Console, documents: int, last: Step, result: Studied | None
     rate = f"{result.tokens / max(result.seconds, 1e-9):,.1f} tokens/s"
     say(console, f"{result.tokens:,} tokens in {result.seconds:.1f} s, {rate}, what is preserved included")
     if result.changed == result.changed:
-        say(
-            console, f"share of the layers' outputs on other text that the memory changes, summed: {result.changed:.3f}"
-        )
+        say(console, f"share of the layers' outputs on other text that is changed, summed: {result.changed:.3f}")
