@@ -13,6 +13,7 @@ import torch
 from nestling.continual import Learner, Level, Memory, MemoryStore, Options, Rehearsal
 from nestling.continual.learn_documents import Text, learn_text
 from nestling.continual.store.texts import text_digest
+from nestling.continual.study import studying
 from nestling.continual.study.forgetting import Studying, learn_again, plan_forgetting, save_forgotten
 from nestling.continual.study.studying import Events, Step, Study
 from nestling.training.tokenization import byte_tokenizer
@@ -82,6 +83,29 @@ def test_what_is_preserved_changes_less() -> None:
     assert changed[1] < 0.5 * changed[0]
     assert math.isnan(learner(None).study(TEXTS, TOKENIZER, QUICK).changed)
     assert math.isnan(learner().study(TEXTS, TOKENIZER, replace(QUICK, preserve=0.0)).changed)
+
+
+@pytest.mark.parametrize("rehearsal", [None, Rehearsal(pieces=3, length=12)])
+def test_what_is_preserved_is_what_the_base_model_does(
+    monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal | None
+) -> None:
+    """Whatever was learned before, and whether the text is written now or not."""
+    seen = []
+
+    def look(model: torch.nn.Module, *_: object) -> None:
+        seen.append(model(torch.arange(5, 25)[None]).logits.detach())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studying, "SHAPE", (3, 12))
+    monkeypatch.setattr(studying, "Preservation", look)
+    one = Learner(random_llama(), lr=0.01, options=Options(rank=3, rehearsal=rehearsal))
+    for weights in one.weights.values():
+        for each in weights.learned:
+            each.data.add_(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        one.study(TEXTS, TOKENIZER)
+    assert torch.equal(seen[0], random_llama()(torch.arange(5, 25)[None]).logits)
+    assert not torch.equal(seen[0], one.model(torch.arange(5, 25)[None]).logits)
 
 
 def test_an_end_from_outside_keeps_what_was_learned() -> None:

@@ -39,6 +39,8 @@ LIKELY = math.log(2)
 """A token of less loss is likelier than all others together: it is known."""
 WARM_UP, LEAST = 0.1, 0.1  # of the rounds; of the rate
 CLIP = 1.0
+SORTED = 8
+"""Batches of exercises that are sorted by length together."""
 SHAPE = (64, 96)
 """Pieces and tokens of the text that is preserved, where the learner rehearses none."""
 
@@ -225,9 +227,8 @@ class _Course:
 
     def round(self, number: int) -> Iterator[Step]:
         """One, step by step."""
-        order, settings = self.curriculum.round(number), self.settings
-        for place in range(0, len(order), settings.batch):
-            chosen = order[place : place + settings.batch]
+        order, settings, place = self.curriculum.round(number), self.settings, 0
+        for chosen in self._batches(order):
             lessons = [self.lessons[i] for i in chosen]
             share = (number + place / len(order)) / settings.rounds
             for group in self.optimizer.param_groups:
@@ -237,15 +238,25 @@ class _Course:
                 self.curriculum.saw(i, number, lesson.done(own < LIKELY))
                 if lesson.exercise.kind == "passage":
                     self.first.setdefault(lesson.passage, own)
-            tokens, left = sum(len(each.piece.ids) for each in lessons), len(order) - place - len(chosen)
+            place += len(chosen)
+            tokens, left = sum(len(each.piece.ids) for each in lessons), len(order) - place
             mean, known = float(losses.mean()), self.curriculum.known
             yield Step(number + 1, settings.rounds, len(chosen), left, tokens, mean, known)
+
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        """Exercises of about one length together, which saves padding; the batches shuffled."""
+        size, found = self.settings.batch, []
+        for begin in range(0, len(order), size * SORTED):
+            some = sorted(order[begin : begin + size * SORTED], key=lambda i: len(self.lessons[i].piece.ids))
+            found += [some[place : place + size] for place in range(0, len(some), size)]
+        self.rng.shuffle(found)
+        return found
 
     def _learn(self, lessons: Sequence[Lesson]) -> Tensor:
         """One step; losses of the targets before it."""
         learner, parameters = self.learner, self.parameters
         beside = [companion for each in learner.components.values() for companion in each.companions()]
-        beside += self._of_others()
+        beside += self._of_others(lessons)
         pieces, budget = [lesson.piece for lesson in lessons], learner.settings.options.batch_tokens
         with learning(learner.model, parameters):
             seen = take_gradients(learner.reader, pieces, beside, budget, learner.guard, Bounds(), {"all": parameters})
@@ -257,10 +268,10 @@ class _Course:
         check_not_diverged(parameters, int(seen.refusal is not None), 0, seen.refusal or "")
         return seen.losses
 
-    def _of_others(self) -> list[Companion]:
+    def _of_others(self, lessons: Sequence[Lesson]) -> list[Companion]:
         settings, learner = self.settings, self.learner
         context = learner.settings.context
-        pieces = of_others(self.lessons, settings.others, self.tokenizer, context, self.rng)
+        pieces = of_others(lessons, settings.others, self.tokenizer, context, self.rng)
         losses = taught_by(learner, learner.base_weights)
         return [Companion(pieces, settings.specific, losses)] if pieces and settings.specific else []
 
@@ -277,8 +288,12 @@ def _preservation(learner: Learner, settings: Study, on_token: Callable[[int], o
     if not low or not settings.preserve:
         return None
     written = learner.component(RehearsedText)
+    if written is not None:
+        ids = written.write(on_token)
+    else:
+        with learner.base_weights():
+            ids = write(learner, *SHAPE, settings.seed, on_token)
     with learner.base_weights():
-        ids = write(learner, *SHAPE, settings.seed, on_token) if written is None else written.write(on_token)
         return Preservation(learner.model, low, ids)
 
 
