@@ -65,7 +65,7 @@ def test_what_was_studied_is_forgotten(place: Path, capsys: pytest.CaptureFixtur
     study(capsys, "vera.txt", "emil.txt", "--keep-texts")
     study(capsys, "emil.txt", memory="never")
     said = " ".join(out(capsys, "memory", "forget", "memory", "vera.txt", "--model", "model").split())
-    assert "memory has forgotten vera.txt; studied 1 again from nothing" in said
+    assert "memory has forgotten vera.txt; studied 1 document again from nothing" in said
     assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
 
 

@@ -23,6 +23,7 @@ from nestling.continual.store.store import MemoryStore
 from nestling.continual.store.texts import KeptTexts, read_key, text_digest
 from nestling.continual.study.forgetting import (
     Forgetting,
+    Session,
     Studying,
     learn_again,
     missing_texts,
@@ -112,12 +113,16 @@ def _learned_again(
 def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:
     names = ", ".join(dict.fromkeys(Path(record.name).name for record in plan.documents))
     begin = "from nothing" if plan.begin is None else f"from snapshot {plan.begin.number}"
-    again = len({part.document.digest for part in plan.parts})
-    count = "1 document" if again == 1 else f"{again} documents"
-    parts = [f"read {count} again, {plan.tokens:,} tokens"] if again else []
-    sessions = len(plan.again) - len(plan.parts)
-    parts += [f"studied {len(plan.needs)} again" + (f" in {sessions} studies" if sessions > 1 else "")] * bool(sessions)
-    done = f"{' and '.join(parts)} {begin}" if parts else "nothing had come after it"
+    parts = []
+    if read := {part.document.digest for part in plan.parts}:
+        parts.append(f"read {_documents(len(read))} again {begin}, {plan.tokens:,} tokens")
+    if studied := {digest for each in plan.again if isinstance(each, Session) for digest in each.names}:
+        parts.append(f"studied {_documents(len(studied))} again" + ("" if parts else f" {begin}"))
+    done = ", and ".join(parts) or "nothing had come after it"
     say(console, f"{store.path} has forgotten {names}; {done}")
     numbers = ", ".join(map(str, plan.gone))
     say(console, f"deleted snapshot{'s' * (len(plan.gone) > 1)} {numbers}, where it had been read, and its text")
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count} documents"
