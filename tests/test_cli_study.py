@@ -61,6 +61,13 @@ def test_it_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str
     assert "learned already, skipped" in out(capsys, "learn", "model", "vera.txt", "--memory", "memory")
 
 
+def test_another_rank_than_the_memorys_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt")
+    said = fails(capsys, "study", "model", "emil.txt", "--memory", "memory", "--rank", "4")
+    assert "--rank 4: this memory was begun with 3, and goes on with that" in said
+    out(capsys, "study", "model", "emil.txt", "--memory", "memory", "--rounds", "1")  # leaves it out
+
+
 def test_what_was_studied_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(capsys, "vera.txt", "emil.txt", "--keep-texts")
     study(capsys, "emil.txt", memory="never")

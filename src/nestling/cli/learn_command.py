@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nestling.cli.document_arguments import RECORDS, KeepTexts, Key, Model, Note, Paths, Place
 from nestling.cli.flags import Flags, with_flags
 from nestling.continual.learner.options import Settings
-
-RECORDS = "Records"
 
 
 @with_flags
 def learn(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, hub id or GGUF file.", show_default=False)
-    ],
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...", help="Files or directories of text; - is standard input.", show_default=False
-        ),
-    ],
-    memory: Annotated[
-        Path, typer.Option(metavar="PATH", help="The memory: new, or to go on from.", show_default=False)
-    ],
+    model: Model,
+    paths: Paths,
+    memory: Place,
     settings: Flags[Settings],
     save_tokens: Annotated[
         int | None, typer.Option(min=1, help="Save after so many tokens as well.", rich_help_panel=RECORDS)
@@ -42,24 +31,9 @@ def learn(
         ),
     ] = 4096,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --measure 0.", rich_help_panel=RECORDS)] = False,
-    keep_texts: Annotated[
-        bool,
-        typer.Option(
-            "--keep-texts",
-            help="Keep the texts beside the memory, for nestling memory forget. A memory that has begun to goes on to.",
-            rich_help_panel=RECORDS,
-        ),
-    ] = False,
-    key: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Encrypt the texts kept with this key (nestling memory key makes one).",
-            rich_help_panel=RECORDS,
-            show_default=False,
-        ),
-    ] = None,
-    note: Annotated[str, typer.Option(help="A line to keep with the snapshot.", rich_help_panel=RECORDS)] = "",
+    keep_texts: KeepTexts = False,
+    key: Key = None,
+    note: Note = "",
 ) -> None:
     """Read texts and learn from them; what is learned goes to a memory, the model's files stay as they are.
 

@@ -209,11 +209,21 @@ def make_learner(model: PreTrainedModel, saved: Memory | None, settings: Flags[S
     Raises:
         UserError: settings that do not fit the model, or contradict the memory's.
     """
+    if saved is not None and "learner" in saved.settings:
+        _check_given(settings, saved)
+    return restored_or_new(model, saved, lambda: _settings(model, settings))
+
+
+def restored_or_new(model: PreTrainedModel, saved: Memory | None, settings: Callable[[], Settings]) -> Learner:
+    """That of a memory; a new one where there is none, or one that does not say how it was learned.
+
+    Raises:
+        UserError: settings that do not fit the model, or a memory of another model.
+    """
     try:
         if saved is not None and "learner" in saved.settings:
-            _check_given(settings, saved)
             return Learner.restore(model, saved)
-        learner = Learner.of(model, _settings(model, settings))
+        learner = Learner.of(model, settings())
         if saved is not None:
             learner.load(saved)
     except ValueError as error:
@@ -294,8 +304,12 @@ def _save(session: Session, note: str, stopped: bool) -> Snapshot | None:
     if stopped:
         session.autosave.save(session.learner)
         return store.head() if store.exists() else None
-    names = ", ".join(Path(o.name).name for o in session.outcomes[:3]) + (", ..." if len(session.outcomes) > 3 else "")
-    return store.save(session.learner.memory(), note or f"learned {names}")
+    return store.save(session.learner.memory(), note or f"learned {some_names([o.name for o in session.outcomes])}")
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first three of some documents, without their folders."""
+    return ", ".join(Path(name).name for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_given(settings: Flags[Settings], saved: Memory) -> None:

@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nestling.cli.document_arguments import RECORDS, KeepTexts, Key, Model, Note, Paths, Place
 from nestling.cli.flags import Flags, with_flags
 from nestling.continual.study.studying import Study
-
-MEMORY = "Memory"
 
 
 @with_flags
 def study(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, hub id or GGUF file.", show_default=False)
-    ],
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...", help="Files or directories of text; - is standard input.", show_default=False
-        ),
-    ],
-    memory: Annotated[
-        Path, typer.Option(metavar="PATH", help="The memory: new, or to go on from.", show_default=False)
-    ],
+    model: Model,
+    paths: Paths,
+    memory: Place,
     settings: Flags[Study],
     minutes: Annotated[float | None, typer.Option(min=0, help="End after so many minutes.", show_default=False)] = None,
     rank: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
-            help="Of what a new memory learns; 0 learns the weights themselves, for a memory as large as they are.",
-            rich_help_panel=MEMORY,
-        ),
-    ] = 16,
-    keep_texts: Annotated[
-        bool,
-        typer.Option(
-            "--keep-texts",
-            help="Keep the texts beside the memory, for nestling memory forget. A memory that has begun to goes on to.",
-            rich_help_panel=MEMORY,
-        ),
-    ] = False,
-    key: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Encrypt the texts kept with this key (nestling memory key makes one).",
-            rich_help_panel=MEMORY,
+            help="Of what a new memory learns; 0 learns the weights themselves, for a memory as large as they are. "
+            "Default: 16.",
+            rich_help_panel=RECORDS,
             show_default=False,
         ),
     ] = None,
-    note: Annotated[str, typer.Option(help="A line to keep with the snapshot.", rich_help_panel=MEMORY)] = "",
+    keep_texts: KeepTexts = False,
+    key: Key = None,
+    note: Note = "",
 ) -> None:
     """Learn texts until questions made of them are answered; what is learned goes to a memory.
 

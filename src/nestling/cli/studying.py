@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from rich.progress import TaskID
 from transformers import PreTrainedModel
 
 from nestling.cli.console import quiet_libraries, say, stdout_console
-from nestling.cli.learning import Stopped, interruptible, kept_texts, read_given
+from nestling.cli.learning import Stopped, interruptible, kept_texts, read_given, restored_or_new, some_names
 from nestling.cli.learning_report import LINE_SECONDS, print_place
 from nestling.cli.loading import load_causal_lm
 from nestling.continual.learner.guards import LearningDivergedError
@@ -28,6 +29,8 @@ from nestling.continual.store.store import MemoryStore
 from nestling.continual.study.studying import SHAPE, Events, Step, Studied, Study
 from nestling.errors import UserError
 
+RANK = 16
+"""Of a new memory: 12 MB for 135M parameters."""
 LR = 1e-3
 """Of `nestling learn` on a memory that was begun here: factors take larger steps than weights."""
 
@@ -115,7 +118,7 @@ def run(
     settings: Study,
     *,
     minutes: float | None,
-    rank: int,
+    rank: int | None,
     keep_texts: bool,
     key: Path | None,
     note: str,
@@ -153,33 +156,39 @@ def run(
                 pass
             except (ValueError, LearningDivergedError) as error:
                 raise UserError(str(error)) from error
-        names = ", ".join(Path(d.name).name for d in documents[:3]) + (", ..." if len(documents) > 3 else "")
         snapshot = None
         if watch.last is not None:
-            snapshot = store.save(learner.memory(), note or f"studied {names}", autosave=stopped)
+            snapshot = store.save(
+                learner.memory(), note or f"studied {some_names([d.name for d in documents])}", autosave=stopped
+            )
     if watch.last is not None:
         _report(console, len(documents), watch.last, result)
     print_place(console, store, snapshot, learner, stopped)
     return stopped
 
 
-def _learner(model: PreTrainedModel, saved: Memory | None, rank: int) -> Learner:
+def _learner(model: PreTrainedModel, saved: Memory | None, rank: int | None) -> Learner:
     """That of a memory, or a new one.
 
     Raises:
-        UserError: settings that do not fit the model, or a memory of another model.
+        UserError: settings that do not fit the model, a memory of another model, or of another rank than given.
     """
-    try:
-        if saved is not None and "learner" in saved.settings:
-            return Learner.restore(model, saved)
-        # What is preserved is rehearsed text that stays with the memory; it is read once, and so has no weight.
-        rehearsal = Rehearsal(*SHAPE, weight=0.0) if rank else Rehearsal(*SHAPE)
-        options = Options(rank=rank or None, rehearsal=rehearsal)
-        learner = Learner.of(model, Settings(resolve(model, None), lr=LR if rank else 1e-4, options=options))
-        if saved is not None:
-            learner.load(saved)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+
+    def settings() -> Settings:
+        own = RANK if rank is None else rank
+        # What is preserved is rehearsed text that stays with the memory; with ranks it is read once and has no weight.
+        rehearsal = Rehearsal(*SHAPE, weight=0.0) if own else Rehearsal(*SHAPE)
+        options = Options(rank=own or None, rehearsal=rehearsal)
+        return Settings(resolve(model, None), lr=LR if own else Settings.lr, options=options)
+
+    learner = restored_or_new(model, saved, settings)
+    ranks = {level.rank or learner.settings.options.rank or 0 for level in learner.settings.levels.values()}
+    if rank is not None and ranks != {rank}:
+        own = " and ".join(str(each or "none") for each in sorted(ranks))
+        raise UserError(
+            f"--rank {rank}: this memory was begun with {own}, and goes on with that; leave the option out, or begin "
+            "another memory"
+        )
     return learner
 
 
@@ -193,5 +202,5 @@ def _report(console: Console, documents: int, last: Step, result: Studied | None
     say(console, f"{count}, {result.exercises:,} exercises made of them; known after each round: {known}")
     rate = f"{result.tokens / max(result.seconds, 1e-9):,.1f} tokens/s"
     say(console, f"{result.tokens:,} tokens in {result.seconds:.1f} s, {rate}, what is preserved included")
-    if result.changed == result.changed:
+    if not math.isnan(result.changed):
         say(console, f"share of the layers' outputs on other text that is changed, summed: {result.changed:.3f}")

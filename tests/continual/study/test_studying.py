@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nestling.continual.store.texts import text_digest
 from nestling.continual.study import studying
 from nestling.continual.study.forgetting import Studying, learn_again, plan_forgetting, save_forgotten
 from nestling.continual.study.studying import Events, Step, Study
+from nestling.errors import UserError
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
 from tests.continual.stream.stream_models import copy_of, equal
@@ -197,6 +199,37 @@ def test_a_memory_whose_studies_are_damaged_is_refused() -> None:
     for studies in (3, ["a"]):
         with pytest.raises(ValueError, match="stud"):
             Learner.restore(random_llama(), with_studies(memory, studies))
+
+
+@pytest.mark.parametrize("wrong", [[{"records": 0}], [], 3])
+def test_forgetting_refuses_studies_that_are_none(tmp_path: Path, wrong: object) -> None:
+    one = learner()
+    one.study(TEXTS, TOKENIZER, QUICK)
+    memory = one.memory()
+    if not wrong:  # settings of another version
+        wrong = [memory.settings["studies"][0] | {"settings": {"nothing": 1}}]
+    store = MemoryStore(tmp_path / "memory")
+    store.save(with_studies(memory, wrong), "damaged")
+    with pytest.raises(UserError, match="does not say how it was studied"):
+        plan_forgetting(store, ["vera.txt"])
+
+
+@pytest.mark.parametrize("rank, lr, highest", [(3, None, 2e-3), (None, None, 3e-4), (3, 0.5, 0.5), (None, 0.5, 0.5)])
+def test_full_weights_take_smaller_steps(
+    monkeypatch: pytest.MonkeyPatch, rank: int | None, lr: float | None, highest: float
+) -> None:
+    made: list[torch.optim.AdamW] = []
+
+    def make(*args: Any, **more: Any) -> torch.optim.AdamW:
+        made.append(torch.optim.AdamW(*args, **more))
+        return made[0]
+
+    rates = []
+    monkeypatch.setattr(studying, "AdamW", make)
+    learner(rank).study(
+        TEXTS, TOKENIZER, Study(rounds=2, lr=lr), Events(step=lambda _: rates.append(made[0].param_groups[0]["lr"]))
+    )
+    assert 0.5 * highest < max(rates) <= highest
 
 
 def with_studies(memory: Memory, studies: object) -> Memory:

@@ -132,7 +132,7 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     # Memories of version 0.2 do not count these.
     consolidations, adopted = (int(counters.get(name, -1)) for name in ("consolidations", "adopted"))
     mean, spikes = None if guard["mean"] is None else float(guard["mean"]), int(guard["spikes"])
-    studies = _studies(settings.get("studies", []))
+    studies = studies_of(settings)
     present, total, targets = bool(document["present"]), float(document["total"]), int(document["targets"])
     _load_optimizer(learner, _with_state(learner, settings["optimizer"], tensors))
     learner.stream.pieces, learner.stream.history = pieces, history.clone()
@@ -143,8 +143,13 @@ def _load_progress(learner: Learner, memory: Memory) -> None:
     learner.log.present, learner.log.total, learner.log.targets = present, total, targets
 
 
-def _studies(values: Any) -> list[dict[str, Any]]:
-    """What a memory says of the studies it had, checked: which texts, after how many documents, how, how long."""
+def studies_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a memory's settings say of its studies, checked: which texts, after how many documents, how, how long.
+
+    Raises:
+        ValueError: that is no study.
+    """
+    values = settings.get("studies", [])
     if not isinstance(values, list):
         raise ValueError(f"a memory's studies are a list, in this one {str(values)[:80]}")
     for each in values:

@@ -18,7 +18,6 @@ from typing import Literal
 from nestling.continual.study.english import COMMON, POSSESSIVES, PRONOUNS, TITLES
 
 Kind = Literal["passage", "sentence", "gap", "name", "index"]
-KINDS: tuple[Kind, ...] = ("passage", "sentence", "gap", "name", "index")
 LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
 MOST_WORDS = 6  # of what is asked for
 

@@ -22,7 +22,7 @@ from nestling.continual.learner.options import settings_from
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.records import DocumentRecord
-from nestling.continual.store.resume import check_model
+from nestling.continual.store.resume import check_model, studies_of
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
 from nestling.continual.study.studying import Events, Step, Study
@@ -100,7 +100,7 @@ class Forgetting:
     def records(self) -> list[DocumentRecord]:
         """Of what stays. Where a document was left for one that is forgotten, and gone on with after it, it is one."""
         found: list[DocumentRecord] = []
-        studied = _studied(self.memory.settings.get("studies", []))
+        studied = _studied(studies_of(self.memory.settings))
         left: DocumentRecord | None = None
         for i, record in enumerate(self.memory.documents):
             if record.digest in self.digests:
@@ -272,15 +272,19 @@ def _digest(records: Sequence[DocumentRecord], name: str, path: Path) -> str:
 
 def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tuple[Part | Session, ...]:
     """What came after `before`, without some documents. The last of `before` may have gone on."""
-    sessions = memory.settings.get("studies", [])[len(before.settings.get("studies", [])) :]
+    try:
+        sessions = studies_of(memory.settings)[len(studies_of(before.settings)) :]
+        how = [Study(**each["settings"]) for each in sessions]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say how it was studied: {error}") from error
     by_study = _studied(sessions)
     names = {record.digest: record.name for record in memory.documents}
     found: list[tuple[float, Part | Session]] = []
-    for each in sessions:
+    for each, settings in zip(sessions, how, strict=True):
         left = {digest: names.get(digest, digest) for digest in each["digests"] if digest not in digests}
         most = None if each["finished"] else each["steps"]
         if left:
-            found.append((each["records"] - 0.5, Session(left, Study(**each["settings"]), most)))
+            found.append((each["records"] - 0.5, Session(left, settings, most)))
     read: dict[str, int] = {}
     for i, record in enumerate(memory.documents):
         first = read.get(record.digest, 0)

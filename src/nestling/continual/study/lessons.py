@@ -39,7 +39,7 @@ class Lesson:
     piece: Piece
 
     def done(self, right: Bool[Tensor, " targets"]) -> bool:
-        """Whether it counts as known, by which of its targets were the likeliest token."""
+        """Whether it counts as known, by which of its targets were likely."""
         share = float(right.float().mean())
         return share >= ENOUGH if self.exercise.kind in READ else share == 1
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from nestling.continual.component import Bounds, Companion
 from nestling.continual.learner.gradients import take_gradients
 from nestling.continual.learner.guards import check_not_diverged
-from nestling.continual.learner.weights import LowRankWeights
+from nestling.continual.learner.weights import LevelWeights, LowRankWeights
 from nestling.continual.replay.auxiliary_losses import taught_by
 from nestling.continual.replay.rehearsal import RehearsedText, write
 from nestling.continual.store.records import DocumentRecord
@@ -38,6 +38,7 @@ PANEL = "Study"
 LIKELY = math.log(2)
 """A token of less loss is likelier than all others together: it is known."""
 WARM_UP, LEAST = 0.1, 0.1  # of the rounds; of the rate
+RATE_OF_RANKS, RATE_OF_WEIGHTS = 2e-3, 3e-4
 CLIP = 1.0
 SORTED = 8
 """Batches of exercises that are sorted by length together."""
@@ -52,7 +53,7 @@ class Study:
     Attributes:
         rounds: visits of every passage at most. The rate falls along a cosine over so many.
         until: share of the exercises that are known when it ends early; 1 or more studies all rounds.
-        lr: of AdamW, on the factors or weights of all levels.
+        lr: of AdamW, on the factors or weights of all levels; None is 2e-3, and 3e-4 for levels of full weights.
         batch: exercises a step.
         most: exercises of a passage in a round.
         preserve: weight of the share of the layers' outputs that is changed on the model's own text; see
@@ -64,7 +65,14 @@ class Study:
 
     rounds: int = setting(10, help="Rounds through all passages at most.", panel=PANEL, at_least=1)
     until: float = setting(0.95, help="Share known at which it ends.", panel=PANEL, above=0)
-    lr: float = setting(2e-3, help="Learning rate.", flag="lr", panel=PANEL, above=0, below=math.inf)
+    lr: float | None = setting(
+        None,
+        help="Learning rate. Default: 2e-3, and 3e-4 for full weights.",
+        flag="lr",
+        panel=PANEL,
+        above=0,
+        below=math.inf,
+    )
     batch: int = setting(8, help="Exercises a step.", panel=PANEL, at_least=1)
     most: int = setting(9, help="Exercises of a passage in a round at most.", panel=PANEL, at_least=1)
     preserve: float = setting(
@@ -218,8 +226,15 @@ class _Course:
 
     def begin(self) -> None:
         """Make the optimizer, of the weights as they are learned now."""
-        self.parameters = [p for weights in self.learner.weights.values() for p in weights.learned]
-        self.optimizer = AdamW(self.parameters, betas=self.learner.settings.options.betas, weight_decay=0.0)
+        levels = self.learner.weights.values()
+        self.parameters = [p for weights in levels for p in weights.learned]
+        groups = [{"params": weights.learned, "rate": self._rate(weights)} for weights in levels]
+        self.optimizer = AdamW(groups, betas=self.learner.settings.options.betas, weight_decay=0.0)
+
+    def _rate(self, weights: LevelWeights) -> float:
+        if self.settings.lr is not None:
+            return self.settings.lr
+        return RATE_OF_RANKS if isinstance(weights, LowRankWeights) else RATE_OF_WEIGHTS
 
     def changed(self) -> float:
         """See `Studied`."""
@@ -232,7 +247,7 @@ class _Course:
             lessons = [self.lessons[i] for i in chosen]
             share = (number + place / len(order)) / settings.rounds
             for group in self.optimizer.param_groups:
-                group["lr"] = settings.lr * _warm_cosine(share)
+                group["lr"] = group["rate"] * _warm_cosine(share)
             losses = self._learn(lessons)
             for i, (lesson, own) in zip(chosen, split_by(lessons, losses), strict=True):
                 self.curriculum.saw(i, number, lesson.done(own < LIKELY))
