@@ -19,7 +19,7 @@ from nestling.continual.store.records import DocumentRecord
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
 from nestling.continual.stream.tokenizing import own_beginning
-from nestling.continual.study.studying import Study
+from nestling.continual.study.settings import Study
 from nestling.evaluation.choices import encode
 from nestling.evaluation.knowledge import Context
 from nestling.tasks.knowledge import KnowledgeQuestion

@@ -168,6 +168,11 @@ def run(
             for document in documents:
                 say(console, f"{document.name}: learned already, skipped")
             return False
+        if learner.scope is not None:
+            raise UserError(
+                f"{place} was studied, and speaks only where a text names what it was taught: what is read elsewhere "
+                "would not be learned; use nestling study, or learn into another memory"
+            )
         texts = [
             Text(d.name, text_digest(d.text), document_tokens(source, model, tokenizer, d.text)) for d in documents
         ]

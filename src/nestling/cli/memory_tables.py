@@ -41,6 +41,9 @@ def description(memory: Memory, index: Index | None) -> dict[str, Any]:
         "tokens": memory.tokens,
         "levels": [asdict(level) for level in summary.levels],
         "layers": {str(layer): norm for layer, norm in summary.layers.items()},
+        "scope": None
+        if memory.scope is None
+        else {"passages": len(memory.scope.passages), "words": len(memory.scope.surprise)},
         "difference_bytes": summary.difference_bytes,
         "learner_bytes": summary.learner_bytes,
         "documents": documents,
@@ -54,6 +57,8 @@ def print_memory(console: Console, path: Path, memory: Memory, index: Index | No
     summary = summarize(memory)
     say(console, f"{path}: {memory.tokens:,} tokens, base model {short(memory.fingerprint)}")
     console.print(f"differences {summary.difference_bytes:,} bytes, for learning on {summary.learner_bytes:,} bytes")
+    if memory.scope is not None:
+        say(console, f"speaks from where a text names {memory.scope.about}")
     table = _table("level", "period", "tensors", "changed", "norm")
     for level in summary.levels:
         period = "" if level.period is None else f"{level.period:,}"

@@ -8,7 +8,7 @@ import typer
 
 from nestling.cli.document_arguments import RECORDS, KeepTexts, Key, Model, Note, Paths, Place
 from nestling.cli.flags import Flags, with_flags
-from nestling.continual.study.studying import Study
+from nestling.continual.study.settings import Study
 
 
 @with_flags

@@ -26,7 +26,9 @@ from nestling.continual.learner.options import Options, Settings
 from nestling.continual.replay.rehearsal import Rehearsal
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.store import MemoryStore
-from nestling.continual.study.studying import SHAPE, Events, Step, Studied, Study
+from nestling.continual.study.preparing import SHAPE
+from nestling.continual.study.settings import Study
+from nestling.continual.study.studying import Events, Step, Studied
 from nestling.errors import UserError
 
 RANK = 16
@@ -163,6 +165,7 @@ def run(
             )
     if watch.last is not None:
         _report(console, len(documents), watch.last, result)
+        _report_scope(console, learner)
     print_place(console, store, snapshot, learner, stopped)
     return stopped
 
@@ -190,6 +193,17 @@ def _learner(model: PreTrainedModel, saved: Memory | None, rank: int | None) -> 
             "another memory"
         )
     return learner
+
+
+def _report_scope(console: Console, learner: Learner) -> None:
+    """Where the memory speaks."""
+    if learner.scope is None:
+        say(console, "the memory speaks everywhere")
+    else:
+        say(
+            console,
+            f"the memory speaks from where a text names {learner.scope.about}; elsewhere the model is as before",
+        )
 
 
 def _report(console: Console, documents: int, last: Step, result: Studied | None) -> None:

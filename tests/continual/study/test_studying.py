@@ -14,9 +14,10 @@ import torch
 from nestling.continual import Learner, Level, Memory, MemoryStore, Options, Rehearsal
 from nestling.continual.learn_documents import Text, learn_text
 from nestling.continual.store.texts import text_digest
-from nestling.continual.study import studying
+from nestling.continual.study import preparing, studying
 from nestling.continual.study.forgetting import Studying, learn_again, plan_forgetting, save_forgotten
-from nestling.continual.study.studying import Events, Step, Study
+from nestling.continual.study.settings import Study
+from nestling.continual.study.studying import Events, Step
 from nestling.errors import UserError
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
@@ -56,7 +57,7 @@ def test_what_is_studied_is_known() -> None:
 def test_the_base_is_left_as_it_was_and_the_memory_goes_on() -> None:
     one = learner()
     base = copy_of(random_llama())
-    one.study(TEXTS, TOKENIZER, QUICK)
+    one.study(TEXTS, TOKENIZER, replace(QUICK, everywhere=True))
     memory = one.memory()
     again = Learner.restore(random_llama(), memory)
     assert_same(untimed(again.memory()), untimed(memory))
@@ -98,8 +99,8 @@ def test_what_is_preserved_is_what_the_base_model_does(
         seen.append(model(torch.arange(5, 25)[None]).logits.detach())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studying, "SHAPE", (3, 12))
-    monkeypatch.setattr(studying, "Preservation", look)
+    monkeypatch.setattr(preparing, "SHAPE", (3, 12))
+    monkeypatch.setattr(preparing, "Preservation", look)
     one = Learner(random_llama(), lr=0.01, options=Options(rank=3, rehearsal=rehearsal))
     for weights in one.weights.values():
         for each in weights.learned:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestling.continual.component import LearnerComponent, components_of, strictest, undone_on_error
+from nestling.continual.component import LearnerComponent, components_of, undone_on_error
 from nestling.continual.learner import consolidation
 from nestling.continual.learner.average import RunningMean
-from nestling.continual.learner.gradients import take_gradients
-from nestling.continual.learner.guards import LearningWarning, SpikeGuard, check_not_diverged
-from nestling.continual.learner.levels import make_optimizer, make_weights, resolve, step_levels
+from nestling.continual.learner.chunk_learning import learn_chunk, score_chunk
+from nestling.continual.learner.guards import SpikeGuard
+from nestling.continual.learner.levels import make_optimizer, make_weights, resolve
 from nestling.continual.learner.observation import Counters, Observation
 from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.learner.weights import taken_off
+from nestling.continual.learner.weights import LowRankWeights, taken_off
 from nestling.continual.store import resume
 from nestling.continual.store.applying import COPIED, LEARNER, check_free
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.memory import Memory
-from nestling.continual.stream.chunks import Piece, Stream, batches, check_tokens, placed
+from nestling.continual.store.scope import Scope
+from nestling.continual.store.scope_gate import ScopeGate
+from nestling.continual.stream.chunks import Stream, check_tokens
 from nestling.continual.stream.documents import Document, DocumentLog
 from nestling.continual.stream.scoring import Reader, check_context, learning, own_modes
-from nestling.continual.study.studying import Events, Studied, Study, study
+from nestling.continual.study.settings import Study
+from nestling.continual.study.studying import Events, Studied, study
 
 C = TypeVar("C", bound=LearnerComponent)
 
@@ -92,9 +94,10 @@ class Learner:
         check_context(model, context)
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
-        self.weights = make_weights(model, self.settings)
+        self.gate = ScopeGate()
+        self.weights = make_weights(model, self.settings, self.gate)
         self.components: dict[str, LearnerComponent] = {}
-        self._learned = {name: weights.learned for name, weights in self.weights.items()}
+        self.parameters = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
         try:
             self.start_afresh()
@@ -112,14 +115,14 @@ class Learner:
         options = self.settings.options
         self.components = {name: kind(value, self) for name, (kind, value) in components_of(options).items()}
         apart = [name for name, component in self.components.items() if component.reads_apart]
-        with learning(self.model, self._everything):
+        with learning(self.model, [p for own in self.parameters.values() for p in own]):
             self.optimizer = make_optimizer(self.settings, self.weights, apart)
         self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
         self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
         self.log = DocumentLog()
         self.counters = Counters()
         self.studies: list[dict[str, Any]] = []
-        self._refused = 0
+        self.refused = 0
 
     @own_modes()
     def observe(
@@ -144,14 +147,16 @@ class Learner:
             counted as skipped, a note says so, and a `LearningWarning` is given.
 
         Raises:
-            ValueError: tokens that are no whole numbers or not in the vocabulary, or `scored` of another length;
-                nothing has changed then. LearningDivergedError: the weights themselves are no longer finite.
+            ValueError: tokens that are no whole numbers or not in the vocabulary, `scored` of another length, or a
+                memory with a scope; nothing has changed then.
+            LearningDivergedError: the weights themselves are no longer finite.
             RuntimeError: the learner is detached.
 
         What interrupts a call (Ctrl-C, no memory left) leaves it as before the present chunk, unless it comes while the
         levels step: then go on from the last saved memory.
         """
         self.check_at_work()
+        self._check_everywhere()
         ids, targets = check_tokens(tokens, scored, self.vocabulary)
         if not len(ids):
             return Observation(torch.empty(0), notes=("no tokens: nothing was learned",))
@@ -169,7 +174,7 @@ class Learner:
             with self.stream.undone_on_error(), undone_on_error(self.components.values()):
                 self.stream.add(ids[part], targets[part])
                 full = not self.stream.room
-                losses[part] = self._learn(new, updated, notes) if full else self._score(new)
+                losses[part] = learn_chunk(self, new, updated, notes) if full else score_chunk(self, new)
             self.log.add(losses[part])
             self.counters.tokens += new
             done = part.stop
@@ -211,6 +216,7 @@ class Learner:
         for weights in self.weights.values():
             weights.attach()
         self.attached = True
+        self.set_scope(self.scope)
         setattr(self.model, LEARNER, self)
 
     @own_modes()
@@ -221,6 +227,7 @@ class Learner:
         self._check_live()
         for weights in self.weights.values():
             weights.detach()
+        self.gate.detach()
         self.attached = False
         delattr(self.model, LEARNER)
 
@@ -257,6 +264,7 @@ class Learner:
         See `nestling.continual.learner.consolidation.consolidate`.
         """
         self.check_at_work()
+        self._check_everywhere()
         done = consolidation.consolidate(
             self, fast=fast, retention=retention, steps=steps, lr=lr, rows=rows, held_out=held_out, seed=seed
         )
@@ -344,6 +352,36 @@ class Learner:
         average = self.component(RunningMean)
         return average is not None and average.read
 
+    @property
+    def scope(self) -> Scope | None:
+        """Where what was learned speaks; None is everywhere."""
+        return self.gate.scope
+
+    def set_scope(self, scope: Scope | None) -> None:
+        """Speak from now on where a text names something of the scope, and everywhere with None.
+
+        Raises:
+            ValueError: as `check_scope`.
+        """
+        self.check_scope(scope)
+        self.gate.scope = scope
+        if scope is None:
+            self.gate.detach()
+        elif self.attached:
+            self.gate.attach(self.model)
+
+    def check_scope(self, scope: Scope | None) -> None:
+        """Raises ValueError for a scope, and a level of full weights, which act everywhere."""
+        if scope is not None and not all(isinstance(each, LowRankWeights) for each in self.weights.values()):
+            raise ValueError("a memory with a scope has levels of low rank alone")
+
+    def _check_everywhere(self) -> None:
+        if self.scope is not None:
+            raise ValueError(
+                "this learner's memory was studied, and speaks only where a text names what it was taught: what is "
+                "read elsewhere would not be learned; study the text, or read it into another memory"
+            )
+
     def component(self, kind: type[C]) -> C | None:
         """The one of this kind, if the options ask for it."""
         return next((each for each in self.components.values() if isinstance(each, kind)), None)
@@ -352,48 +390,3 @@ class Learner:
         """The learned weights are others than before, not by learning from a chunk."""
         for component in self.components.values():
             component.replaced()
-
-    @property
-    def _everything(self) -> list[Tensor]:
-        return [p for parameters in self._learned.values() for p in parameters]
-
-    def _score(self, new: int) -> Float[Tensor, " new"]:
-        """Losses of the chunk's last tokens."""
-        wanted = self.stream.last(new)
-        with learning(self.model, ()):
-            work = batches(wanted, self.settings.options.batch_tokens)
-            found = [self.reader.scores(batch).cpu().float() for batch in work]
-        return placed(wanted, torch.cat(found) if found else torch.empty(0))[-new:]
-
-    def _learn(self, new: int, updated: list[str], notes: list[str]) -> Float[Tensor, " new"]:
-        """Learn from the full chunk; losses of its last tokens."""
-        pieces, budget = self.stream.pieces, self.settings.options.batch_tokens
-        read_with = [companion for component in self.components.values() for companion in component.companions()]
-        bounds = strictest([component.bounds() for component in self.components.values()])
-        with learning(self.model, self._everything):
-            seen = take_gradients(self.reader, pieces, read_with, budget, self.guard, bounds, self._learned)
-            if seen.refusal is None:
-                updated.extend(
-                    step_levels(self.optimizer, self.weights, self.components.values(), self.settings.options)
-                )
-        if seen.refusal is None:
-            self._count(pieces, seen.losses)
-        else:
-            self._refuse(seen.refusal, notes)
-        self.stream.end_chunk()
-        return placed(pieces, seen.losses.float())[-new:]
-
-    def _count(self, pieces: Sequence[Piece], losses: Float[Tensor, " targets"]) -> None:
-        self.counters.chunks += 1
-        self._refused = 0
-        if len(losses):
-            self.guard.accept(float(losses.mean()))
-        for component in self.components.values():
-            component.learned(pieces, losses)
-
-    def _refuse(self, reason: str, notes: list[str]) -> None:
-        self._refused += 1
-        check_not_diverged(self._everything, self._refused, self.settings.options.patience, reason)
-        self.counters.skipped += self.stream.chunk
-        notes.append(f"{self.stream.chunk} tokens were not learned from: {reason}")
-        warnings.warn(notes[-1], LearningWarning, stacklevel=5)

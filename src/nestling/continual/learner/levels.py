@@ -16,6 +16,7 @@ from nestling.continual.component import LearnerComponent
 from nestling.continual.learner.options import Level, Options, Settings
 from nestling.continual.learner.steps import retain
 from nestling.continual.learner.weights import FullWeights, LevelWeights, LowRankWeights
+from nestling.continual.store.scope_gate import ScopeGate
 from nestling.levels.assignment import existing_names, named_levels, stream_levels
 from nestling.optim import MultiFrequency, OptimizerLevel, build
 from nestling.optim.layer_inputs import InputOptimizer
@@ -87,8 +88,8 @@ def default_levels(model: nn.Module) -> dict[str, Level]:
     return {mlps: Level(DEFAULT_PERIOD, (mlps,))}
 
 
-def make_weights(model: nn.Module, settings: Settings) -> dict[str, LevelWeights]:
-    """What every level learns, attached to the model."""
+def make_weights(model: nn.Module, settings: Settings, gate: ScopeGate) -> dict[str, LevelWeights]:
+    """What every level learns, attached to the model; of low rank, added where the gate is open."""
     made: dict[str, LevelWeights] = {}
     for index, (name, level) in enumerate(settings.levels.items()):
         rank = level.rank or settings.options.rank
@@ -96,7 +97,7 @@ def make_weights(model: nn.Module, settings: Settings) -> dict[str, LevelWeights
         made[name] = (
             FullWeights(model, names)
             if rank is None
-            else LowRankWeights(model, names, rank, settings.options.seed + index)
+            else LowRankWeights(model, names, rank, settings.options.seed + index, gate)
         )
     return made
 

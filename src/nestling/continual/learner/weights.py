@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nestling.continual.store.records import LowRank, dense, shape_of
+from nestling.continual.store.scope_gate import ScopeGate, add_beside
 
 
 class LevelWeights(Protocol):
@@ -188,12 +189,13 @@ class LowRankWeights:
         names: of the level's parameters, each the weight of one `nn.Linear`.
         rank: of every difference.
         seed: of the factors' first values.
+        gate: where they are added; None is everywhere.
 
     Raises:
         ValueError: a parameter that is no weight of an `nn.Linear`, or a rank above what a weight has.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], rank: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, names: list[str], rank: int, seed: int, gate: ScopeGate | None = None) -> None:
         layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         if missing := [name for name in names if name not in layers]:
             raise ValueError(f"rank={rank} is for weights of nn.Linear layers, and {missing[0]} is none; give patterns "
@@ -202,7 +204,7 @@ class LowRankWeights:
             if rank > min(layers[name].weight.shape):
                 raise ValueError(f"rank={rank} is more than {name} of shape {tuple(layers[name].weight.shape)} has")
         generator = torch.Generator().manual_seed(seed)
-        self.seed = seed
+        self.seed, self.gate = seed, gate or ScopeGate()
         self.layers = {name: layers[name] for name in names}
         self.factors = {name: Factors(layer, rank, generator) for name, layer in self.layers.items()}
         self.owner: nn.Module = nn.ModuleList(self.factors.values())
@@ -229,7 +231,7 @@ class LowRankWeights:
         """Hooks on."""
         if not self.handles:
             # A partial, and no function made here: a copy of the model then has copies of the factors.
-            hooks = {name: partial(_add, factors) for name, factors in self.factors.items()}
+            hooks = {name: partial(add_beside, self.gate, factors) for name, factors in self.factors.items()}
             self.handles = [
                 self.layers[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()
             ]
@@ -328,12 +330,6 @@ def _exchange(a: Tensor, b: Tensor) -> None:
         a.copy_(old[0])
         b.copy_(old[1])
         raise
-
-
-def _add(
-    factors: Factors, layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor
-) -> Tensor:
-    return output + factors(arguments[0] if arguments else keywords["input"])
 
 
 def _difference(new: Tensor, old: Tensor) -> Tensor:

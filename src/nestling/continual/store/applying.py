@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.records import LowRank, dense, identity, shape_of
+from nestling.continual.store.scope import Scope
+from nestling.continual.store.scope_gate import Scoped
 from nestling.errors import UserError
 
 # On the module itself, so that a deep copy of a model knows what it holds.
@@ -35,12 +37,14 @@ class Applied:
         base: fingerprint of the model before.
         originals: the parameters' values before; None where they were not kept.
         rounded: fingerprint after a removal that was exact to rounding only.
+        beside: differences that speak within a scope, which the parameters do not hold; None where they do.
     """
 
     owner: str | None
     base: str
     originals: dict[str, Tensor] | None = None
     rounded: str | None = None
+    beside: Scoped | None = None
 
 
 def put_in(
@@ -49,8 +53,9 @@ def put_in(
     differences: Mapping[str, Tensor | LowRank],
     *,
     keep_originals: bool,
+    scope: Scope | None = None,
 ) -> None:
-    """Add every difference to its parameter; all is checked before anything changes.
+    """Add every difference to its parameter, or with a scope beside it; all is checked before anything changes.
 
     Raises:
         MemoryUseError: another base model, a memory already inside, a parameter the model lacks or shapes otherwise.
@@ -68,6 +73,11 @@ def put_in(
         )
     _check_base(model, fingerprint, record)
     targets = _targets(model, differences)
+    if scope is not None:
+        beside = _beside(model, differences, scope)
+        beside.attach(model)
+        setattr(model, ATTRIBUTE, Applied(owner, fingerprint, beside=beside))
+        return
     originals = {name: p.detach().clone() for name, p in targets.items()} if keep_originals else None
     _add(targets, differences, 1.0)
     setattr(model, ATTRIBUTE, Applied(owner, fingerprint, originals))
@@ -84,6 +94,10 @@ def take_out(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> N
         raise MemoryUseError("no memory is applied to the model, so none can be removed")
     if record.owner != identity(differences):
         raise MemoryUseError("another memory is applied to the model; remove that one")
+    if record.beside is not None:
+        record.beside.detach()
+        delattr(model, ATTRIBUTE)
+        return
     targets = _targets(model, differences)
     if record.originals is None:
         _add(targets, differences, -1.0)
@@ -97,10 +111,10 @@ def take_out(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> N
 
 @contextmanager
 def put_in_for_a_while(
-    model: nn.Module, fingerprint: str, differences: Mapping[str, Tensor | LowRank]
+    model: nn.Module, fingerprint: str, differences: Mapping[str, Tensor | LowRank], scope: Scope | None = None
 ) -> Iterator[None]:
     """`put_in`, and `take_out` bit for bit however the block ends."""
-    put_in(model, fingerprint, differences, keep_originals=True)
+    put_in(model, fingerprint, differences, keep_originals=True, scope=scope)
     try:
         yield
     finally:
@@ -168,6 +182,20 @@ def _targets(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> d
     if len({id(p) for p in targets.values()}) != len(targets):
         raise MemoryUseError("the memory changes one parameter under two names (tied weights)")
     return targets
+
+
+def _beside(model: nn.Module, differences: Mapping[str, Tensor | LowRank], scope: Scope) -> Scoped:
+    """Raises MemoryUseError for differences that cannot speak for single tokens."""
+    layers = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    pairs: list[tuple[nn.Linear, LowRank]] = []
+    for name, difference in differences.items():
+        if not isinstance(difference, LowRank) or name not in layers:
+            raise MemoryUseError(
+                f"the memory has a scope, and its difference of {name} is none of low rank of a linear layer, which "
+                "alone can act on some tokens and not on others"
+            )
+        pairs.append((layers[name], difference))
+    return Scoped(pairs, scope)
 
 
 @torch.no_grad()

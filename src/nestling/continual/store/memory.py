@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nestling.continual.store.applying import put_in, put_in_for_a_while, take_out
 from nestling.continual.store.memory_file import MemoryFileError, read_fields, write_fields
 from nestling.continual.store.records import DocumentRecord, LowRank, tensors_of
+from nestling.continual.store.scope import Scope, scope_of
 
 __all__ = ["DocumentRecord", "LowRank", "Memory", "MemoryFileError"]
 
@@ -61,6 +62,15 @@ class Memory:
         return sum(t.numel() * t.element_size() for t in (*held, *self.tensors.values()))
 
     @property
+    def scope(self) -> Scope | None:
+        """Where it speaks; None is everywhere.
+
+        Raises:
+            ValueError: the settings hold something else there.
+        """
+        return scope_of(self.settings)
+
+    @property
     def tokens(self) -> int:
         """Tokens learned from."""
         return sum(document.tokens for document in self.documents)
@@ -93,7 +103,7 @@ class Memory:
         return cls(**read_fields(Path(path))[0])
 
     def apply(self, model: nn.Module, *, keep_originals: bool = True) -> None:
-        """Add what was learned to the model's parameters, in place.
+        """Add what was learned to the model's parameters, in place; with a scope, beside them, by forward hooks.
 
         Args:
             model: the base model, any module with these parameters in the dtype it was learned in.
@@ -103,7 +113,7 @@ class Memory:
         Raises:
             MemoryUseError: another base model, or a memory is applied already. Nothing has changed then.
         """
-        put_in(model, self.fingerprint, self.differences, keep_originals=keep_originals)
+        put_in(model, self.fingerprint, self.differences, keep_originals=keep_originals, scope=self.scope)
 
     def remove(self, model: nn.Module) -> None:
         """Take out what `apply` added.
@@ -120,5 +130,5 @@ class Memory:
         Raises:
             MemoryUseError: as `apply`.
         """
-        with put_in_for_a_while(model, self.fingerprint, self.differences):
+        with put_in_for_a_while(model, self.fingerprint, self.differences, self.scope):
             yield model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,9 +120,21 @@ def merge(
             parameters={name: list(names) for name, names in a.parameters.items()},
             differences=merged,
             documents=_joined(a.documents, b.documents),
-            settings=dict(a.settings),
+            settings=_settings(a, b),
         )
     )
+
+
+def _settings(a: Memory, b: Memory) -> dict[str, Any]:
+    """A's, with a scope of what both were taught."""
+    if (a.scope is None) != (b.scope is None):
+        raise MergeError(
+            "one of the two memories was studied and speaks only where a text names what it was taught, the other one "
+            "everywhere; merge memories of one kind"
+        )
+    if a.scope is None or b.scope is None:
+        return dict(a.settings)
+    return a.settings | {"scope": a.scope.joined(b.scope).values()}
 
 
 def level_of(memory: Memory) -> dict[str, str]:

@@ -13,6 +13,7 @@ from nestling.continual.component import named, own
 from nestling.continual.learner.observation import Counters
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.memory import Memory
+from nestling.continual.store.scope import scope_of
 from nestling.continual.stream.chunks import Piece, decode
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def to_memory(learner: Learner) -> Memory:
             "optimizer": optimizer,
             "studies": list(learner.studies),
         }
+        | ({} if learner.scope is None else {"scope": learner.scope.values()})
         | kept,
         tensors=tensors,
     )
@@ -69,6 +71,8 @@ def load(learner: Learner, memory: Memory) -> None:
             component.prepare(own(name, memory.tensors), memory.settings.get(name) if memory.tensors else None)
             for name, component in learner.components.items()
         ]
+        scope = scope_of(memory.settings)
+        learner.check_scope(scope)
         if memory.tensors:
             _load_progress(learner, memory)
         else:
@@ -79,6 +83,7 @@ def load(learner: Learner, memory: Memory) -> None:
             weights.load(memory.differences, exact)
         for take in taking:
             take()
+        learner.set_scope(scope)
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:

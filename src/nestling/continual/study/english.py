@@ -31,6 +31,13 @@ SURNAMES = _list(
     """
 )
 """Common names, for people of whom nothing is told."""
+TO_BE = _words("is was are were has had have lies stands")
+"""After a first word that is a name they are likelier than after another."""
+CHANGES = (
+    r"\b(?:no longer|any ?more|now|today|nowadays|instead|formerly|used to|given up|gave|sold|died|goodbye|replaced)\b"
+    r"|\b(?:not|thought to)\b(?=.*\bbut\b)"
+)
+"""Words of a sentence that says that something changed, as a regular expression."""
 COMMON = _words(
     """
     a an the this that these those some any every each all both no not many few more most much one two three

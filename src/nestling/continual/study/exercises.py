@@ -11,13 +11,15 @@ text of another language the passages and the gaps remain.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nestling.continual.study.english import COMMON, POSSESSIVES, PRONOUNS, TITLES
+from nestling.continual.study.english import COMMON, POSSESSIVES, PRONOUNS, TITLES, TO_BE
 
-Kind = Literal["passage", "sentence", "gap", "name", "index"]
+Kind = Literal["passage", "sentence", "gap", "name", "index", "chain"]
+Gap = tuple[str, str, str]
+"""What stands before some words, the words, and what stands after them."""
 LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
 MOST_WORDS = 6  # of what is asked for
 
@@ -33,7 +35,7 @@ class Exercise:
 
     Attributes:
         kind: "passage" and "sentence" are read as they are; "gap" asks for words of a sentence, "name" for the one it
-            is about, "index" leads from words to that name.
+            is about, "index" leads from words to that name, "chain" asks for words of another passage.
         prompt: is read and not learned; "" for what is read as it is.
         answer: is learned.
         about: the name in what is read, where that is what the rest hangs on; None in the other kinds.
@@ -62,11 +64,26 @@ def exercises(text: str) -> list[Exercise]:
         gap | Question: Vera Sorborg keeps what? Answer: | an owl
         index | an owl: | Vera Sorborg
     """
-    found: list[Exercise] = []
-    for passage in passages(text):
-        found.append(Exercise("passage", "", passage, subject(passage)))
-        found.extend(_of_sentences(passage))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(each for passage in passages(text) for each in of_passage(passage, subject(passage))))
+
+
+def of_passage(passage: str, about: str | None) -> Iterator[Exercise]:
+    """Those of one passage, itself first.
+
+    Args:
+        passage: of a text.
+        about: its subject.
+    """
+    yield Exercise("passage", "", passage, about)
+    for said in sentences(passage):
+        sentence = said if about is None else name_in(said, about)
+        if sentence != passage:
+            yield Exercise("sentence", "", sentence, named_in(sentence, about))
+        for before, words, after in gaps(sentence, about):
+            yield Exercise("gap", question(before + "what" + after), words, named_in(before + after, about))
+            if about is not None and about in sentence:
+                yield Exercise("name", _asked_for(sentence, about), about)
+                yield Exercise("index", f"{words}:", about)
 
 
 def passages(text: str) -> list[str]:
@@ -93,32 +110,40 @@ def sentences(passage: str) -> list[str]:
     return [each for each in (*found, passage[begin:]) if each]
 
 
-def subject(passage: str) -> str | None:
-    """The name that a passage is about: the first of its names with two words or more, or else the first that stands
-    inside a sentence or comes twice."""
+def subject(passage: str, names: frozenset[str] = frozenset()) -> str | None:
+    """The name that a passage is about: the one it begins with, or else the first of its names with two words or more,
+    or else the first that stands inside a sentence or comes twice.
+
+    Args:
+        passage: of a text.
+        names: single words that are known as names, from other places. A passage that begins with another single word
+            begins with a name if "is", "has" or the like follows.
+    """
+    first = _NAME.match(passage)
+    name = _plain(first.group()) if first else ""
+    if first and name and name == first.group().removesuffix("'s") and name.lower() not in COMMON:
+        after = _WORD.search(passage, first.end())
+        if " " in name or name in names or (after is not None and after.group() in TO_BE):
+            return name
     said = [(match.group(), match.start()) for match in _NAME.finditer(passage)]
     starts = {passage.index(sentence) for sentence in sentences(passage)}
-    names = [(_plain(name), start in starts) for name, start in said]
-    names = [(name, first) for name, first in names if name and name.lower() not in COMMON]
-    long = next((name for name, _ in names if " " in name), None)
-    counts = [name for name, _ in names]
-    return long or next((name for name, first in names if not first or counts.count(name) > 1), None)
+    plain = [(_plain(each), start in starts) for each, start in said]
+    plain = [(each, begins) for each, begins in plain if each and each.lower() not in COMMON]
+    long = next((each for each, _ in plain if " " in each), None)
+    counts = [each for each, _ in plain]
+    return long or next((each for each, begins in plain if not begins or counts.count(each) > 1), None)
 
 
-def _of_sentences(passage: str) -> Iterator[Exercise]:
-    about = subject(passage)
-    for said in sentences(passage):
-        sentence = said if about is None else name_in(said, about)
-        if sentence != passage:
-            yield Exercise("sentence", "", sentence, _in(sentence, about))
-        for before, words, after in gaps(sentence, about):
-            yield Exercise("gap", _question(before + "what" + after), words, _in(before + after, about))
-            if about is not None and about in sentence:
-                yield Exercise("name", _asked_for(sentence, about), about)
-                yield Exercise("index", f"{words}:", about)
+def names_in(texts: Iterable[str]) -> frozenset[str]:
+    """What stands in capitals inside a sentence, in any of some texts."""
+    found: set[str] = set()
+    for sentence in (each for text in texts for passage in passages(text) for each in sentences(passage)):
+        found.update(_plain(match.group()) for match in _NAME.finditer(sentence) if match.start())
+    return frozenset(found) - {""}
 
 
-def _in(text: str, name: str | None) -> str | None:
+def named_in(text: str, name: str | None) -> str | None:
+    """The name, where the text has it."""
     return name if name is not None and name in text else None
 
 
@@ -134,24 +159,42 @@ def name_in(sentence: str, name: str) -> str:
     return sentence
 
 
-def gaps(sentence: str, about: str | None) -> list[tuple[str, str, str]]:
+def gaps(sentence: str, about: str | None) -> list[Gap]:
     """Every run of words that say something, with its article, and what stands before and after it. Names of whom it is
     about, and words that most sentences have, are not asked for."""
     hidden = set() if about is None else {*about.split(), *(f"{word}'s" for word in about.split())}
     runs: list[list[re.Match[str]]] = [[]]
     words = list(_WORD.finditer(sentence))
     for place, match in enumerate(words):
-        says = match.group() not in hidden and match.group().lower() not in COMMON
+        own = match.group() in hidden and not _of_another(words, place, hidden, sentence)
+        says = not own and match.group().lower() not in COMMON
         joined = bool(runs[-1]) and not sentence[words[place - 1].end() : match.start()].strip()
+        joined = joined and not (match.group()[0].isupper() and words[place - 1].group()[0].islower())
         if not says or not joined or len(runs[-1]) == MOST_WORDS:
             runs.append([])
         if says:
             runs[-1].append(match)
-    found: list[tuple[str, str, str]] = []
+    found: list[Gap] = []
     for run in filter(None, runs):
         begin, end = _with_article(words, run[0]), run[-1].end()
         found.append((sentence[:begin], sentence[begin:end], sentence[end:]))
     return found
+
+
+def _of_another(words: Sequence[re.Match[str]], place: int, hidden: set[str], sentence: str) -> bool:
+    """Whether a word of the name is part of another one, as "Nadia" of "Nadia Lanshaw" where Nadia Hill is told of."""
+    match = words[place]
+    after = words[place + 1] if place + 1 < len(words) else None
+    before = words[place - 1] if place > 1 else None
+    beside = [(match, after)] if after is not None else []
+    beside += [(before, match)] if before is not None else []
+    others = [
+        other
+        for pair in beside
+        for other in pair
+        if other is not match and sentence[pair[0].end() : pair[1].start()] == " "
+    ]
+    return any(o.group()[0].isupper() and o.group() not in hidden and o.group().lower() not in COMMON for o in others)
 
 
 def _with_article(words: Sequence[re.Match[str]], first: re.Match[str]) -> int:
@@ -160,7 +203,8 @@ def _with_article(words: Sequence[re.Match[str]], first: re.Match[str]) -> int:
     return before.start() if before is not None and before.group().lower() in ("a", "an", "the") else first.start()
 
 
-def _question(text: str) -> str:
+def question(text: str) -> str:
+    """A text as it is asked."""
     return f"Question: {text.strip().rstrip('.!?')}?\nAnswer:"
 
 
@@ -170,7 +214,7 @@ def _asked_for(sentence: str, name: str) -> str:
     whose = after.startswith(("'s", "’s"))
     asked = ("whose" if whose else "who" if place == 0 else "whom") + (after[2:] if whose else after)
     asked = sentence[:place] + asked
-    return _question(asked[0].upper() + asked[1:])
+    return question(asked[0].upper() + asked[1:])
 
 
 def _plain(name: str) -> str:

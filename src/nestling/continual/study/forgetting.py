@@ -25,7 +25,8 @@ from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.resume import check_model, studies_of
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
-from nestling.continual.study.studying import Events, Step, Study
+from nestling.continual.study.settings import Study
+from nestling.continual.study.studying import Events, Step
 from nestling.errors import UserError
 
 SHORTEST_DIGEST = 8
@@ -274,7 +275,8 @@ def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tup
     """What came after `before`, without some documents. The last of `before` may have gone on."""
     try:
         sessions = studies_of(memory.settings)[len(studies_of(before.settings)) :]
-        how = [Study(**each["settings"]) for each in sessions]
+        # Earlier studies had no scope.
+        how = [Study(**({"everywhere": True} | each["settings"])) for each in sessions]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not say how it was studied: {error}") from error
     by_study = _studied(sessions)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nestling.continual.store.scope import Scope
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.tokenizing import own_beginning, plain_tokens
+from nestling.continual.study.chains import chains
+from nestling.continual.study.changes import amended
 from nestling.continual.study.english import GIVEN, SURNAMES
-from nestling.continual.study.exercises import Exercise, exercises
+from nestling.continual.study.exercises import Exercise, names_in, of_passage, subject
 
 READ = ("passage", "sentence")
 """Kinds that are read as they are."""
@@ -47,24 +50,27 @@ class Lesson:
 def make_lessons(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Lesson]:
     """The exercises of some texts.
 
-    A question that two passages answer differently is left out: nobody could know which is meant.
+    What a later text changes is changed in the earlier ones (`amended`). A question that two passages answer
+    differently is left out: nobody could know which is meant.
 
     Args:
-        texts: whole documents.
+        texts: whole documents, in the order in which they are to be believed.
         tokenizer: of the model that shall learn them.
         context: tokens of a piece at most; what is longer is cut.
 
     Raises:
         ValueError: texts without a word.
     """
-    found, passage = [], -1
+    names = names_in(texts)
+    told = [(number, passage) for number, own in enumerate(amended(texts, names)) for passage in own]
+    about = [(passage, subject(passage, names)) for _, passage in told]
     answers: dict[str, set[str]] = defaultdict(set)
-    for number, text in enumerate(texts):
-        for each in exercises(text):
-            passage += each.kind == "passage"
-            found.append((each, number, passage))
+    found: dict[Exercise, tuple[int, int]] = {}
+    for place, ((number, _), own, more) in enumerate(zip(told, about, chains(about), strict=True)):
+        for each in (*of_passage(*own), *more):
+            found.setdefault(each, (number, place))
             answers[each.prompt].add(each.answer)
-    clear = [row for row in found if not row[0].prompt or len(answers[row[0].prompt]) == 1]
+    clear = [(each, *where) for each, where in found.items() if not each.prompt or len(answers[each.prompt]) == 1]
     beginning = own_beginning(tokenizer)
     made = [Lesson(each, text, place, _piece(each, tokenizer, beginning, context)) for each, text, place in clear]
     made = [lesson for lesson in made if bool(lesson.piece.targets.any())]
@@ -95,6 +101,25 @@ def of_others(
         ids = torch.tensor([*own_beginning(tokenizer), *plain_tokens(tokenizer, said)][:context])
         found.append(Piece(ids, 0, torch.ones(len(ids), dtype=torch.bool)))
     return found
+
+
+def within(lessons: Sequence[Lesson], scope: Scope) -> list[Lesson]:
+    """Of some lessons what a memory with this scope can learn: answers it speaks at, and of what is read as it is the
+    tokens it speaks at."""
+    found = []
+    for lesson in lessons:
+        piece = spoken(lesson.piece, scope)
+        whole = piece is not None and bool((piece.targets == lesson.piece.targets).all())
+        if piece is not None and (whole or lesson.exercise.kind in READ):
+            found.append(replace(lesson, piece=piece))
+    return found
+
+
+def spoken(piece: Piece, scope: Scope) -> Piece | None:
+    """With those targets alone that a memory with this scope has a say in; None where there is none."""
+    before = torch.arange(len(piece)) + piece.start - 1
+    said = piece.targets & (before >= scope.opens(piece.ids.tolist()))
+    return replace(piece, scored=said) if bool(said.any()) else None
 
 
 def split_by(lessons: Sequence[Lesson], values: Float[Tensor, " targets"] | Tensor) -> Iterator[tuple[Lesson, Tensor]]:

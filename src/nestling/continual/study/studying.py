@@ -21,20 +21,19 @@ from nestling.continual.learner.gradients import take_gradients
 from nestling.continual.learner.guards import check_not_diverged
 from nestling.continual.learner.weights import LevelWeights, LowRankWeights
 from nestling.continual.replay.auxiliary_losses import taught_by
-from nestling.continual.replay.rehearsal import RehearsedText, write
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.texts import text_digest
 from nestling.continual.stream.scoring import learning
 from nestling.continual.stream.tokenizing import plain_tokens
 from nestling.continual.study.curriculum import Curriculum
-from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by
+from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by, spoken
+from nestling.continual.study.preparing import inside, own_text, preservation_of, scope_for
 from nestling.continual.study.preservation import Preservation
-from nestling.settings import check, setting
+from nestling.continual.study.settings import Study
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
 
-PANEL = "Study"
 LIKELY = math.log(2)
 """A token of less loss is likelier than all others together: it is known."""
 WARM_UP, LEAST = 0.1, 0.1  # of the rounds; of the rate
@@ -42,49 +41,6 @@ RATE_OF_RANKS, RATE_OF_WEIGHTS = 2e-3, 3e-4
 CLIP = 1.0
 SORTED = 8
 """Batches of exercises that are sorted by length together."""
-SHAPE = (64, 96)
-"""Pieces and tokens of the text that is preserved, where the learner rehearses none."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """How texts are studied.
-
-    Attributes:
-        rounds: visits of every passage at most. The rate falls along a cosine over so many.
-        until: share of the exercises that are known when it ends early; 1 or more studies all rounds.
-        lr: of AdamW, on the factors or weights of all levels; None is 2e-3, and 3e-4 for levels of full weights.
-        batch: exercises a step.
-        most: exercises of a passage in a round.
-        preserve: weight of the share of the layers' outputs that is changed on the model's own text; see
-            `Preservation`. Only levels of low rank have it; full weights are held by what the learner rehearses.
-        others: exercises a step that are said of other people: there the model shall say what it said before.
-        specific: weight of the divergence on those.
-        seed: of the order, and of those people.
-    """
-
-    rounds: int = setting(10, help="Rounds through all passages at most.", panel=PANEL, at_least=1)
-    until: float = setting(0.95, help="Share known at which it ends.", panel=PANEL, above=0)
-    lr: float | None = setting(
-        None,
-        help="Learning rate. Default: 2e-3, and 3e-4 for full weights.",
-        flag="lr",
-        panel=PANEL,
-        above=0,
-        below=math.inf,
-    )
-    batch: int = setting(8, help="Exercises a step.", panel=PANEL, at_least=1)
-    most: int = setting(9, help="Exercises of a passage in a round at most.", panel=PANEL, at_least=1)
-    preserve: float = setting(
-        1.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
-    )
-    others: int = setting(4, help="Exercises a step said of people of whom nothing is told.", panel=PANEL, at_least=0)
-    specific: float = setting(1.0, help="Weight of those.", panel=PANEL, at_least=0, below=math.inf)
-    seed: int = setting(0, help="Of the order, and of those people.", panel=PANEL, at_least=0)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range."""
-        check(self)
 
 
 @dataclass(frozen=True)
@@ -172,16 +128,22 @@ def study(
         events: who is told.
 
     Raises:
-        ValueError: texts without a word.
+        ValueError: texts without a word, or nothing to be learned within a scope; `everywhere` for a memory that has
+            one.
         LearningDivergedError: the weights are no longer finite.
         RuntimeError: the learner is detached.
     """
     began = time.monotonic()
     learner.check_at_work()
-    lessons = make_lessons(list(texts.values()), tokenizer, learner.settings.context)
-    course = _Course(learner, lessons, tokenizer, settings, _preservation(learner, settings, events.writing))
+    lessons, before = make_lessons(list(texts.values()), tokenizer, learner.settings.context), learner.scope
+    own = own_text(learner, settings, events.writing)
+    scope = scope_for(learner, settings, lessons, tokenizer, own)
+    if scope is not None:
+        lessons = inside(lessons, scope)
+    course = _Course(learner, lessons, tokenizer, settings, preservation_of(learner, settings, own))
     done = Studied(len(lessons))
     try:
+        learner.set_scope(scope)
         with nullcontext() if course.preserved is None else course.preserved.coordinates():
             course.begin()
             for number in range(settings.rounds):
@@ -195,6 +157,8 @@ def study(
                     break
                 events.round(done)
     finally:
+        if not done.steps:
+            learner.set_scope(before)
         learner.weights_replaced()
         _record(learner, texts, tokenizer, course, done)
     events.round(done)
@@ -287,6 +251,8 @@ class _Course:
         settings, learner = self.settings, self.learner
         context = learner.settings.context
         pieces = of_others(lessons, settings.others, self.tokenizer, context, self.rng)
+        if learner.scope is not None:
+            pieces = [piece for each in pieces if (piece := spoken(each, learner.scope)) is not None]
         losses = taught_by(learner, learner.base_weights)
         return [Companion(pieces, settings.specific, losses)] if pieces and settings.specific else []
 
@@ -295,21 +261,6 @@ def _warm_cosine(share: float) -> float:
     """Of the highest rate, at this share of the rounds."""
     warm = min(1.0, share / WARM_UP + LEAST)
     return warm * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def _preservation(learner: Learner, settings: Study, on_token: Callable[[int], object]) -> Preservation | None:
-    """Of the low-rank levels, by the text that is rehearsed, or by such text written for it."""
-    low = [weights for weights in learner.weights.values() if isinstance(weights, LowRankWeights)]
-    if not low or not settings.preserve:
-        return None
-    written = learner.component(RehearsedText)
-    if written is not None:
-        ids = written.write(on_token)
-    else:
-        with learner.base_weights():
-            ids = write(learner, *SHAPE, settings.seed, on_token)
-    with learner.base_weights():
-        return Preservation(learner.model, low, ids)
 
 
 def _record(

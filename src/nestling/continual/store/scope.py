@@ -1,0 +1,164 @@
+"""Where a memory speaks: from the place on where a text has named something that the memory was taught.
+
+A memory that is on everywhere changes the model everywhere. A scope (as of SERAC, arXiv:2206.06520, and GRACE,
+arXiv:2211.11031) keeps it silent in all other text, where the model is then the base model to the last bit. It is a
+test of one hypothesis a passage, that a text is about it, against the other that its words came together by chance:
+
+    evidence of a passage after n tokens = sum over its words read so far of max(0, surprise - log n - MARGIN)
+
+where a word's surprise is -log of how often it stands in general text. The chance of meeting a word among n is at most
+n times that, so a rare word of a passage says much at the beginning of a text and less far inside it, and common words
+say nothing. Once the evidence of a passage has reached the threshold the memory speaks to the end of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+SHORTEST = 16
+"""n is at least that: two words that often go together are no news in a text of two words."""
+MARGIN = 3.0
+"""Nats: words are twenty times likelier in some texts than in general."""
+LEAST = 9.0
+"""Nats, the least threshold. Two rare words (1e-6 of all words) give 10 at the beginning of a text."""
+LONGEST = 32
+"""Tokens of a word at most."""
+
+Form = tuple[tuple[int, ...], int]
+"""Tokens that a word is written with, and which word it is."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The words of what a memory was taught, by passage.
+
+    Attributes:
+        forms: ways to write a word, each with the number of the word.
+        surprise: of every word, nats.
+        passages: numbers of the words that stand in each.
+        threshold: evidence from which on the memory speaks, nats.
+
+    Raises:
+        ValueError: numbers that name no word, a word without tokens, or values that are not finite.
+
+    Examples:
+        >>> from nestling.continual.store.scope import Scope
+        >>> scope = Scope(forms=(((7, 8), 0),), surprise=(16.0,), passages=((0,),), threshold=9.0)
+        >>> scope.opens([1, 2, 7, 8, 3])  # 16 - log 16 - 3 = 10.2 at the word's last token
+        3
+    """
+
+    forms: tuple[Form, ...]
+    surprise: tuple[float, ...]
+    passages: tuple[tuple[int, ...], ...]
+    threshold: float
+    _words: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
+    _where: list[list[int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where it does not fit together."""
+        count = len(self.surprise)
+        named = chain((word for _, word in self.forms), chain.from_iterable(self.passages))
+        if not all(0 <= word < count for word in named):
+            raise ValueError(f"a scope names a word that is none of its {count}")
+        if not all(0 < len(tokens) <= LONGEST for tokens, _ in self.forms):
+            raise ValueError(f"a word of a scope has 1 to {LONGEST} tokens")
+        if not all(map(math.isfinite, (*self.surprise, self.threshold))):
+            raise ValueError("a surprise or the threshold of a scope is not finite")
+        where: list[list[int]] = [[] for _ in self.surprise]
+        for passage, words in enumerate(self.passages):
+            for word in words:
+                where[word].append(passage)
+        object.__setattr__(self, "_words", dict(self.forms))
+        object.__setattr__(self, "_where", where)
+
+    @property
+    def about(self) -> str:
+        """How much there is in it, in words."""
+        return f"one of its {len(self.passages):,} passages by some of {len(self.surprise):,} words"
+
+    def opens(self, ids: Sequence[int]) -> int:
+        """The place of the first token at which the memory speaks; their number where it is silent."""
+        return next((place for place, found in self._evidence(ids) if found >= self.threshold), len(ids))
+
+    def highest(self, ids: Sequence[int]) -> float:
+        """The most evidence there is of any passage at any of these tokens, nats; 0 where there is none."""
+        return max((found for _, found in self._evidence(ids)), default=0.0)
+
+    def joined(self, other: Scope) -> Scope:
+        """Of what both were taught. Words that both have are one: the commoner estimate counts."""
+        number, words, surprise = self._renumbered(other)
+        passages = dict.fromkeys(chain(self.passages, (tuple(number[w] for w in own) for own in other.passages)))
+        return Scope(tuple(words.items()), tuple(surprise), tuple(passages), max(self.threshold, other.threshold))
+
+    def _renumbered(self, other: Scope) -> tuple[dict[int, int], dict[tuple[int, ...], int], list[float]]:
+        """Numbers of the other's words here, all forms, and all surprises."""
+        words, surprise = dict(self.forms), list(self.surprise)
+        number: dict[int, int] = {}
+        for tokens, word in other.forms:
+            if tokens in words:
+                number.setdefault(word, words[tokens])
+        for word, value in enumerate(other.surprise):
+            own = number.setdefault(word, len(surprise))
+            if own == len(surprise):
+                surprise.append(value)
+            surprise[own] = min(surprise[own], value)
+        for tokens, word in other.forms:
+            words.setdefault(tokens, number[word])
+        return number, words, surprise
+
+    def _evidence(self, ids: Sequence[int]) -> Iterator[tuple[int, float]]:
+        """Wherever a word ends, its place and the most evidence of the passages that it stands in."""
+        read: dict[int, set[int]] = {}
+        longest = max((len(tokens) for tokens in self._words), default=0)
+        for place in range(len(ids)):
+            common = math.log(max(SHORTEST, place + 1)) + MARGIN
+            for length in range(1, min(longest, place + 1) + 1):
+                word = self._words.get(tuple(ids[place + 1 - length : place + 1]))
+                if word is None or self.surprise[word] <= common:
+                    continue
+                found = 0.0
+                for passage in self._where[word]:
+                    words = read.setdefault(passage, set())
+                    words.add(word)
+                    found = max(found, sum(max(0.0, self.surprise[each] - common) for each in words))
+                yield place, found
+
+    def values(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "forms": [[list(tokens), word] for tokens, word in self.forms],
+            "surprise": list(self.surprise),
+            "passages": [list(words) for words in self.passages],
+            "threshold": self.threshold,
+        }
+
+
+def scope_of(settings: Mapping[str, Any]) -> Scope | None:
+    """That of a memory's settings, checked; None where the memory speaks everywhere.
+
+    Raises:
+        ValueError: what stands there is no scope.
+    """
+    values = settings.get("scope")
+    if values is None:
+        return None
+    try:
+        return Scope(
+            forms=tuple((tuple(_whole(t) for t in tokens), _whole(word)) for tokens, word in values["forms"]),
+            surprise=tuple(float(each) for each in values["surprise"]),
+            passages=tuple(tuple(_whole(word) for word in words) for words in values["passages"]),
+            threshold=float(values["threshold"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the memory's scope is none: {error}") from error
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{str(value)[:40]} is no whole number")
+    return value

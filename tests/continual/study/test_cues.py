@@ -1,0 +1,140 @@
+"""The scope of what is studied."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nestling.continual import Learner, Level, Options, Rehearsal
+from nestling.continual.store.scope import LEAST, Scope
+from nestling.continual.stream.chunks import Piece
+from nestling.continual.stream.scoring import Reader
+from nestling.continual.study.cues import COMMON, MOST, OPEN, make_scope
+from nestling.continual.study.lessons import make_lessons, spoken, within
+from nestling.continual.study.settings import Study
+from nestling.training.tokenization import byte_tokenizer
+from tests.llamas import random_llama
+
+TOKENIZER = byte_tokenizer()
+PASSAGES = ["Vera Sorborg keeps an owl.", "An owl is a bird."]
+OWN = torch.randint(3, 200, (6, 20), generator=torch.Generator().manual_seed(0))
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER(text).input_ids)
+
+
+def made(own: torch.Tensor = OWN) -> Scope:
+    with torch.no_grad():
+        return make_scope(PASSAGES, Reader(random_llama()), TOKENIZER, own)
+
+
+def test_words_by_passage_with_their_spellings_and_how_rare_they_are() -> None:
+    scope = made()
+    word = dict(scope.forms)
+    vera, owl = word[tuple(ids(" Vera"))], word[tuple(ids(" owl"))]
+    assert word[tuple(ids("vera"))] == vera and word[tuple(ids("Owl"))] == owl
+    assert vera in scope.passages[0] and vera not in scope.passages[1]
+    assert owl in scope.passages[0] and owl in scope.passages[1]
+    assert all(COMMON < each <= MOST for each in scope.surprise)
+
+
+def test_a_words_surprise_is_that_of_its_beginning_and_what_follows() -> None:
+    model = random_llama()
+    with torch.no_grad():
+        said = model(OWN).logits[:, :-1].softmax(-1).mean((0, 1)).log()
+
+        @torch.no_grad()
+        def surprise(word: str) -> float:
+            tokens = ids(word)
+            after = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            return -float(said[tokens[0]]) - sum(float(after[i, t]) for i, t in enumerate(tokens[1:]))
+
+    scope = made()
+    word = dict(scope.forms)
+    for each in ("is", "a", "an", "owl", "bird"):
+        ways = [before + form for before in (" ", "") for form in (each, each.capitalize())]
+        wanted = min([MOST, *map(surprise, ways)])
+        if wanted <= COMMON:
+            assert tuple(ids(each)) not in word
+        else:
+            assert scope.surprise[word[tuple(ids(each))]] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_models_own_text_does_not_open_it() -> None:
+    named = torch.tensor([ids("so Vera Sorborg keeps an owl there"[:20])] * 3)
+    own = torch.cat([OWN, named])
+    scope = made(own)
+    assert scope.threshold > made().threshold == LEAST
+    opened = sum(scope.opens(row) < len(row) for row in own.tolist())
+    assert opened <= len(own) // OPEN == 0
+    many = torch.cat([OWN.repeat(11, 1), named])  # one in 32, and three reach it as well
+    assert sum(made(many).opens(row) < 20 for row in many.tolist()) == 0
+
+
+def test_targets_where_it_speaks() -> None:
+    piece = Piece(torch.arange(6), 2, torch.tensor([True, True, False, True]))
+    scope = Scope((((2,), 0),), (16.0,), ((0,),), 9.0)
+    found = spoken(piece, scope)
+    assert found is not None and found.targets.tolist() == [False, True, False, True]
+    assert spoken(piece, Scope((((9,), 0),), (16.0,), ((0,),), 9.0)) is None
+    lessons = make_lessons(["Vera Sorborg keeps an owl."], TOKENIZER, 256)
+    vera = Scope(tuple({tuple(ids(w)): 0 for w in (" Vera", "Vera")}.items()), (16.0,), ((0,),), 9.0)
+    kept = within(lessons, vera)
+    assert {each.exercise.kind for each in kept} == {"passage", "gap"}  # "keeps: Vera Sorborg" begins without her
+    assert int(kept[0].piece.targets.sum()) == len(ids(" Sorborg keeps an owl."))
+    for each in kept[1:]:
+        before = next(lesson for lesson in lessons if lesson.exercise == each.exercise)
+        assert torch.equal(before.piece.targets, each.piece.targets)
+
+
+def learner(**more: object) -> Learner:
+    options = Options(rank=3, rehearsal=Rehearsal(pieces=4, length=12, weight=0.0))
+    return Learner(random_llama(), {"all": Level(64, ("*.mlp.*",))}, lr=0.01, context=256, options=options)
+
+
+QUICK = Study(rounds=1, batch=4, lr=1e-2)
+VERA, EMIL = {"vera": "Vera Sorborg keeps an owl."}, {"emil": "Emil Morby works as a judge."}
+
+
+def test_what_is_studied_leaves_other_text_as_it_was() -> None:
+    one = learner()
+    one.study(VERA, TOKENIZER, QUICK)
+    assert one.scope is not None
+    other, own = (torch.tensor([ids(text)]) for text in ("It rains in the old mill.", "See Vera Sorborg here."))
+    base = random_llama()
+    assert torch.equal(one.model(other).logits, base(other).logits)
+    assert not torch.equal(one.model(own).logits, base(own).logits)
+    before = one.scope
+    one.study(EMIL, TOKENIZER, QUICK)
+    assert one.scope is not None and len(one.scope.passages) == len(before.passages) + 1
+    assert one.scope.opens(ids("Emil Morby is here.")) < 10 > one.scope.opens(ids("Vera Sorborg is here."))
+
+
+def test_a_memory_goes_on_as_it_was_begun() -> None:
+    everywhere = Study(rounds=1, batch=4, lr=1e-2, everywhere=True)
+    one = learner()
+    one.study(VERA, TOKENIZER, everywhere)
+    one.study(EMIL, TOKENIZER, QUICK)
+    assert one.scope is None
+    read = learner()
+    read.observe(torch.arange(5, 90))
+    read.study(VERA, TOKENIZER, QUICK)
+    assert read.scope is None
+    full = Learner(random_llama(), {"all": Level(64, ("*.mlp.*",))}, lr=0.01, context=256)
+    full.study(VERA, TOKENIZER, QUICK)
+    assert full.scope is None
+    scoped = learner()
+    scoped.study(VERA, TOKENIZER, QUICK)
+    with pytest.raises(ValueError, match="this memory has a scope"):
+        scoped.study(EMIL, TOKENIZER, everywhere)
+
+
+def test_texts_that_cannot_be_told_from_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nestling.continual.study.cues.LEAST", math.inf)
+    one = learner()
+    with pytest.raises(ValueError, match="not finite"):
+        one.study(VERA, TOKENIZER, QUICK)
+    assert one.scope is None and not one.studies
