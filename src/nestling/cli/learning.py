@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from nestling.cli.console import cell, quiet_libraries, say, stdout_console
 from nestling.cli.flags import Flags, flag_values
-from nestling.cli.learning_report import Outcome, ProgressLines, mean, print_outcomes, print_place
+from nestling.cli.learning_report import Outcome, ProgressLines, mean, print_outcomes, print_periods, print_place
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.learn_documents import (
     Autosave,
@@ -188,6 +188,7 @@ def run(
             snapshot = _save(session, note, stopped)
     if session.outcomes:
         print_outcomes(console, session.outcomes, session.measure, session.seconds)
+        print_periods(console, learner)
     print_place(console, store, snapshot, learner, stopped)
     return stopped
 

@@ -121,6 +121,16 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome], measure: int, 
         say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s")
 
 
+def print_periods(console: Console, learner: Learner) -> None:
+    """How often levels were updated that choose it themselves."""
+    adaptive = [level.name for level in learner.optimizer.levels if level.signal_to_noise is not None]
+    found = [
+        f"{name} {period:,.0f}" for name, period in learner.mean_periods.items() if name in adaptive and period > 0
+    ]
+    if found:
+        say(console, f"tokens between two updates, on average: {', '.join(found)}")
+
+
 def print_place(
     console: Console, store: MemoryStore, snapshot: Snapshot | None, learner: Learner, stopped: bool
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from nestling.optim.multi_frequency import Factory
+from nestling.optim.optimizer_level import Factory
 
 Weights = dict[str, Tensor]
 Solved = Mapping[str, Any]

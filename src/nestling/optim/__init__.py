@@ -11,8 +11,9 @@ from nestling.optim.generalized_gradient_descent import GeneralizedGradientDesce
 from nestling.optim.generalized_momentum import GeneralizedMomentum
 from nestling.optim.groups import matrix_groups
 from nestling.optim.m3 import M3
-from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
+from nestling.optim.multi_frequency import MultiFrequency
 from nestling.optim.oja import OjaGradientDescent
+from nestling.optim.optimizer_level import OptimizerLevel
 from nestling.optim.preconditioned_momentum import PreconditionedMomentum
 
 __all__ = [

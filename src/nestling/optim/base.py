@@ -15,13 +15,14 @@ from nestling.errors import NonFiniteGradientError
 from nestling.optim.elementwise import adamw_directions
 from nestling.optim.matrices import kind_of
 from nestling.optim.memories import Memories, working_dtype
+from nestling.optim.noise_scale import KEYS
 from nestling.optim.saved_state import Layout, check_state, copied_state, layouts
 from nestling.optim.shards import all_finite, local
 
 OnNonfinite = Literal["raise", "skip"]
 Group = dict[str, Any]
 
-OPTIONAL = {"param_names", "initial_lr", "level", "level_period", "level_elapsed"}
+OPTIONAL = {"param_names", "initial_lr", "level", "level_period", "level_elapsed", *KEYS}
 """What torch, its schedulers and `MultiFrequency` write into groups: a saved one need not have it."""
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nestling.optim import noise_scale
 from nestling.optim.base import MemoryOptimizer
 from nestling.optim.layer_inputs import InputOptimizer
+from nestling.optim.optimizer_level import Factory, OptimizerLevel, RunningLevel, start_level
 from nestling.optim.saved_state import check_state, copied_state, layouts
 
 ACCUMULATED = "accumulated"
@@ -22,50 +23,6 @@ ACCUMULATED_INPUTS = "accumulated_inputs"
 """Name of the like sum of what layer inputs come to, where the inner optimizer needs them (`InputOptimizer`)."""
 
 SUMS = (ACCUMULATED, ACCUMULATED_INPUTS)
-
-Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-Factory = Callable[[list[Any]], Optimizer]
-
-
-@dataclass(frozen=True)
-class OptimizerLevel:
-    """One level of `MultiFrequency`.
-
-    Attributes:
-        parameters: what an inner optimizer takes: tensors, (name, tensor) pairs, or parameter groups.
-        period: optimizer steps between two updates.
-        optimizer: makes the inner optimizer from that list, for example `functools.partial(torch.optim.SGD, lr=0.1)`;
-            None takes the factory of the whole `MultiFrequency`.
-    """
-
-    parameters: Parameters
-    period: int = 1
-    optimizer: Factory | None = None
-
-
-@dataclass(frozen=True)
-class RunningLevel:
-    """A level at work: what `MultiFrequency.levels` holds.
-
-    Attributes:
-        name: as given.
-        period: steps between two updates.
-        optimizer: the inner optimizer; its `param_groups` are a part of the whole's, its `state` is its own.
-    """
-
-    name: str
-    period: int
-    optimizer: Optimizer
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All parameters of the level."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    @property
-    def elapsed(self) -> int:
-        """Steps since the level's last update, 0 to period - 1."""
-        return int(self.optimizer.param_groups[0]["level_elapsed"])
 
 
 class MultiFrequency(Optimizer):
@@ -92,8 +49,8 @@ class MultiFrequency(Optimizer):
     Args:
         levels: by name. No parameter may stand in two.
         optimizer: makes the inner optimizer of the levels that name none; AdamW with its defaults.
-        reduce: "sum" is Eq. 71. "mean" divides by the period: for inner optimizers that are not invariant to the scale
-            of their gradient (SGD), so that one rate fits all periods.
+        reduce: "sum" is Eq. 71. "mean" divides by their number: for inner optimizers that are not invariant to the
+            scale of their gradient (SGD), so that one rate fits all periods.
         rate_exponent: the learning rates of a level are multiplied by period^rate_exponent. 0 leaves them. With -0.5 a
             level that sums more tokens a step moves less.
 
@@ -129,7 +86,7 @@ class MultiFrequency(Optimizer):
             raise ValueError(f"reduce is 'sum' or 'mean', not {reduce!r}")
         self.reduce = reduce
         self.levels: tuple[RunningLevel, ...] = ()
-        made = tuple(_start(name, level, optimizer, rate_exponent) for name, level in levels.items())
+        made = tuple(start_level(name, level, optimizer, rate_exponent) for name, level in levels.items())
         _check_disjoint(made)
         super().__init__([{"params": level.parameters} for level in made], {})
         self.levels = made
@@ -158,17 +115,37 @@ class MultiFrequency(Optimizer):
                 loss = closure()
         for level in self.levels:
             elapsed = level.elapsed + 1
-            due = elapsed == level.period
+            due = self._is_due(level, keep=True)
             if level.period > 1:
                 self._accumulate(level)
                 self._accumulate_inputs(level, last=due)
             for group in level.optimizer.param_groups:
                 group["level_elapsed"] = 0 if due else elapsed
+                if level.signal_to_noise is not None and due:
+                    group[noise_scale.UPDATES] += 1
+                    group[noise_scale.STEPS] += elapsed
             if due and level.period == 1:
                 level.optimizer.step()
             elif due:
-                self._update(level)
+                self._update(level, elapsed)
         return loss
+
+    def due(self) -> list[str]:
+        """Names of the levels that the next step updates, with the gradients that are there now."""
+        return [level.name for level in self.levels if self._is_due(level, keep=False)]
+
+    def _is_due(self, level: RunningLevel, keep: bool) -> bool:
+        """Whether this step updates a level; an adaptive one keeps what it has measured, or not."""
+        elapsed = level.elapsed + 1
+        if level.signal_to_noise is None or elapsed == 1:
+            return elapsed == level.period
+        sums = [(p.grad, self.state[p].get(ACCUMULATED)) for p in level.parameters]
+        pairs = [(new, total) for new, total in sums if new is not None and total is not None]
+        groups = level.optimizer.param_groups
+        signal, power = noise_scale.measured(groups[0], pairs, elapsed - 1)
+        for group in groups if keep else ():
+            group |= {noise_scale.SIGNAL: signal, noise_scale.POWER: power}
+        return elapsed == level.period or noise_scale.ratio(signal, power, elapsed) >= level.signal_to_noise
 
     def _accumulate(self, level: RunningLevel) -> None:
         """Sums and gradients of equal kind are added in one call each."""
@@ -200,7 +177,7 @@ class MultiFrequency(Optimizer):
                     state[ACCUMULATED_INPUTS] + inputs if ACCUMULATED_INPUTS in state else inputs
                 )
 
-    def _update(self, level: RunningLevel) -> None:
+    def _update(self, level: RunningLevel, steps: int) -> None:
         """Step a level with its sums, which it empties; `p.grad` is afterwards what it was."""
         own = [(p, p.grad) for p in level.parameters]
         inputs: dict[Tensor, Tensor] = {}
@@ -208,7 +185,7 @@ class MultiFrequency(Optimizer):
             sums = self.state.pop(p, {})
             if self.reduce == "mean":
                 for value in sums.values():
-                    value.div_(level.period)
+                    value.div_(steps)
             p.grad = sums[ACCUMULATED].to(p.dtype) if ACCUMULATED in sums else None
             if ACCUMULATED_INPUTS in sums:
                 inputs[p] = sums[ACCUMULATED_INPUTS]
@@ -300,7 +277,9 @@ class MultiFrequency(Optimizer):
         if level.elapsed:
             raise ValueError(f"level {level.name!r} is {level.elapsed} steps into its period; add the group at its end")
         level.optimizer.add_param_group(param_group)
-        level.optimizer.param_groups[-1] |= {"level_period": level.period, "level_elapsed": 0}
+        first = level.optimizer.param_groups[0]
+        kept = {key: first[key] for key in noise_scale.KEYS if key in first}
+        level.optimizer.param_groups[-1] |= {"level_period": level.period, "level_elapsed": 0} | kept
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,20 +289,6 @@ class MultiFrequency(Optimizer):
     def _share(self) -> None:
         """The inner optimizers' groups are this one's: the same objects."""
         self.param_groups = [group for level in self.levels for group in level.optimizer.param_groups]
-
-
-def _start(name: str, level: OptimizerLevel, default: Factory, rate_exponent: float) -> RunningLevel:
-    if isinstance(level.period, bool) or not isinstance(level.period, int) or level.period < 1:
-        raise ValueError(f"the period of level {name!r} is a number of steps, 1 or more, not {level.period!r}")
-    given: Sequence[Any] = list(level.parameters)
-    if not given:
-        raise ValueError(f"level {name!r} has no parameters")
-    inner = (level.optimizer or default)(list(given))
-    for group in inner.param_groups:
-        group |= {"level": name, "level_period": level.period, "level_elapsed": 0}
-        if "lr" in group:
-            group["lr"] = group["lr"] * level.period**rate_exponent
-    return RunningLevel(name, level.period, inner)
 
 
 def _state_of(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> dict[Any, Any]:

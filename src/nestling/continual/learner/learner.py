@@ -40,11 +40,12 @@ C = TypeVar("C", bound=LearnerComponent)
 class Learner:
     """Learns from a stream of tokens, level by level: every level by the mean gradient of its own period's tokens.
 
-    The stream is cut into chunks of the fastest level's period, inside which the weights stand still. A chunk is read
-    in pieces of at most `options.piece` tokens, each with up to `context - piece` earlier tokens of its document, and
-    its gradient is that of the mean loss over all its targets. Tokens are scored when they come; those of a chunk that
-    is not full wait for the rest and are then read again, with gradients. So losses, weights and updates do not depend
-    on how tokens are divided into calls (to rounding), and a call that brings whole chunks reads each once.
+    The stream is cut into chunks of the fastest level's period, or of `options.chunk`, inside which the weights stand
+    still. A chunk is read in pieces of at most `options.piece` tokens, each with up to `context - piece` earlier tokens
+    of its document, and its gradient is that of the mean loss over all its targets. Tokens are scored when they come;
+    those of a chunk that is not full wait for the rest and are then read again, with gradients. So losses, weights and
+    updates do not depend on how tokens are divided into calls (to rounding), and a call that brings whole chunks reads
+    each once.
 
     While attached, the model has the learned weights, for `generate` too. A model takes one learner at a time;
     `detach` gives it its base weights back, to the last bit, and `with learner:` attaches for a while. A caller's
@@ -89,8 +90,7 @@ class Learner:
         options = options or Options()
         self.model = model
         self.settings = Settings(resolve(model, levels), optimizer, lr, rate_exponent, context, options)
-        chunk = next(iter(self.settings.levels.values())).period
-        self.stream = Stream(chunk, options.piece or max(1, context // 2), context)
+        self.stream = Stream(self.settings.chunk, options.piece or max(1, context // 2), context)
         check_context(model, context)
         self.fingerprint = base_fingerprint(model)
         self.reader = Reader(model, options.bfloat16)
@@ -351,6 +351,11 @@ class Learner:
         """Whether the model has the running mean, inside a block of `averaged`."""
         average = self.component(RunningMean)
         return average is not None and average.read
+
+    @property
+    def mean_periods(self) -> dict[str, float]:
+        """Tokens between two updates of every level, on average where it is adaptive; NaN before its first one."""
+        return {level.name: level.mean_period * self.stream.chunk for level in self.optimizer.levels}
 
     @property
     def scope(self) -> Scope | None:

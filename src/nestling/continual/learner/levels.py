@@ -119,11 +119,14 @@ def make_optimizer(
     Raises:
         ValueError: passes beside the chunk's, with an optimizer that learns from layer inputs.
     """
-    fastest = min(level.period for level in settings.levels.values())
+    fastest, chunk = min(level.period for level in settings.levels.values()), settings.chunk
     made = MultiFrequency(
         {
             name: OptimizerLevel(
-                weights[name].learned, level.period // fastest, _factory(settings, level, weights[name], fastest)
+                weights[name].learned,
+                level.period // chunk,
+                _factory(settings, level, weights[name], fastest),
+                level.signal_to_noise or settings.options.signal_to_noise,
             )
             for name, level in settings.levels.items()
         },
@@ -148,7 +151,7 @@ def step_levels(
     options: Options,
 ) -> list[str]:
     """Update the levels whose period has passed; their names."""
-    due = [level.name for level in optimizer.levels if level.elapsed + 1 == level.period]
+    due = optimizer.due()
     for component in components:
         component.before_step(due)
     for name in due:

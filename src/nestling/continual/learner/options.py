@@ -35,6 +35,9 @@ class Level:
             then its own, and a memory cannot name it); None is the learner's.
         rank: learn differences of this rank on weights of `nn.Linear` layers, and leave the weights as they are. None
             learns the weights themselves.
+        signal_to_noise: update when the mean gradient since the last update has this ratio (1 is the gradient noise
+            scale, see `nestling.optim.noise_scale`), after two of the learner's chunks at least and `period` tokens at
+            most. None takes the options'.
     """
 
     period: int = setting(help="Tokens between two updates.", at_least=1)
@@ -42,6 +45,9 @@ class Level:
     lr: float | None = setting(None, help="Learning rate.", at_least=0, below=math.inf)
     optimizer: str | Factory | None = None
     rank: int | None = setting(None, help="Rank of the differences learned.", at_least=1)
+    signal_to_noise: float | None = setting(
+        None, help="Signal-to-noise ratio at which it is updated.", above=0, below=math.inf
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a period, rank or rate that cannot be, or no parameters."""
@@ -67,6 +73,9 @@ class Options:
         batch_tokens: tokens of one forward pass over several pieces, padding included. A matter of memory and speed
             (4 bytes times the vocabulary for each, about three times with gradients).
         rank: of levels that name none.
+        signal_to_noise: of levels that name none; None updates every level by its period.
+        chunk: tokens of a chunk, of which every period is a multiple; None is the fastest level's period. A chunk gives
+            one gradient: of several before an update it is told whether they agree.
         retention: the kept fraction of a level's difference to its pre-trained state, at each of its updates
             (L2-SP, arXiv:1802.01483, decoupled as AdamW's decay is): one for all levels, or by name. 1 forgets nothing.
         limit: longest step, for all levels or by name.
@@ -88,6 +97,18 @@ class Options:
     batch_tokens: int = setting(2048, help="Tokens of one forward pass.", flag=NO_FLAG, at_least=1)
     rank: int | None = setting(
         None, help="Learn differences of this rank, for a small memory.", flag="rank", panel=LEARNING, at_least=1
+    )
+    signal_to_noise: float | None = setting(
+        None,
+        help="Update a level as soon as its mean gradient has this signal-to-noise ratio, its period being the longest "
+        "wait; 1 is the gradient noise scale. Needs --chunk.",
+        flag="signal-to-noise",
+        panel=LEARNING,
+        above=0,
+        below=math.inf,
+    )
+    chunk: int | None = setting(
+        None, help="Tokens of one gradient. Default: the fastest period.", flag="chunk", panel=LEARNING, at_least=1
     )
     retention: float | Mapping[str, float] = setting(
         1.0,
@@ -188,6 +209,20 @@ class Settings:
         names = self.options.retention if isinstance(self.options.retention, Mapping) else {}
         if unknown := sorted(set(names) - set(self.levels)):
             raise ValueError(f"retention names {', '.join(unknown)}; the levels are {', '.join(self.levels)}")
+        for name, level in self.levels.items():
+            if level.period % self.chunk:
+                raise ValueError(f"the period of level {name!r}, {level.period} tokens, is no multiple of the chunk, "
+                                 f"{self.chunk}")  # fmt: skip
+            if (level.signal_to_noise or self.options.signal_to_noise) and level.period < 2 * self.chunk:
+                raise ValueError(
+                    f"level {name!r} is updated by its signal-to-noise ratio, which takes two gradients or more before "
+                    f"its longest wait of {level.period} tokens: give a chunk of {level.period // 2} tokens or fewer"
+                )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.options.chunk or min(level.period for level in self.levels.values())
 
     def values(self) -> dict[str, Any]:
         """JSON values; an optimizer that was given as a function is left out."""

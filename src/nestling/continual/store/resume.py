@@ -15,6 +15,7 @@ from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.scope import scope_of
 from nestling.continual.stream.chunks import Piece, decode
+from nestling.optim.noise_scale import KEYS, check_values
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
@@ -191,7 +192,10 @@ def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any
                 numbers.setdefault(str(index), {})[name] = value
             else:
                 raise ValueError(f"the optimizer's state {name!r} is {type(value).__name__}, which no memory can hold")
-    groups = [{"lr": float(g["lr"]), "level_elapsed": g["level_elapsed"]} for g in packed["param_groups"]]
+    groups = [
+        {"lr": float(g["lr"]), "level_elapsed": g["level_elapsed"]} | {key: g[key] for key in KEYS if key in g}
+        for g in packed["param_groups"]
+    ]
     return tensors, {"groups": groups, "numbers": numbers}
 
 
@@ -213,14 +217,16 @@ def _with_state(learner: Learner, saved: Mapping[str, Any], tensors: Mapping[str
     if any(not 0 <= index < count for index in state):
         raise ValueError("the memory's optimizer has more parameters than the learner's")
     for group, new in zip(packed["param_groups"], saved["groups"], strict=True):
-        _check_group(group["level_period"], new)
+        _check_group(group, new)
     groups = [group | new for group, new in zip(packed["param_groups"], saved["groups"], strict=True)]
     return {"state": state, "param_groups": groups}
 
 
-def _check_group(period: int, group: Mapping[str, Any]) -> None:
-    """What a memory keeps of a parameter group: its rate, and the chunks since its level's last update."""
-    if set(group) != {"lr", "level_elapsed"}:
+def _check_group(own: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """What a memory keeps of a parameter group: its rate, the chunks since its level's last update, and of an adaptive
+    level what it has measured."""
+    period, adaptive = own["level_period"], set(KEYS) & set(own)
+    if set(group) != {"lr", "level_elapsed", *adaptive}:
         raise ValueError(f"a parameter group of the memory's optimizer has {', '.join(sorted(group))}")
     lr, elapsed = group["lr"], group["level_elapsed"]
     if not isinstance(lr, float) or not 0 <= lr < math.inf:
@@ -229,3 +235,5 @@ def _check_group(period: int, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"a level's chunks since its update are 0 to {period - 1} by its period, in the memory {str(elapsed)[:80]}"
         )
+    if adaptive:
+        check_values(group)

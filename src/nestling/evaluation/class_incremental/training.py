@@ -18,7 +18,8 @@ from nestling.evaluation.class_incremental.ewc import ElasticWeightConsolidation
 from nestling.evaluation.class_incremental.label_trie import LabelScorer, answer_loss
 from nestling.evaluation.class_incremental.prompts import LabelPrompts
 from nestling.models.conversion import assign_neurons
-from nestling.optim.multi_frequency import MultiFrequency, OptimizerLevel
+from nestling.optim.multi_frequency import MultiFrequency
+from nestling.optim.optimizer_level import OptimizerLevel
 from nestling.tasks.classification import ClassTask, LabelledText
 
 Pair = tuple[list[int], list[int]]
