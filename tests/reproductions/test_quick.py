@@ -24,6 +24,7 @@ SHOWN = {
     "parity": "| `hope` | carry |",
     "reading": "`cms_3+sleep`",
     "small_lm": "| transformer | ",
+    "update_frequency": "| one level | ratio 1 |",
 }
 
 

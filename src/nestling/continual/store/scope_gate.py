@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +55,15 @@ class ScopeGate:
             handle.remove()
         self._handles = []
         self._clear()
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Open for a `with` block, whatever the scope."""
+        scope, self.scope = self.scope, None
+        try:
+            yield
+        finally:
+            self.scope = scope
 
     def add(self, output: Tensor, difference: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A layer's output with what the memory says of its input, where it speaks.

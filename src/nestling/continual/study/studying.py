@@ -23,10 +23,11 @@ from nestling.continual.learner.weights import LevelWeights, LowRankWeights
 from nestling.continual.replay.auxiliary_losses import taught_by
 from nestling.continual.store.records import DocumentRecord
 from nestling.continual.store.texts import text_digest
+from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import learning
 from nestling.continual.stream.tokenizing import plain_tokens
 from nestling.continual.study.curriculum import Curriculum
-from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by, spoken
+from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by
 from nestling.continual.study.preparing import inside, own_text, preservation_of, scope_for
 from nestling.continual.study.preservation import Preservation
 from nestling.continual.study.settings import Study
@@ -251,9 +252,13 @@ class _Course:
         settings, learner = self.settings, self.learner
         context = learner.settings.context
         pieces = of_others(lessons, settings.others, self.tokenizer, context, self.rng)
-        if learner.scope is not None:
-            pieces = [piece for each in pieces if (piece := spoken(each, learner.scope)) is not None]
-        losses = taught_by(learner, learner.base_weights)
+        taught = taught_by(learner, learner.base_weights)
+
+        def losses(some: Sequence[Piece]) -> Tensor:
+            # Of others the memory would be silent: what it would say of them is what shall not be learned.
+            with learner.gate.everywhere():
+                return taught(some)
+
         return [Companion(pieces, settings.specific, losses)] if pieces and settings.specific else []
 
 
