@@ -10,6 +10,7 @@ text of another language the passages and the gaps remain.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Gap = tuple[str, str, str]
 """What stands before some words, the words, and what stands after them."""
 LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
 MOST_WORDS = 6  # of what is asked for
+LAST = 2  # of what a sentence says, that much or half of it is asked for
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _END = re.compile(r"([.!?][\"”’')\]]*)\s+(?=[^\w\s]*(\w))")
@@ -55,13 +57,12 @@ def exercises(text: str) -> list[Exercise]:
 
     Examples:
         >>> from nestling.continual.study.exercises import exercises
-        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-6:]:
+        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-5:]:
         ...     print(each.kind, "|", " ".join(each.prompt.split()), "|", each.answer)
         sentence |  | Vera Sorborg keeps an owl.
         gap | Question: Vera Sorborg what an owl? Answer: | keeps
-        name | Question: Who keeps an owl? Answer: | Vera Sorborg
-        index | keeps: | Vera Sorborg
         gap | Question: Vera Sorborg keeps what? Answer: | an owl
+        name | Question: Who keeps an owl? Answer: | Vera Sorborg
         index | an owl: | Vera Sorborg
     """
     return list(dict.fromkeys(each for passage in passages(text) for each in of_passage(passage, subject(passage))))
@@ -79,11 +80,14 @@ def of_passage(passage: str, about: str | None) -> Iterator[Exercise]:
         sentence = said if about is None else name_in(said, about)
         if sentence != passage:
             yield Exercise("sentence", "", sentence, named_in(sentence, about))
-        for before, words, after in gaps(sentence, about):
+        asked = gaps(sentence, about)
+        # A sentence says what is new at its end; asking for all of it takes time from that.
+        asked = asked[-max(LAST, math.ceil(len(asked) / 2)) :]
+        for before, words, after in asked:
             yield Exercise("gap", question(before + "what" + after), words, named_in(before + after, about))
-            if about is not None and about in sentence:
-                yield Exercise("name", _asked_for(sentence, about), about)
-                yield Exercise("index", f"{words}:", about)
+        if about is not None and about in sentence and asked:
+            yield Exercise("name", _asked_for(sentence, about), about)
+            yield Exercise("index", f"{asked[-1][1]}:", about)
 
 
 def passages(text: str) -> list[str]:
