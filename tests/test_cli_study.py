@@ -61,6 +61,18 @@ def test_it_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str
     assert "learned already, skipped" in out(capsys, "learn", "model", "vera.txt", "--memory", "memory")
 
 
+def test_it_is_told_where_a_memory_speaks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = study(capsys, "vera.txt")
+    assert "the memory speaks from where a text names one of its 1 passages by some of" in said
+    assert "speaks from where a text names" in out(capsys, "memory", "show", "memory")
+    said = fails(capsys, "learn", "model", "emil.txt", "--memory", "memory")
+    assert "memory was studied, and speaks only where a text names what it was taught" in said
+    said = fails(capsys, "study", "model", "emil.txt", "--memory", "memory", "--everywhere")
+    assert "this memory has a scope" in said
+    assert "the memory speaks everywhere" in study(capsys, "vera.txt", "--everywhere", memory="other")
+    assert "learned" in out(capsys, "learn", "model", "emil.txt", "--memory", "other")
+
+
 def test_another_rank_than_the_memorys_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(capsys, "vera.txt")
     said = fails(capsys, "study", "model", "emil.txt", "--memory", "memory", "--rank", "4")

@@ -60,6 +60,8 @@ def test_it_opens_as_defined() -> None:
         ([7, 8, 7, 8, 17, 8], 6),  # one word again and again
         ([3, 3, 4], 2),
         ([9] * 200 + [5, 5, 5], 203),  # far inside a text it may be chance
+        ([9] * 51 + [5, 5, 5], 53),  # 16 - log 54 - 3 is 9.01
+        ([9] * 52 + [5, 5, 5], 55),
         ([9] * 200 + [3, 7, 8], 203),
         ([5, 5], 2),
         ([], 0),
