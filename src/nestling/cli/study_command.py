@@ -35,9 +35,10 @@ def study(
     """Learn texts until questions made of them are answered; what is learned goes to a memory.
 
     nestling learn reads a text once and foresees it better; this repeats it, sentence by sentence and as questions in
-    both directions, until --until of them are known. What is known already is visited less. Texts are believed in the
-    order in which they are given, the last one most. A new memory speaks from where a text names something that was
-    studied; elsewhere the model is as before. The model's files stay as they are. Interrupted, what was learned so far is kept, and the same command goes on from it.
+    both directions, until --until of them are known. Texts are believed in the order in which they are given, the last
+    one most. A new memory speaks from where a text names something that was studied; elsewhere the model is as before.
+    The model's files stay as they are. Interrupted, what was learned so far is kept, and the same command goes on from
+    it.
     """
     from nestling.cli.studying import run
 

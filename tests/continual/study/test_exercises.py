@@ -177,15 +177,17 @@ def test_losses_are_parted_by_lesson() -> None:
     assert [n for _, part in found for n in part] == values and [len(part) for _, part in found] == counts
 
 
-def test_what_is_known_waits_and_what_is_not_comes_again() -> None:
-    course = Curriculum([0, 0, 0, 1], most=3, seed=0)
+def test_what_is_known_at_its_last_visit_counts() -> None:
+    course = Curriculum([0, 0, 0, 1], most=2, seed=0)
+    assert course.known == 0
     seen = dict.fromkeys(range(4), 0)
     for number in range(12):
         for exercise in course.round(number):
             seen[exercise] += 1
             course.saw(exercise, number, right=exercise < 2)
-    assert seen[2] == seen[3] == 12 and seen[0] == seen[1] == 3  # rounds 0, 2, 6
-    assert course.known == 0.5
+    assert seen == {0: 8, 1: 8, 2: 8, 3: 12} and course.known == 0.5
+    course.saw(0, 12, right=False)
+    assert course.known == 0.25
 
 
 def test_the_passages_exercises_take_turns() -> None:

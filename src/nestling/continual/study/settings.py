@@ -22,7 +22,8 @@ class Study:
         most: exercises of a passage in a round.
         preserve: weight of the share of the layers' outputs that is changed on the model's own text; see
             `Preservation`. Only levels of low rank have it; full weights are held by what the learner rehearses.
-        others: exercises a step that are said of other people: there the model shall say what it said before.
+        others: exercises a step that are said of other people: there the model shall say what it said before. None is
+            4 where the memory speaks everywhere; within a scope it is silent of them, and there are none.
         specific: weight of the divergence on those.
         everywhere: act in all text. Without it a new memory of low rank gets a scope: it is silent until a text names
             something that was studied (`store.scope`), so that all other text is as the base model has it. A memory
@@ -45,7 +46,13 @@ class Study:
     preserve: float = setting(
         1.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
     )
-    others: int = setting(4, help="Exercises a step said of people of whom nothing is told.", panel=PANEL, at_least=0)
+    others: int | None = setting(
+        None,
+        help="Exercises a step said of people of whom nothing is told. Default: 4 with --everywhere, else 0.",
+        flag="others",
+        panel=PANEL,
+        at_least=0,
+    )
     specific: float = setting(1.0, help="Weight of those.", panel=PANEL, at_least=0, below=math.inf)
     everywhere: bool = setting(
         False,

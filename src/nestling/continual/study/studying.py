@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 
 LIKELY = math.log(2)
 """A token of less loss is likelier than all others together: it is known."""
+OTHERS = 4
+"""Exercises a step said of other people, where the memory speaks everywhere."""
 WARM_UP, LEAST = 0.1, 0.1  # of the rounds; of the rate
 RATE_OF_RANKS, RATE_OF_WEIGHTS = 2e-3, 3e-4
 CLIP = 1.0
-SORTED = 8
-"""Batches of exercises that are sorted by length together."""
+PASS = 160
+"""Tokens of one forward pass over exercises: more of them would be padding."""
 
 
 @dataclass(frozen=True)
@@ -224,20 +226,18 @@ class _Course:
             yield Step(number + 1, settings.rounds, len(chosen), left, tokens, mean, known)
 
     def _batches(self, order: Sequence[int]) -> list[list[int]]:
-        """Exercises of about one length together, which saves padding; the batches shuffled."""
-        size, found = self.settings.batch, []
-        for begin in range(0, len(order), size * SORTED):
-            some = sorted(order[begin : begin + size * SORTED], key=lambda i: len(self.lessons[i].piece.ids))
-            found += [some[place : place + size] for place in range(0, len(some), size)]
-        self.rng.shuffle(found)
-        return found
+        """As they come, each with its exercises by length: those of about one length are read in one pass, with little
+        padding. A step of one length alone would be of one kind alone, and read few tokens as dearly as many."""
+        size = self.settings.batch
+        parts = [order[place : place + size] for place in range(0, len(order), size)]
+        return [sorted(part, key=lambda i: len(self.lessons[i].piece.ids)) for part in parts]
 
     def _learn(self, lessons: Sequence[Lesson]) -> Tensor:
         """One step; losses of the targets before it."""
         learner, parameters = self.learner, self.parameters
         beside = [companion for each in learner.components.values() for companion in each.companions()]
         beside += self._of_others(lessons)
-        pieces, budget = [lesson.piece for lesson in lessons], learner.settings.options.batch_tokens
+        pieces, budget = [lesson.piece for lesson in lessons], min(PASS, learner.settings.options.batch_tokens)
         with learning(learner.model, parameters):
             seen = take_gradients(learner.reader, pieces, beside, budget, learner.guard, Bounds(), {"all": parameters})
             if seen.refusal is None:
@@ -251,7 +251,8 @@ class _Course:
     def _of_others(self, lessons: Sequence[Lesson]) -> list[Companion]:
         settings, learner = self.settings, self.learner
         context = learner.settings.context
-        pieces = of_others(lessons, settings.others, self.tokenizer, context, self.rng)
+        count = (OTHERS if learner.scope is None else 0) if settings.others is None else settings.others
+        pieces = of_others(lessons, count, self.tokenizer, context, self.rng)
         taught = taught_by(learner, learner.base_weights)
 
         def losses(some: Sequence[Piece]) -> Tensor:
