@@ -214,6 +214,8 @@ def _report(console: Console, documents: int, last: Step, result: Studied | None
         return
     known = " -> ".join(f"{share:.0%}" for share in result.known)
     say(console, f"{count}, {result.exercises:,} exercises made of them; known after each round: {known}")
+    if result.left_out:
+        say(console, f"{result.left_out:,} more have too few rare words to be told from other text, and were left out")
     rate = f"{result.tokens / max(result.seconds, 1e-9):,.1f} tokens/s"
     say(console, f"{result.tokens:,} tokens in {result.seconds:.1f} s, {rate}, what is preserved included")
     if not math.isnan(result.changed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from nestling.continual import Learner, Level, Options, Rehearsal
 from nestling.continual.store.scope import LEAST, Scope
 from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
+from nestling.continual.study import preparing
 from nestling.continual.study.cues import COMMON, MOST, OPEN, make_scope
 from nestling.continual.study.lessons import make_lessons, spoken, within
 from nestling.continual.study.settings import Study
@@ -101,8 +102,9 @@ VERA, EMIL = {"vera": "Vera Sorborg keeps an owl."}, {"emil": "Emil Morby works 
 
 def test_what_is_studied_leaves_other_text_as_it_was() -> None:
     one = learner()
-    one.study(VERA, TOKENIZER, QUICK)
+    found = one.study(VERA, TOKENIZER, QUICK)
     assert one.scope is not None
+    assert (found.exercises, found.left_out) == (5, 0)
     other, own = (torch.tensor([ids(text)]) for text in ("It rains in the old mill.", "See Vera Sorborg here."))
     base = random_llama()
     assert torch.equal(one.model(other).logits, base(other).logits)
@@ -111,6 +113,19 @@ def test_what_is_studied_leaves_other_text_as_it_was() -> None:
     one.study(EMIL, TOKENIZER, QUICK)
     assert one.scope is not None and len(one.scope.passages) == len(before.passages) + 1
     assert one.scope.opens(ids("Emil Morby is here.")) < 10 > one.scope.opens(ids("Vera Sorborg is here."))
+
+
+def test_what_the_scope_does_not_reach_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    vera = Scope(tuple({tuple(ids(w)): 0 for w in (" Vera", "Vera")}.items()), (16.0,), ((0,),), 9.0)
+    monkeypatch.setattr(preparing, "make_scope", lambda *_: vera)
+    found = learner().study(VERA, TOKENIZER, QUICK)
+    assert (found.exercises, found.left_out) == (3, 2)  # who keeps an owl, and what an owl leads back to
+    nobody = replace(vera, forms=(((250,), 0),))
+    monkeypatch.setattr(preparing, "make_scope", lambda *_: nobody)
+    one = learner()
+    with pytest.raises(ValueError, match="rare enough"):
+        one.study(VERA, TOKENIZER, QUICK)
+    assert one.scope is None and not one.studies
 
 
 def test_a_memory_goes_on_as_it_was_begun() -> None:
@@ -130,11 +145,3 @@ def test_a_memory_goes_on_as_it_was_begun() -> None:
     scoped.study(VERA, TOKENIZER, QUICK)
     with pytest.raises(ValueError, match="this memory has a scope"):
         scoped.study(EMIL, TOKENIZER, everywhere)
-
-
-def test_texts_that_cannot_be_told_from_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nestling.continual.study.cues.LEAST", math.inf)
-    one = learner()
-    with pytest.raises(ValueError, match="not finite"):
-        one.study(VERA, TOKENIZER, QUICK)
-    assert one.scope is None and not one.studies

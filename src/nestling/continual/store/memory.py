@@ -103,7 +103,9 @@ class Memory:
         return cls(**read_fields(Path(path))[0])
 
     def apply(self, model: nn.Module, *, keep_originals: bool = True) -> None:
-        """Add what was learned to the model's parameters, in place; with a scope, beside them, by forward hooks.
+        """Add what was learned to the model's parameters, in place; with a scope, beside them.
+
+        A memory with a scope acts by forward hooks, so that `save_pretrained` writes the base model then.
 
         Args:
             model: the base model, any module with these parameters in the dtype it was learned in.

@@ -74,6 +74,7 @@ class Studied:
 
     Attributes:
         exercises: that there are.
+        left_out: more of them, which the memory's scope does not reach.
         known: share of them done at their last visit, after each round.
         steps: taken.
         tokens: read in all rounds.
@@ -84,6 +85,7 @@ class Studied:
     """
 
     exercises: int
+    left_out: int = 0
     known: list[float] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
@@ -139,12 +141,12 @@ def study(
     began = time.monotonic()
     learner.check_at_work()
     lessons, before = make_lessons(list(texts.values()), tokenizer, learner.settings.context), learner.scope
-    own = own_text(learner, settings, events.writing)
+    made, own = len(lessons), own_text(learner, settings, events.writing)
     scope = scope_for(learner, settings, lessons, tokenizer, own)
     if scope is not None:
         lessons = inside(lessons, scope)
     course = _Course(learner, lessons, tokenizer, settings, preservation_of(learner, settings, own))
-    done = Studied(len(lessons))
+    done = Studied(len(lessons), made - len(lessons))
     try:
         learner.set_scope(scope)
         with nullcontext() if course.preserved is None else course.preserved.coordinates():
