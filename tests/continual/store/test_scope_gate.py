@@ -174,3 +174,12 @@ def test_gradients_come_from_where_it_speaks() -> None:
     assert factor.grad is None or not bool(factor.grad.any())
     learner.model(input_ids=BOTH).logits[0].sum().backward()
     assert factor.grad is not None and bool(factor.grad.any())
+
+
+def test_a_layer_that_is_not_given_single_tokens_is_refused() -> None:
+    gate = scoped().gate
+    gate.open = torch.tensor([[False, True]])
+    x = torch.ones(1, 3, 4)
+    with pytest.raises(RuntimeError, match="everywhere=True"):
+        gate.add(x, lambda each: each, x)
+    assert torch.equal(gate.add(x[:, :2], lambda each: each, x[:, :2])[0], torch.tensor([[1.0] * 4, [2.0] * 4]))

@@ -36,7 +36,7 @@ def learn_chunk(learner: Learner, new: int, updated: list[str], notes: list[str]
     components = learner.components.values()
     read_with = [companion for component in components for companion in component.companions()]
     bounds, parameters = strictest([component.bounds() for component in components]), learner.parameters
-    with learning(learner.model, [p for own in parameters.values() for p in own]):
+    with learning(learner.model, learner.everything):
         seen = take_gradients(
             learner.reader, pieces, read_with, options.batch_tokens, learner.guard, bounds, parameters
         )
@@ -62,7 +62,7 @@ def _count(learner: Learner, pieces: Sequence[Piece], losses: Float[Tensor, " ta
 def _refuse(learner: Learner, reason: str, notes: list[str]) -> None:
     learner.refused += 1
     patience, chunk = learner.settings.options.patience, learner.stream.chunk
-    check_not_diverged([p for own in learner.parameters.values() for p in own], learner.refused, patience, reason)
+    check_not_diverged(learner.everything, learner.refused, patience, reason)
     learner.counters.skipped += chunk
     notes.append(f"{chunk} tokens were not learned from: {reason}")
     warnings.warn(notes[-1], LearningWarning, stacklevel=5)

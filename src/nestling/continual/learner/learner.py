@@ -115,7 +115,7 @@ class Learner:
         options = self.settings.options
         self.components = {name: kind(value, self) for name, (kind, value) in components_of(options).items()}
         apart = [name for name, component in self.components.items() if component.reads_apart]
-        with learning(self.model, [p for own in self.parameters.values() for p in own]):
+        with learning(self.model, self.everything):
             self.optimizer = make_optimizer(self.settings, self.weights, apart)
         self.stream = Stream(self.stream.chunk, self.stream.size, self.stream.context)
         self.guard = SpikeGuard(options.spike, options.patience, math.log(self.vocabulary))
@@ -363,11 +363,8 @@ class Learner:
         return self.gate.scope
 
     def set_scope(self, scope: Scope | None) -> None:
-        """Speak from now on where a text names something of the scope, and everywhere with None.
-
-        Raises:
-            ValueError: as `check_scope`.
-        """
+        """Speak from now on where a text names something of the scope, and everywhere with None; raises as
+        `check_scope`."""
         self.check_scope(scope)
         self.gate.scope = scope
         if scope is None:
@@ -390,6 +387,11 @@ class Learner:
     def component(self, kind: type[C]) -> C | None:
         """The one of this kind, if the options ask for it."""
         return next((each for each in self.components.values() if isinstance(each, kind)), None)
+
+    @property
+    def everything(self) -> list[Tensor]:
+        """All learned tensors."""
+        return [p for own in self.parameters.values() for p in own]
 
     def weights_replaced(self) -> None:
         """The learned weights are others than before, not by learning from a chunk."""

@@ -78,7 +78,7 @@ class ScopeGate:
         if x.shape[:-1].numel() != self.open.numel():
             raise RuntimeError(
                 f"a memory with a scope acts on single tokens, but of {self.open.numel()} a layer was given "
-                f"{x.shape[:-1].numel()}; study with scoped=False for such a model"
+                f"{x.shape[:-1].numel()}; study with everywhere=True for such a model"
             )
         return output + difference(x) * self.open.reshape(*x.shape[:-1], 1).to(x.dtype)
 

@@ -7,11 +7,10 @@ follows from two passages is therefore studied too, without the name between the
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from nestling.continual.study.exercises import Exercise, gaps, name_in, named_in, question, sentences
+from nestling.continual.study.exercises import Exercise, gaps, name_in, named_in, question, sentences, standing
 
 FEW = 3
 """Passages about a name at most: of what a whole book is about, too much follows."""
@@ -62,11 +61,11 @@ def _from(passage: str, about: str, few: dict[str, list[str]]) -> Iterator[Exerc
 
 
 def _stands(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+    return standing(name).search(text) is not None
 
 
 def _without(text: str, name: str, word: str) -> str:
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", word, text)
+    return standing(name).sub(word, text)
 
 
 def _small(text: str, name: str) -> str:

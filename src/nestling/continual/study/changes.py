@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from nestling.continual.study.english import CHANGES
-from nestling.continual.study.exercises import Gap, gaps, name_in, passages, sentences, subject
+from nestling.continual.study.exercises import Gap, gaps, name_in, passages, sentences, standing, subject
 
 _CHANGED = re.compile(CHANGES, re.IGNORECASE)
 _FIRST = re.compile(r"(?:(an?|the) )?(\w)", re.IGNORECASE)
@@ -76,7 +76,7 @@ def _repeated(gap: Gap, change: str) -> Gap | None:
     for start in range(len(parts)):
         last = " ".join(parts[start:])
         found = (" ".join([before, *parts[:start]]) if start else before, last, after)
-        if len(re.findall(rf"(?<!\w){re.escape(_core(found))}(?!\w)", change)) == 1:
+        if len(standing(_core(found)).findall(change)) == 1:
             return found
     return None
 

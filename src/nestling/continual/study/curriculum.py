@@ -11,8 +11,8 @@ class Curriculum:
     """Of every passage so many exercises a round, those that were visited longest ago.
 
     What is known comes again as well. Visits that grow rarer once an exercise is done, as of cards in Leitner's boxes,
-    spare time and cost what is to be learned beyond the exercises: a later text's facts, and answers to questions in
-    other words.
+    spare time and cost, in short trials, what is to be learned beyond the exercises: a later text's facts, and answers
+    to questions in other words.
 
     Args:
         groups: of every exercise, the passage it belongs to.

@@ -146,6 +146,11 @@ def names_in(texts: Iterable[str]) -> frozenset[str]:
     return frozenset(found) - {""}
 
 
+def standing(words: str) -> re.Pattern[str]:
+    """Finds words where they stand whole in a text."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")
+
+
 def named_in(text: str, name: str | None) -> str | None:
     """The name, where the text has it."""
     return name if name is not None and name in text else None
