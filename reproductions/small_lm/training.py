@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nestling.evaluation.language import evaluate_loss
 from nestling.tasks.text import strip_gutenberg
 from nestling.training import TrainConfig, train
+from nestling.training.config import CONFIG_FILE
 from nestling.training.tokenization import encode_text
 
 SHAPE: dict[str, Any] = {"hidden_size": 192, "num_heads": 3}
 TINY_SHAPE: dict[str, Any] = {"hidden_size": 32, "num_heads": 1, "num_layers": 1}
+SAVE_EVERY = 500  # steps between two checkpoints: minutes of a training that was interrupted are trained again
 LENGTH, BATCH = 512, 2  # few rows: at this budget every preset gains more from steps than from a steadier gradient
 
 
@@ -44,13 +46,15 @@ class Training:
     shape: dict[str, Any] = field(default_factory=lambda: SHAPE)
 
     def run(self, out: Path, data: Sequence[str], valid: Sequence[str], *, apart: bool = True) -> dict[str, Any]:
-        """`result.json` of the run in a folder, trained now unless it is finished; `apart`, in a process of its own."""
+        """`result.json` of the run in a folder, trained now unless it is finished (from its last checkpoint, where it
+        was interrupted); `apart`, in a process of its own.
+        """
         if not (out / "result.json").exists():
             config = {
                 "out": str(out), "preset": self.preset, "overrides": self.shape | self.overrides, "data": list(data),
                 "valid": list(valid), "tokens": self.tokens, "sequence_length": LENGTH, "batch_size": BATCH,
-                "learning_rate": self.rate, "seed": self.seed, "eval_every": 10**6, "save_every": 10**6,
-                "sample_tokens": 0, "tensorboard": False,
+                "learning_rate": self.rate, "seed": self.seed, "eval_every": 10**6, "save_every": SAVE_EVERY,
+                "keep_checkpoints": 1, "sample_tokens": 0, "tensorboard": False,
             }  # fmt: skip
             _call("train", json.dumps(config), apart=apart)
         result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
@@ -115,7 +119,9 @@ def main(words: Sequence[str]) -> float:
     """`train CONFIG`: seconds of a training; `test RUN BOOK TOKENS`: loss of a trained model on a book."""
     torch.set_num_threads(1)
     if words[0] == "train":
-        return float(train(TrainConfig(**json.loads(words[1])), console=Console(stderr=True)).seconds)
+        config = TrainConfig(**json.loads(words[1]))
+        begun = (Path(config.out) / CONFIG_FILE).is_file()
+        return float(train(config, resume=begun, console=Console(stderr=True)).seconds)
     run, book, limit = words[1:]
     text = Path(book).read_text(encoding="utf-8")
     ids = encode_text(AutoTokenizer.from_pretrained(run), text)[: int(limit)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nestling.training import NestlingTrainer
 from reproductions.harness.rows import NAME, Row, Rows
 from reproductions.small_lm import run as small_lm
 from reproductions.small_lm import training
@@ -85,3 +86,25 @@ def test_rates_are_chosen_by_the_short_trainings(
 def test_a_slower_model_has_a_smaller_share() -> None:
     found = shares(["transformer", "hope"], "transformer", training.TINY_SHAPE, 3)
     assert found["transformer"]["share"] == 1 and 0 < found["hope"]["share"] < 1
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "book.txt").write_text("the river ran past the mill and on to the sea.\n" * 150, encoding="utf-8")
+    book = [str(tmp_path / "book.txt")]
+    made = training.Training("transformer", 1e-2, 0, 4 * STEP, shape=training.TINY_SHAPE)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    whole = made.run(tmp_path / "whole", book, book, apart=False)
+    steps: list[int] = []
+    step = NestlingTrainer.training_step
+
+    def interrupted(self: NestlingTrainer, *args: Any, **named: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(NestlingTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.run(tmp_path / "parts", book, book, apart=False)
+    parts = made.run(tmp_path / "parts", book, book, apart=False)
+    assert steps == [0, 1, 2, 3, 2, 3] and parts["validation"] == whole["validation"]
