@@ -65,33 +65,31 @@ RATES = {"levels": 3e-4, "rank": 1e-3, "lora": 1e-3}
 
 
 @dataclass(frozen=True)
-class Read:
-    """What an arm made of the documents.
+class Taught:
+    """What learning documents made of a model.
 
     Attributes:
         model: to be asked.
-        context: what is put before each question.
         nbytes: of what is kept of them.
         seconds: that it took.
     """
 
     model: PreTrainedModel
-    context: Context
     nbytes: int
     seconds: float
 
 
-def read(
+def teach(
     arm: Arm,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     seed: int,
-) -> Read:
-    """Have a copy of the model read documents.
+) -> Taught:
+    """Have a copy of the model learn documents.
 
     Args:
-        arm: how.
+        arm: how; what stands before a question is not looked at.
         base: unchanged.
         tokenizer: its own.
         documents: in order.
@@ -107,14 +105,15 @@ def read(
         texts = [(d.name, torch.tensor(own_beginning(tokenizer) + encode(tokenizer, d.text))) for d in documents]
         passes = [_ordered(texts, number, seed) for number in range(arm.passes)]
         nbytes = _by_lora(model, passes, seed) if arm.learned == "lora" else _by_learner(arm, model, passes, seed)
-    before: dict[str, Context] = {
-        "nothing": _nothing,
-        "everything": _all_of(documents),
-        "nearest": nearest(documents),
-    }
-    if arm.before != "nothing":
-        nbytes += sum(len(document.text.encode()) for document in documents)
-    return Read(model.eval(), before[arm.before], nbytes, time.perf_counter() - start)
+    return Taught(model.eval(), nbytes, time.perf_counter() - start)
+
+
+def before(arm: Arm, documents: Sequence[Document]) -> tuple[Context, int]:
+    """What stands before each question, and the bytes that are kept for it."""
+    kept = sum(len(document.text.encode()) for document in documents)
+    if arm.before == "nearest":
+        return nearest(documents), kept
+    return (_all_of(documents), kept) if arm.before == "everything" else (_nothing, 0)
 
 
 def nearest(documents: Sequence[Document], count: int = NEAREST) -> Context:

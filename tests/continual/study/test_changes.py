@@ -7,7 +7,7 @@ import pytest
 from nestling.continual.study.chains import FEW, MOST, chains
 from nestling.continual.study.changes import amended
 from nestling.continual.study.exercises import exercises, names_in, passages, subject
-from nestling.continual.study.lessons import make_lessons
+from nestling.continual.study.lessons import make_lessons, tell
 from nestling.tasks.knowledge import make_world
 from nestling.training.tokenization import byte_tokenizer
 
@@ -66,7 +66,9 @@ def test_every_change_of_a_world_is_found_and_no_other(seed: int) -> None:
 
 
 def test_lessons_ask_for_what_holds_now() -> None:
-    lessons = make_lessons([VERA, "Vera Sorborg has left Askside and lives in Marham now."], byte_tokenizer(), 512)
+    lessons = make_lessons(
+        tell([VERA, "Vera Sorborg has left Askside and lives in Marham now."]), byte_tokenizer(), 512
+    )
     asked = {each.exercise.prompt: each.exercise.answer for each in lessons}
     assert asked["Question: Vera Sorborg lives in what?\nAnswer:"] == "Marham"
 
@@ -86,7 +88,7 @@ def test_another_who_shares_a_name_is_asked_for_whole() -> None:
 
 def test_chains_lead_over_a_name_without_saying_it() -> None:
     told = [(VERA, "Vera Sorborg"), ("People come to Askside for its bells. It is old.", "Askside"), ("Askside.", None)]
-    found = chains(told)
+    found = chains(told, {})
     assert [(each.prompt, each.answer, each.about) for each in found[0]] == [
         (
             "Question: Vera Sorborg lives in something; people come to that for its what?\nAnswer:",
@@ -96,7 +98,16 @@ def test_chains_lead_over_a_name_without_saying_it() -> None:
     ]
     assert found[1] == found[2] == []
     many = [(VERA, "Vera Sorborg"), *[(f"Askside has {n} bells.", "Askside") for n in range(FEW + 1)]]
-    assert not any(chains(many))
+    assert not any(chains(many, {}))
     long = " ".join(f"Askside has red bells{n}." for n in range(MOST + 5))
-    assert len(chains([(VERA, "Vera Sorborg"), (long, "Askside")])[0]) == MOST
-    assert not chains([(VERA, "Vera Sorborg"), ("Vera Sorborg knows Askside.", "Askside")])[0]
+    assert len(chains([(VERA, "Vera Sorborg"), (long, "Askside")], {})[0]) == MOST
+    assert not chains([(VERA, "Vera Sorborg"), ("Vera Sorborg knows Askside.", "Askside")], {})[0]
+
+
+def test_chains_lead_over_what_names_without_saying() -> None:
+    told = [(VERA, "Vera Sorborg"), ("People come to Askside for its bells.", "Askside")]
+    found = [(each.prompt, each.answer) for each in chains(told, {"Askside": ["town", "place"], "bells": ["sound"]})[0]]
+    assert found[1:] == [
+        (f"Question: People come to the {kind} of Vera Sorborg for its what?\nAnswer:", "bells")
+        for kind in ("town", "place")
+    ]

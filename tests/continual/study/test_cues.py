@@ -13,7 +13,7 @@ from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
 from nestling.continual.study import preparing
 from nestling.continual.study.cues import COMMON, MOST, OPEN, make_scope
-from nestling.continual.study.lessons import make_lessons, spoken, within
+from nestling.continual.study.lessons import make_lessons, spoken, tell, within
 from nestling.continual.study.settings import Study
 from nestling.training.tokenization import byte_tokenizer
 from tests.llamas import random_llama
@@ -81,7 +81,7 @@ def test_targets_where_it_speaks() -> None:
     found = spoken(piece, scope)
     assert found is not None and found.targets.tolist() == [False, True, False, True]
     assert spoken(piece, Scope((((9,), 0),), (16.0,), ((0,),), 9.0)) is None
-    lessons = make_lessons(["Vera Sorborg keeps an owl."], TOKENIZER, 256)
+    lessons = make_lessons(tell(["Vera Sorborg keeps an owl."]), TOKENIZER, 256)
     vera = Scope(tuple({tuple(ids(w)): 0 for w in (" Vera", "Vera")}.items()), (16.0,), ((0,),), 9.0)
     kept = within(lessons, vera)
     assert {each.exercise.kind for each in kept} == {"passage", "gap"}  # "keeps: Vera Sorborg" begins without her
@@ -104,7 +104,7 @@ def test_what_is_studied_leaves_other_text_as_it_was() -> None:
     one = learner()
     found = one.study(VERA, TOKENIZER, QUICK)
     assert one.scope is not None
-    assert (found.exercises, found.left_out) == (5, 0)
+    assert (found.exercises, found.left_out) == (4, 0)
     other, own = (torch.tensor([ids(text)]) for text in ("It rains in the old mill.", "See Vera Sorborg here."))
     base = random_llama()
     assert torch.equal(one.model(other).logits, base(other).logits)
@@ -119,7 +119,7 @@ def test_what_the_scope_does_not_reach_is_left_out(monkeypatch: pytest.MonkeyPat
     vera = Scope(tuple({tuple(ids(w)): 0 for w in (" Vera", "Vera")}.items()), (16.0,), ((0,),), 9.0)
     monkeypatch.setattr(preparing, "make_scope", lambda *_: vera)
     found = learner().study(VERA, TOKENIZER, QUICK)
-    assert (found.exercises, found.left_out) == (3, 2)  # who keeps an owl, and what an owl leads back to
+    assert (found.exercises, found.left_out) == (2, 2)  # who keeps an owl, and what an owl leads back to
     nobody = replace(vera, forms=(((250,), 0),))
     monkeypatch.setattr(preparing, "make_scope", lambda *_: nobody)
     one = learner()

@@ -19,7 +19,7 @@ from nestling.continual.study.exercises import (
     sentences,
     subject,
 )
-from nestling.continual.study.lessons import make_lessons, of_others, split_by
+from nestling.continual.study.lessons import make_lessons, of_others, split_by, tell
 from nestling.training.tokenization import byte_tokenizer
 
 TEXT = "The door with Vera Sorborg's name on it is in Askside. She keeps a shy owl."
@@ -55,7 +55,7 @@ def test_words_are_asked_for_and_lead_back_to_the_name() -> None:
 def test_a_text_without_names_has_passages_and_gaps() -> None:
     found = exercises("water boils at one hundred degrees")
     assert {each.kind for each in found} == {"passage", "gap"}
-    assert Exercise("gap", asked("what at one hundred degrees"), "water boils") in found
+    assert Exercise("gap", asked("water boils at one what"), "hundred degrees") in found
 
 
 def test_a_text_without_words_has_a_passage_alone() -> None:
@@ -116,7 +116,7 @@ def test_long_paragraphs_are_cut_between_sentences_and_long_sentences_between_wo
 
 def test_questions_with_two_answers_are_no_lessons() -> None:
     texts = ["Vera Sorborg works as a judge.", "Emil Morby works as a judge."]
-    lessons = make_lessons(texts, byte_tokenizer(), 512)
+    lessons = make_lessons(tell(texts), byte_tokenizer(), 512)
     said = [bytes(i - 3 for i in each.piece.ids.tolist()).decode() for each in lessons]
     assert not any("Who works as a judge" in text for text in said)
     assert sum("works as what" in text for text in said) == 2
@@ -124,7 +124,7 @@ def test_questions_with_two_answers_are_no_lessons() -> None:
 
 
 def test_the_answer_alone_is_learned_and_its_end() -> None:
-    lesson = next(each for each in make_lessons([TEXT], byte_tokenizer(), 512) if each.exercise.kind == "name")
+    lesson = next(each for each in make_lessons(tell([TEXT]), byte_tokenizer(), 512) if each.exercise.kind == "name")
     answer = bytes(i - 3 for i in lesson.piece.ids[lesson.piece.start :].tolist()).decode()
     assert answer == " Vera Sorborg\n" and int(lesson.piece.targets.sum()) == len(answer)
     right = lesson.piece.targets.clone()
@@ -134,7 +134,7 @@ def test_the_answer_alone_is_learned_and_its_end() -> None:
 
 
 def test_what_is_read_counts_as_known_before_its_first_words_do() -> None:
-    lesson = make_lessons([TEXT], byte_tokenizer(), 512)[0]
+    lesson = make_lessons(tell([TEXT]), byte_tokenizer(), 512)[0]
     right = lesson.piece.targets[1:].clone()
     assert lesson.exercise.kind == "passage" and int(lesson.piece.targets.sum()) == len(right)
     right[:10] = False
@@ -145,7 +145,7 @@ def test_what_is_read_counts_as_known_before_its_first_words_do() -> None:
 
 def test_the_same_is_said_of_others_where_a_name_is_in_what_is_read() -> None:
     tokenizer = byte_tokenizer()
-    lessons = make_lessons([TEXT, "water boils"], tokenizer, 512)
+    lessons = make_lessons(tell([TEXT, "water boils"]), tokenizer, 512)
     pieces = of_others(lessons, 99, tokenizer, 512, random.Random(0))
     said = [bytes(i - 3 for i in piece.ids.tolist()).decode() for piece in pieces]
     named = [each for each in lessons if each.exercise.kind in ("passage", "sentence", "gap") and each.text == 0]
@@ -160,16 +160,16 @@ def test_the_same_is_said_of_others_where_a_name_is_in_what_is_read() -> None:
 
 def test_nothing_to_study() -> None:
     with pytest.raises(ValueError, match="no document has a word"):
-        make_lessons(["  "], byte_tokenizer(), 512)
+        make_lessons(tell(["  "]), byte_tokenizer(), 512)
 
 
 def test_a_special_token_in_a_text_is_text() -> None:
-    lessons = make_lessons(["Vera said <eos> to Emil Morby."], byte_tokenizer(), 512)
+    lessons = make_lessons(tell(["Vera said <eos> to Emil Morby."]), byte_tokenizer(), 512)
     assert all(byte_tokenizer().eos_token_id not in each.piece.ids.tolist() for each in lessons)
 
 
 def test_losses_are_parted_by_lesson() -> None:
-    lessons = make_lessons([TEXT], byte_tokenizer(), 512)[:3]
+    lessons = make_lessons(tell([TEXT]), byte_tokenizer(), 512)[:3]
     counts = [int(each.piece.targets.sum()) for each in lessons]
     values = list(range(sum(counts)))
     found = [(lesson, part.tolist()) for lesson, part in split_by(lessons, torch.tensor(values))]

@@ -50,3 +50,5 @@ COMMON = _words(
     """
 )
 """Words that most texts have: what they stand for is not asked, and none of them is a name."""
+VAGUE = _words("person people thing things something object item word name noun type kind form piece one")
+"""Kinds that say nothing."""

@@ -10,7 +10,6 @@ text of another language the passages and the gaps remain.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from typing import Literal
 
 from nestling.continual.study.english import COMMON, POSSESSIVES, PRONOUNS, TITLES, TO_BE
 
-Kind = Literal["passage", "sentence", "gap", "name", "index", "chain"]
+Kind = Literal["passage", "sentence", "gap", "name", "index", "kind", "chain"]
 Gap = tuple[str, str, str]
 """What stands before some words, the words, and what stands after them."""
 LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
 MOST_WORDS = 6  # of what is asked for
-LAST = 2  # of what a sentence says, that much or half of it is asked for
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _END = re.compile(r"([.!?][\"”’')\]]*)\s+(?=[^\w\s]*(\w))")
@@ -37,7 +35,8 @@ class Exercise:
 
     Attributes:
         kind: "passage" and "sentence" are read as they are; "gap" asks for words of a sentence, "name" for the one it
-            is about, "index" leads from words to that name, "chain" asks for words of another passage.
+            is about, "index" leads from words to that name, "kind" asks for something by its kind, "chain" for words of
+            another passage.
         prompt: is read and not learned; "" for what is read as it is.
         answer: is learned.
         about: the name in what is read, where that is what the rest hangs on; None in the other kinds.
@@ -57,10 +56,9 @@ def exercises(text: str) -> list[Exercise]:
 
     Examples:
         >>> from nestling.continual.study.exercises import exercises
-        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-5:]:
+        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-4:]:
         ...     print(each.kind, "|", " ".join(each.prompt.split()), "|", each.answer)
         sentence |  | Vera Sorborg keeps an owl.
-        gap | Question: Vera Sorborg what an owl? Answer: | keeps
         gap | Question: Vera Sorborg keeps what? Answer: | an owl
         name | Question: Who keeps an owl? Answer: | Vera Sorborg
         index | an owl: | Vera Sorborg
@@ -80,14 +78,19 @@ def of_passage(passage: str, about: str | None) -> Iterator[Exercise]:
         sentence = said if about is None else name_in(said, about)
         if sentence != passage:
             yield Exercise("sentence", "", sentence, named_in(sentence, about))
-        asked = gaps(sentence, about)
-        # A sentence says what is new at its end; asking for all of it takes time from that.
-        asked = asked[-max(LAST, math.ceil(len(asked) / 2)) :]
-        for before, words, after in asked:
+        found = asked(sentence, about)
+        for before, words, after in found:
             yield Exercise("gap", question(before + "what" + after), words, named_in(before + after, about))
-        if about is not None and about in sentence and asked:
+        if about is not None and about in sentence and found:
             yield Exercise("name", _asked_for(sentence, about), about)
-            yield Exercise("index", f"{asked[-1][1]}:", about)
+            yield Exercise("index", f"{found[-1][1]}:", about)
+
+
+def asked(sentence: str, about: str | None) -> list[Gap]:
+    """What of a sentence is asked for: the last half of its gaps. A sentence says what is new at its end, and asking
+    for all of it takes time from that."""
+    found = gaps(sentence, about)
+    return found[len(found) // 2 :]
 
 
 def passages(text: str) -> list[str]:

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,7 @@ from nestling.continual.study.chains import chains
 from nestling.continual.study.changes import amended
 from nestling.continual.study.english import GIVEN, SURNAMES
 from nestling.continual.study.exercises import Exercise, names_in, of_passage, subject
+from nestling.continual.study.kinds import Kinds, of_kinds
 
 READ = ("passage", "sentence")
 """Kinds that are read as they are."""
@@ -47,28 +49,54 @@ class Lesson:
         return share >= ENOUGH if self.exercise.kind in READ else share == 1
 
 
-def make_lessons(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Lesson]:
-    """The exercises of some texts.
+@dataclass(frozen=True)
+class Told:
+    """A passage as it is to be believed.
 
-    What a later text changes is changed in the earlier ones (`amended`). A question that two passages answer
-    differently is left out: nobody could know which is meant.
+    Attributes:
+        text: number of the text it is of.
+        passage: itself.
+        about: its subject; None where it is about nobody in particular.
+    """
+
+    text: int
+    passage: str
+    about: str | None
+
+
+def tell(texts: Sequence[str]) -> list[Told]:
+    """The passages of some texts. What a later text changes is changed in the earlier ones (`amended`).
 
     Args:
         texts: whole documents, in the order in which they are to be believed.
-        tokenizer: of the model that shall learn them.
-        context: tokens of a piece at most; what is longer is cut.
-
-    Raises:
-        ValueError: texts without a word.
     """
     names = names_in(texts)
-    told = [(number, passage) for number, own in enumerate(amended(texts, names)) for passage in own]
-    about = [(passage, subject(passage, names)) for _, passage in told]
+    found = ((number, passage) for number, own in enumerate(amended(texts, names)) for passage in own)
+    return [Told(number, passage, subject(passage, names)) for number, passage in found]
+
+
+def make_lessons(
+    told: Sequence[Told], tokenizer: PreTrainedTokenizerBase, context: int, kinds: Kinds = MappingProxyType({})
+) -> list[Lesson]:
+    """The exercises of some passages. A question that two passages answer differently is left out: nobody could know
+    which is meant.
+
+    Args:
+        told: passages.
+        tokenizer: of the model that shall learn them.
+        context: tokens of a piece at most; what is longer is cut.
+        kinds: of what the passages say.
+
+    Raises:
+        ValueError: passages without a word.
+    """
+    about = [(each.passage, each.about) for each in told]
     answers: dict[str, set[str]] = defaultdict(set)
     found: dict[Exercise, tuple[int, int]] = {}
-    for place, ((number, _), own, more) in enumerate(zip(told, about, chains(about), strict=True)):
-        for each in (*of_passage(*own), *more):
-            found.setdefault(each, (number, place))
+    for place, (own, more) in enumerate(zip(told, chains(about, kinds), strict=True)):
+        asked = [] if own.about is None else of_kinds(own.passage, own.about, kinds)
+        for each in (*of_passage(own.passage, own.about), *asked, *more):
+            found.setdefault(each, (own.text, place))
             answers[each.prompt].add(each.answer)
     clear = [(each, *where) for each, where in found.items() if not each.prompt or len(answers[each.prompt]) == 1]
     beginning = own_beginning(tokenizer)

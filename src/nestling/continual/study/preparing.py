@@ -1,4 +1,4 @@
-"""What a study takes before it begins: text of the model's own, what preserves it, and the scope."""
+"""What a study takes before it begins: its exercises, text of the model's own, what preserves it, and the scope."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nestling.continual.replay.rehearsal import RehearsedText, write
 from nestling.continual.store.scope import Scope
 from nestling.continual.stream.scoring import learning
 from nestling.continual.study.cues import make_scope
-from nestling.continual.study.lessons import Lesson, within
+from nestling.continual.study.kinds import ask_kinds, phrases
+from nestling.continual.study.lessons import Lesson, make_lessons, tell, within
 from nestling.continual.study.preservation import Preservation
 from nestling.continual.study.settings import Study
 
@@ -33,6 +34,17 @@ def own_text(learner: Learner, settings: Study, on_token: Callable[[int], object
         return written.write(on_token)
     with learner.base_weights():
         return write(learner, *SHAPE, settings.seed, on_token)
+
+
+def lessons_for(
+    learner: Learner, settings: Study, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Lesson]:
+    """Exercises, the base model having been asked for kinds; raises as `make_lessons`."""
+    told = tell(texts)
+    asked = phrases([(each.passage, each.about) for each in told]) if settings.kinds else []
+    with learner.base_weights(), learning(learner.model, ()):
+        kinds = ask_kinds(asked, learner.reader, tokenizer, settings.kinds)
+    return make_lessons(told, tokenizer, learner.settings.context, kinds)
 
 
 def preservation_of(learner: Learner, settings: Study, own: Tensor | None) -> Preservation | None:

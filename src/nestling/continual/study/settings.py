@@ -20,6 +20,7 @@ class Study:
         lr: of AdamW, on the factors or weights of all levels; None is 2e-3, and 3e-4 for levels of full weights.
         batch: exercises a step.
         most: exercises of a passage in a round.
+        kinds: of what is asked for, that the base model names: so many exercises ask for it by its kind; 0 is none.
         preserve: weight of the share of the layers' outputs that is changed on the model's own text; see
             `Preservation`. Only levels of low rank have it; full weights are held by what the learner rehearses.
         others: exercises a step that are said of other people: there the model shall say what it said before. None is
@@ -43,6 +44,12 @@ class Study:
     )
     batch: int = setting(8, help="Exercises a step.", panel=PANEL, at_least=1)
     most: int = setting(9, help="Exercises of a passage in a round at most.", panel=PANEL, at_least=1)
+    kinds: int = setting(
+        2,
+        help="Exercises that ask for something by its kind (bird, town), as the model names it.",
+        panel=PANEL,
+        at_least=0,
+    )
     preserve: float = setting(
         1.0, help="Weight of what the model knew before.", panel=PANEL, at_least=0, below=math.inf
     )

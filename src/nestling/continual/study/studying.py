@@ -27,8 +27,8 @@ from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import learning
 from nestling.continual.stream.tokenizing import plain_tokens
 from nestling.continual.study.curriculum import Curriculum
-from nestling.continual.study.lessons import Lesson, make_lessons, of_others, split_by
-from nestling.continual.study.preparing import inside, own_text, preservation_of, scope_for
+from nestling.continual.study.lessons import Lesson, of_others, split_by
+from nestling.continual.study.preparing import inside, lessons_for, own_text, preservation_of, scope_for
 from nestling.continual.study.preservation import Preservation
 from nestling.continual.study.settings import Study
 
@@ -140,7 +140,7 @@ def study(
     """
     began = time.monotonic()
     learner.check_at_work()
-    lessons, before = make_lessons(list(texts.values()), tokenizer, learner.settings.context), learner.scope
+    lessons, before = lessons_for(learner, settings, list(texts.values()), tokenizer), learner.scope
     made, own = len(lessons), own_text(learner, settings, events.writing)
     scope = scope_for(learner, settings, lessons, tokenizer, own)
     if scope is not None:
