@@ -39,7 +39,7 @@ def study(capsys: pytest.CaptureFixture[str], *more: str, memory: str = "memory"
 
 def test_a_memory_is_studied_and_used(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = study(capsys, "vera.txt", "emil.txt")
-    assert "2 documents, 15 exercises made of them; known after each round: 0% -> 0%" in said
+    assert "2 documents, 13 exercises made of them; known after each round: 0% -> 0%" in said
     assert re.search(r"[\d,]+ tokens in [\d.]+ s, [\d,.]+ tokens/s", said)
     assert re.search(r"outputs on other text that is changed, summed: [\d.]+", said)
     assert "memory of 0 tokens" not in said and "snapshot 3" in said
@@ -56,8 +56,12 @@ def test_a_memory_is_studied_and_used(place: Path, capsys: pytest.CaptureFixture
 
 def test_it_goes_on_from_a_memory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(capsys, "vera.txt")
-    study(capsys, "emil.txt")
-    assert len(load_memory("memory").settings["studies"]) == 2
+    said = study(capsys, "emil.txt")
+    memory = load_memory("memory")
+    assert len(memory.settings["studies"]) == len(memory.adapters) == 2
+    assert "of its 2 passages" in out(capsys, "memory", "show", "memory") and "in 2 adapters" in said
+    out(capsys, "memory", "merge", "memory", "memory", "both")
+    assert len(load_memory("both").adapters) == 2
     assert "learned already, skipped" in out(capsys, "learn", "model", "vera.txt", "--memory", "memory")
 
 

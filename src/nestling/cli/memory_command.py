@@ -87,7 +87,14 @@ def merge(
     a: Annotated[Path, typer.Argument(metavar="A", help="A memory.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new memory; must not exist.", show_default=False)],
-    weight: Annotated[str, typer.Option(metavar="A,B", help="Weights of the two differences.")] = "0.5,0.5",
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Weights of the two differences. Default: 0.5,0.5, and 1,1 for memories that were studied.",
+            show_default=False,
+        ),
+    ] = None,
     level: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=A,B", help="Other weights for a level; may be given again.", show_default=False),
@@ -99,7 +106,8 @@ def merge(
     """Make one memory of two that were learned apart: the weighted sum of their differences to the base model.
 
     With --model and --text the losses of the base, A, B and the merge are shown. Forks of one memory are best merged
-    with weights that sum to 1; 1,1 adds up what was learned of different things.
+    with weights that sum to 1; 1,1 adds up what was learned of different things. Memories that were studied stay apart
+    in it: each speaks where a text names what it was taught.
     """
     from nestling.cli import memory_tables
     from nestling.cli.console import say, stdout_console
@@ -116,7 +124,8 @@ def merge(
         measured = memory_tables.load_measured(model, text or [], measure, one)
         losses = measured.losses({"base": None, "A": one, "B": two, "merged": merged})
         memory_tables.print_losses(console, measured, losses)
-    head = MemoryStore(out).save(merged, f"merge of {a} and {b}, weights {', '.join([weight, *(level or [])])}")
+    given = ", ".join([*([] if weight is None else [weight]), *(level or [])])
+    head = MemoryStore(out).save(merged, f"merge of {a} and {b}" + (f", weights {given}" if given else ""))
     say(console, f"{out}: {short(head.note)} ({head.bytes:,} bytes)")
 
 

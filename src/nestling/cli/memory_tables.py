@@ -18,6 +18,7 @@ from nestling.cli.console import cell, quiet_libraries, say
 from nestling.cli.loading import document_tokens, load_causal_lm
 from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.learner.options import settings_from
+from nestling.continual.store.adapters import about
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.memory_file import DTYPES, is_memory_file
 from nestling.continual.store.merge import Comparison, Shares
@@ -41,9 +42,9 @@ def description(memory: Memory, index: Index | None) -> dict[str, Any]:
         "tokens": memory.tokens,
         "levels": [asdict(level) for level in summary.levels],
         "layers": {str(layer): norm for layer, norm in summary.layers.items()},
-        "scope": None
-        if memory.scope is None
-        else {"passages": len(memory.scope.passages), "words": len(memory.scope.surprise)},
+        "adapters": [
+            {"passages": len(each.scope.passages), "words": len(each.scope.surprise)} for each in memory.adapters
+        ],
         "difference_bytes": summary.difference_bytes,
         "learner_bytes": summary.learner_bytes,
         "documents": documents,
@@ -57,8 +58,8 @@ def print_memory(console: Console, path: Path, memory: Memory, index: Index | No
     summary = summarize(memory)
     say(console, f"{path}: {memory.tokens:,} tokens, base model {short(memory.fingerprint)}")
     console.print(f"differences {summary.difference_bytes:,} bytes, for learning on {summary.learner_bytes:,} bytes")
-    if memory.scope is not None:
-        say(console, f"speaks from where a text names {memory.scope.about}")
+    if memory.adapters:
+        say(console, f"speaks from where a text names {about([each.scope for each in memory.adapters])}")
     table = _table("level", "period", "tensors", "changed", "norm")
     for level in summary.levels:
         period = "" if level.period is None else f"{level.period:,}"
@@ -150,7 +151,7 @@ def print_losses(console: Console, measured: Measured, losses: Mapping[str, Sequ
     console.print(table)
 
 
-def parse_weights(weight: str, levels: Sequence[str]) -> tuple[Shares, dict[str, Shares]]:
+def parse_weights(weight: str | None, levels: Sequence[str]) -> tuple[Shares | None, dict[str, Shares]]:
     """`"0.7,0.3"`, and `["fast=1,0"]` by level.
 
     Raises:
@@ -162,7 +163,7 @@ def parse_weights(weight: str, levels: Sequence[str]) -> tuple[Shares, dict[str,
         if not equals or not name or name in found:
             raise UserError(f"--level {entry}: write NAME=A,B, each level once, as in --level fast=0.7,0.3")
         found[name] = _pair("--level", entry, pair)
-    return _pair("--weight", weight, weight), found
+    return None if weight is None else _pair("--weight", weight, weight), found
 
 
 def check_new(out: Path) -> None:

@@ -24,6 +24,7 @@ from nestling.continual.learner.learner import Learner
 from nestling.continual.learner.levels import resolve
 from nestling.continual.learner.options import Options, Settings
 from nestling.continual.replay.rehearsal import Rehearsal
+from nestling.continual.store.adapters import about
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.store import MemoryStore
 from nestling.continual.study.preparing import SHAPE
@@ -200,10 +201,8 @@ def _report_scope(console: Console, learner: Learner) -> None:
     if learner.scope is None:
         say(console, "the memory speaks everywhere")
     else:
-        say(
-            console,
-            f"the memory speaks from where a text names {learner.scope.about}; elsewhere the model is as before",
-        )
+        named = about([*(each.scope for each in learner.earlier.adapters), learner.scope])
+        say(console, f"the memory speaks from where a text names {named}; elsewhere the model is as before")
 
 
 def _report(console: Console, documents: int, last: Step, result: Studied | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nestling.continual.store.scope import LEAST, LONGEST, MARGIN, SHORTEST, Scope, scope_of
+from nestling.continual.store.scope import LEAST, LONGEST, MARGIN, SHORTEST, Scope, scope_from
 
 SCOPE = Scope(
     forms=(((7, 8), 0), ((17, 8), 0), ((3,), 1), ((4,), 2), ((5, 5, 5), 3)),
@@ -72,9 +72,7 @@ def test_where_it_opens(ids: list[int], place: int) -> None:
 
 
 def test_values_and_back() -> None:
-    values = json.loads(json.dumps({"scope": SCOPE.values()}))
-    assert scope_of(values) == SCOPE
-    assert scope_of({}) is None
+    assert scope_from(json.loads(json.dumps(SCOPE.values()))) == SCOPE
 
 
 @pytest.mark.parametrize(
@@ -95,9 +93,9 @@ def test_values_and_back() -> None:
 )
 def test_what_is_no_scope_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="the memory's scope is none"):
-        scope_of({"scope": SCOPE.values() | wrong})
+        scope_from(SCOPE.values() | wrong)
     with pytest.raises(ValueError, match="the memory's scope is none"):
-        scope_of({"scope": 3})
+        scope_from(3)
 
 
 def test_two_scopes_joined_open_where_either_does() -> None:

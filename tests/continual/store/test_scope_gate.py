@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from nestling.continual import Learner, Level, Memory, Options
 from nestling.continual.store.applying import MemoryUseError
+from nestling.continual.store.low_rank import limit_rank
 from nestling.continual.store.merge import MergeError, merge
 from nestling.continual.store.scope import Scope
 from nestling.evaluation.shared_prompt import SharedPrompt
@@ -126,7 +127,7 @@ def test_a_memory_applied_is_the_learner(tmp_path: Path) -> None:
     memory.remove(model)
     assert torch.equal(logits(model, BOTH), base)
     dense = replace(memory, differences={name: d.dense() for name, d in memory.differences.items()})  # type: ignore[union-attr]
-    with pytest.raises(MemoryUseError, match="none of low rank"):
+    with pytest.raises(ValueError, match="none of low rank"):
         dense.apply(model)
 
 
@@ -148,23 +149,66 @@ def test_a_learner_with_a_scope() -> None:
     full = Learner(random_llama(), lr=0.01)
     with pytest.raises(ValueError, match="low rank alone"):
         full.set_scope(SCOPE)
-    damaged = replace(learner.memory(), settings=learner.memory().settings | {"scope": {"forms": []}})
-    with pytest.raises(ValueError, match="scope is none"):
-        Learner.restore(random_llama(), damaged)
+    memory = learner.memory()
+    kept = memory.settings["adapters"][0]
+    for wrong, said in (
+        ({"scope": {"forms": []}}, "scope is none"),
+        ({"ranks": kept["ranks"] | {"more": 3}}, "has not the parameters"),
+        ({"ranks": dict.fromkeys(kept["ranks"], 2)}, "are not the difference's 3"),
+        ({"ranks": dict.fromkeys(kept["ranks"], True)}, "whole numbers"),
+    ):
+        damaged = replace(memory, settings=memory.settings | {"adapters": [kept | wrong]})
+        with pytest.raises(ValueError, match=said):
+            Learner.restore(random_llama(), damaged)
+    for nothing in ([], {}, [3]):
+        with pytest.raises(ValueError, match="adapters are a list"):
+            Learner.restore(random_llama(), replace(memory, settings=memory.settings | {"adapters": nothing}))
 
 
-def test_two_memories_with_scopes_become_one() -> None:
+def said_with(memory: Memory, ids: Tensor) -> Tensor:
+    model = random_llama()
+    with memory.applied(model):
+        return logits(model, ids)
+
+
+def test_two_memories_with_scopes_become_one_and_neither_speaks_for_the_other() -> None:
     other = Scope((((20,), 0),), (15.9,), ((0,),), 9.5)
     a, b = scoped().memory(), scoped(other, seed=1).memory()
-    merged = merge(a, b, (1.0, 1.0))
-    assert merged.scope == SCOPE.joined(other)
-    ids, model = torch.tensor([[20, *TEXT], [1, *TEXT[:2], 8, *TEXT[4:], 3]]), random_llama()
-    base = logits(model, ids)
-    with merged.applied(model):
-        said = logits(model, ids)
-    assert torch.equal(said[1], base[1]) and (said[0] - base[0]).abs().amax(-1).min() > 1e-3
+    merged = merge(a, b)
+    assert [each.scope for each in merged.adapters] == [SCOPE, other]
+    own, others, nobody = torch.tensor([[1, *TEXT], [20, 1, 2, 3, 4, 5, 6, 9, 10, 11], [1, *TEXT[:2], 8, *TEXT[4:], 3]])
+    assert torch.equal(said_with(merged, own[None]), said_with(a, own[None]))
+    assert torch.equal(said_with(merged, others[None]), said_with(b, others[None]))
+    assert torch.equal(said_with(merged, nobody[None]), logits(random_llama(), nobody[None]))
+    gone_on = Learner.restore(random_llama(), merged)
+    assert len(gone_on.earlier.adapters) == 1 and gone_on.scope == other
+    torch.testing.assert_close(logits(gone_on.model, own[None]), said_with(a, own[None]), rtol=0, atol=1e-5)
     with pytest.raises(MergeError, match="memories of one kind"):
         merge(a, scoped(None).memory())
+
+
+def test_an_adapter_that_both_have_stands_once() -> None:
+    other = Scope((((20,), 0),), (15.9,), ((0,),), 9.5)
+    a, b = scoped().memory(), scoped(other, seed=1).memory()
+    both = merge(a, b)
+    assert len(merge(both, a).adapters) == len(merge(a, both).adapters) == len(merge(both, both).adapters) == 2
+    ids = BOTH[:1]
+    torch.testing.assert_close(said_with(merge(both, a), ids), said_with(a, ids))
+    halved = said_with(merge(a, b, (0.5, 1.0)), ids)
+    assert not torch.allclose(halved, said_with(a, ids), atol=1e-3)
+    torch.testing.assert_close(said_with(merge(a, both, (0.5, 1.0)), ids), said_with(a, ids))
+
+
+def test_ranks_are_limited_adapter_by_adapter() -> None:
+    other = Scope((((20,), 0),), (15.9,), ((0,),), 9.5)
+    a, b = scoped().memory(), scoped(other, seed=1).memory()
+    small = limit_rank(merge(a, b), 2)
+    assert [{d.left.shape[1] for d in each.differences.values()} for each in small.memory.adapters] == [{2}, {2}]
+    for memory, ids in ((a, BOTH[:1]), (b, torch.tensor([[20, 1, 2, 3, 4]]))):
+        own = limit_rank(memory, 2)
+        torch.testing.assert_close(said_with(small.memory, ids), said_with(own.memory, ids))
+        assert 0.3 < small.energy < 1 and 0.3 < own.energy < 1
+    assert Learner.restore(random_llama(), small.memory).settings.levels["all"].rank == 2
 
 
 def test_gradients_come_from_where_it_speaks() -> None:

@@ -15,6 +15,7 @@ from nestling.continual.study import preparing
 from nestling.continual.study.cues import COMMON, MOST, OPEN, make_scope
 from nestling.continual.study.lessons import make_lessons, spoken, tell, within
 from nestling.continual.study.settings import Study
+from nestling.continual.study.studying import Events
 from nestling.training.tokenization import byte_tokenizer
 from tests.llamas import random_llama
 
@@ -109,10 +110,90 @@ def test_what_is_studied_leaves_other_text_as_it_was() -> None:
     base = random_llama()
     assert torch.equal(one.model(other).logits, base(other).logits)
     assert not torch.equal(one.model(own).logits, base(own).logits)
-    before = one.scope
+
+
+def logits(one: Learner, text: str) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = one.model(torch.tensor([ids(text)])).logits
+    return found
+
+
+def test_another_study_leaves_what_was_studied_as_it_was() -> None:
+    one = learner()
+    one.study(VERA, TOKENIZER, QUICK)
+    scope, said = one.scope, logits(one, "See Vera Sorborg here.")
     one.study(EMIL, TOKENIZER, QUICK)
-    assert one.scope is not None and len(one.scope.passages) == len(before.passages) + 1
-    assert one.scope.opens(ids("Emil Morby is here.")) < 10 > one.scope.opens(ids("Vera Sorborg is here."))
+    assert [each.scope for each in one.earlier.adapters] == [scope] and one.scope != scope
+    assert torch.equal(logits(one, "See Vera Sorborg here."), said)
+    alone = learner()
+    alone.study(EMIL, TOKENIZER, QUICK)
+    assert torch.equal(logits(alone, "See Emil Morby here."), logits(one, "See Emil Morby here."))
+    both = "See Vera Sorborg and Emil Morby here."
+    assert not torch.equal(logits(one, both), logits(alone, both))
+    with one.base_weights():
+        assert torch.equal(logits(one, both), logits(learner(), both))
+
+
+def test_a_study_hears_the_earlier_ones() -> None:
+    """What it learns stands beside what is said already."""
+    one, alone = learner(), learner()
+    one.study(VERA, TOKENIZER, QUICK)
+    more = {"more": "Vera Sorborg lives in Askside."}
+    one.study(more, TOKENIZER, QUICK)
+    alone.study(more, TOKENIZER, QUICK)
+    pairs = zip(one.everything, alone.everything, strict=True)
+    assert any(not torch.equal(own, other) for own, other in pairs)
+
+
+def test_a_study_that_was_left_is_gone_on_with() -> None:
+    one = learner()
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.study(VERA, TOKENIZER, QUICK, Events(step=stop))
+    begun = one.scope
+    one.study(VERA | EMIL, TOKENIZER, QUICK)
+    assert begun is not None and one.scope is not None and not one.earlier.adapters
+    assert len(one.scope.passages) == len(begun.passages) + 1
+    one.study(EMIL, TOKENIZER, QUICK)
+    assert len(one.earlier.adapters) == 1
+
+
+def test_a_study_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = learner()
+    one.study(VERA, TOKENIZER, QUICK)
+    said, scope = logits(one, "See Vera Sorborg here."), one.scope
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("nestling.continual.study.studying.take_gradients", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        one.study(EMIL, TOKENIZER, QUICK)
+    assert one.scope == scope and not one.earlier.adapters and len(one.studies) == 1
+    assert torch.equal(logits(one, "See Vera Sorborg here."), said)
+
+
+def test_adapters_are_saved_and_gone_on_from() -> None:
+    one = learner()
+    one.study(VERA, TOKENIZER, QUICK)
+    one.study(EMIL, TOKENIZER, QUICK)
+    text = "See Vera Sorborg and Emil Morby here."
+    memory, said = one.memory(), logits(one, text)
+    again = Learner.restore(random_llama(), memory)
+    assert torch.equal(logits(again, text), said)
+    for each in (one, again):
+        each.study({"ada": "Ada Hale plays the harp."}, TOKENIZER, QUICK)
+    assert torch.equal(logits(again, "See Ada Hale here."), logits(one, "See Ada Hale here."))
+    assert len(again.earlier.adapters) == 2
+    with memory.applied(model := random_llama()):
+        torch.testing.assert_close(model(torch.tensor([ids(text)])).logits, said, rtol=0, atol=1e-5)
+    one.detach()
+    assert torch.equal(logits(one, text), logits(learner(), text)) and not one.model._forward_hooks
+    one.apply()
+    assert torch.equal(logits(one, "See Ada Hale here."), logits(again, "See Ada Hale here."))
 
 
 def test_what_the_scope_does_not_reach_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,12 @@ from nestling.continual.component import LearnerComponent, components_of, undone
 from nestling.continual.learner import consolidation
 from nestling.continual.learner.average import RunningMean
 from nestling.continual.learner.chunk_learning import learn_chunk, score_chunk
+from nestling.continual.learner.earlier import EarlierAdapters
 from nestling.continual.learner.guards import SpikeGuard
 from nestling.continual.learner.levels import make_optimizer, make_weights, resolve
 from nestling.continual.learner.observation import Counters, Observation
 from nestling.continual.learner.options import Factory, Level, Options, Settings, settings_from
-from nestling.continual.learner.weights import LowRankWeights, taken_off
+from nestling.continual.learner.weights import LowRankWeights, OnModel, taken_off
 from nestling.continual.store import resume
 from nestling.continual.store.applying import COPIED, LEARNER, check_free
 from nestling.continual.store.fingerprint import base_fingerprint
@@ -96,6 +97,8 @@ class Learner:
         self.reader = Reader(model, options.bfloat16)
         self.gate = ScopeGate()
         self.weights = make_weights(model, self.settings, self.gate)
+        self.earlier = EarlierAdapters(model)
+        self.on_model: list[OnModel] = [*self.weights.values(), self.earlier]
         self.components: dict[str, LearnerComponent] = {}
         self.parameters = {name: weights.learned for name, weights in self.weights.items()}
         self.vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
@@ -196,7 +199,7 @@ class Learner:
 
     def base_weights(self) -> AbstractContextManager[None]:
         """The model as it was before it learned, for a `with` block."""
-        return taken_off(self.weights.values())
+        return taken_off(self.on_model[::-1])  # they come back in their order, on which a sum depends
 
     def end_document(self) -> None:
         """The present document is finished: what comes next has nothing before it. Pending tokens stay pending."""
@@ -213,7 +216,7 @@ class Learner:
         if self.attached:
             return
         check_free(self.model, self)
-        for weights in self.weights.values():
+        for weights in self.on_model:
             weights.attach()
         self.attached = True
         self.set_scope(self.scope)
@@ -225,7 +228,7 @@ class Learner:
         if not self.attached:
             return
         self._check_live()
-        for weights in self.weights.values():
+        for weights in self.on_model:
             weights.detach()
         self.gate.detach()
         self.attached = False
@@ -349,8 +352,7 @@ class Learner:
     @property
     def shows_average(self) -> bool:
         """Whether the model has the running mean, inside a block of `averaged`."""
-        average = self.component(RunningMean)
-        return average is not None and average.read
+        return (average := self.component(RunningMean)) is not None and average.read
 
     @property
     def mean_periods(self) -> dict[str, float]:
@@ -359,12 +361,11 @@ class Learner:
 
     @property
     def scope(self) -> Scope | None:
-        """Where what was learned speaks; None is everywhere."""
+        """Where speaks what is learned now; None is everywhere. What was studied earlier has its own, `earlier`."""
         return self.gate.scope
 
     def set_scope(self, scope: Scope | None) -> None:
-        """Speak from now on where a text names something of the scope, and everywhere with None; raises as
-        `check_scope`."""
+        """Speak from now on where a text names something of this; None is everywhere. Raises as `check_scope`."""
         self.check_scope(scope)
         self.gate.scope = scope
         if scope is None:

@@ -19,7 +19,17 @@ from nestling.continual.store.records import LowRank, dense, shape_of
 from nestling.continual.store.scope_gate import ScopeGate, add_beside
 
 
-class LevelWeights(Protocol):
+class OnModel(Protocol):
+    """What a model can do without."""
+
+    def attach(self) -> None:
+        """Put what was learned on the model."""
+
+    def detach(self) -> None:
+        """Leave the model as it was before."""
+
+
+class LevelWeights(OnModel, Protocol):
     """The weights of one level."""
 
     @property
@@ -38,12 +48,6 @@ class LevelWeights(Protocol):
     def anchored(self) -> list[tuple[Tensor, Tensor]]:
         """(value, pre-trained value) of what retention and consolidation pull back: scaling these differences by a
         factor scales the level's difference by it."""
-
-    def attach(self) -> None:
-        """Put what was learned on the model."""
-
-    def detach(self) -> None:
-        """Leave the model as it was before."""
 
     def differences(self) -> dict[str, Tensor | LowRank]:
         """Learned minus base by name, float32, on the CPU; unchanged parameters left out."""
@@ -269,6 +273,10 @@ class LowRankWeights:
                 if exact.get(f"{name}.{side}", own).shape != own.shape:
                     raise ValueError(f"the memory's exact values of {name} have another shape than its difference")
 
+    def start_again(self) -> None:
+        """As at the beginning."""
+        self.load({}, {})
+
     @torch.no_grad()
     def load(self, differences: Mapping[str, Tensor | LowRank], exact: Mapping[str, Tensor]) -> None:
         """Take factors of the same rank, or of a smaller one: the others start as at the beginning."""
@@ -288,7 +296,7 @@ class LowRankWeights:
 
 
 @contextmanager
-def taken_off(levels: Iterable[LevelWeights]) -> Iterator[None]:
+def taken_off(levels: Iterable[OnModel]) -> Iterator[None]:
     """The model as it was before it learned, and as it is afterwards."""
     with ExitStack() as back:
         for weights in levels:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from nestling.continual.store.adapters import Adapter
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.records import LowRank, dense, identity, shape_of
-from nestling.continual.store.scope import Scope
 from nestling.continual.store.scope_gate import Scoped
 from nestling.errors import UserError
 
@@ -37,14 +37,14 @@ class Applied:
         base: fingerprint of the model before.
         originals: the parameters' values before; None where they were not kept.
         rounded: fingerprint after a removal that was exact to rounding only.
-        beside: differences that speak within a scope, which the parameters do not hold; None where they do.
+        beside: adapters, which the parameters do not hold; none where they do.
     """
 
     owner: str | None
     base: str
     originals: dict[str, Tensor] | None = None
     rounded: str | None = None
-    beside: Scoped | None = None
+    beside: tuple[Scoped, ...] = ()
 
 
 def put_in(
@@ -53,9 +53,9 @@ def put_in(
     differences: Mapping[str, Tensor | LowRank],
     *,
     keep_originals: bool,
-    scope: Scope | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
-    """Add every difference to its parameter, or with a scope beside it; all is checked before anything changes.
+    """Add every difference to its parameter, or adapters beside it; all is checked before anything changes.
 
     Raises:
         MemoryUseError: another base model, a memory already inside, a parameter the model lacks or shapes otherwise.
@@ -73,9 +73,10 @@ def put_in(
         )
     _check_base(model, fingerprint, record)
     targets = _targets(model, differences)
-    if scope is not None:
-        beside = _beside(model, differences, scope)
-        beside.attach(model)
+    if adapters:
+        beside = tuple(Scoped(layers_of(model, each), each.scope) for each in adapters)
+        for each in beside:
+            each.attach(model)
         setattr(model, ATTRIBUTE, Applied(owner, fingerprint, beside=beside))
         return
     originals = {name: p.detach().clone() for name, p in targets.items()} if keep_originals else None
@@ -94,8 +95,9 @@ def take_out(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> N
         raise MemoryUseError("no memory is applied to the model, so none can be removed")
     if record.owner != identity(differences):
         raise MemoryUseError("another memory is applied to the model; remove that one")
-    if record.beside is not None:
-        record.beside.detach()
+    if record.beside:
+        for each in record.beside:
+            each.detach()
         delattr(model, ATTRIBUTE)
         return
     targets = _targets(model, differences)
@@ -111,10 +113,13 @@ def take_out(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> N
 
 @contextmanager
 def put_in_for_a_while(
-    model: nn.Module, fingerprint: str, differences: Mapping[str, Tensor | LowRank], scope: Scope | None = None
+    model: nn.Module,
+    fingerprint: str,
+    differences: Mapping[str, Tensor | LowRank],
+    adapters: Sequence[Adapter] = (),
 ) -> Iterator[None]:
     """`put_in`, and `take_out` bit for bit however the block ends."""
-    put_in(model, fingerprint, differences, keep_originals=True, scope=scope)
+    put_in(model, fingerprint, differences, keep_originals=True, adapters=adapters)
     try:
         yield
     finally:
@@ -184,18 +189,16 @@ def _targets(model: nn.Module, differences: Mapping[str, Tensor | LowRank]) -> d
     return targets
 
 
-def _beside(model: nn.Module, differences: Mapping[str, Tensor | LowRank], scope: Scope) -> Scoped:
-    """Raises MemoryUseError for differences that cannot speak for single tokens."""
+def layers_of(model: nn.Module, adapter: Adapter) -> list[tuple[nn.Linear, LowRank]]:
+    """The layers that an adapter stands beside, each with its difference.
+
+    Raises:
+        MemoryUseError: a difference that is of no linear layer's weight.
+    """
     layers = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    pairs: list[tuple[nn.Linear, LowRank]] = []
-    for name, difference in differences.items():
-        if not isinstance(difference, LowRank) or name not in layers:
-            raise MemoryUseError(
-                f"the memory has a scope, and its difference of {name} is none of low rank of a linear layer, which "
-                "alone can act on some tokens and not on others"
-            )
-        pairs.append((layers[name], difference))
-    return Scoped(pairs, scope)
+    if missing := [name for name in adapter.differences if name not in layers]:
+        raise MemoryUseError(f"the memory speaks within a scope, and {missing[0]} is no linear layer's weight")
+    return [(layers[name], difference) for name, difference in adapter.differences.items()]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.continual.store.adapters import Adapter, put_together
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.records import LowRank, dot, shape_of
 from nestling.errors import UserError
@@ -48,9 +50,33 @@ def limit_rank(memory: Memory, rank: int) -> Truncation:
     """
     if rank < 1:
         raise UserError(f"rank {rank}: a difference of rank 0 is none; give 1 or more")
+    if memory.adapters:
+        return _limit_adapters(memory, rank)
+    limited, kept, total = _limited(memory.differences, rank)
+    made = with_ranks(replace(for_use(memory), differences=limited))
+    return Truncation(made, _share(kept, total))
+
+
+def _limit_adapters(memory: Memory, rank: int) -> Truncation:
+    """Each by itself: a rank of their sum would let one speak where another's scope is."""
+    found = [_limited(each.differences, rank) for each in memory.adapters]
+    parts = [Adapter(each.scope, own) for each, (own, _, _) in zip(memory.adapters, found, strict=True)]  # type: ignore[arg-type]
+    differences, adapters = put_together(parts)
+    made = replace(for_use(memory), differences=differences, settings=memory.settings | adapters)
+    return Truncation(with_ranks(made), _share(sum(kept for _, kept, _ in found), sum(total for *_, total in found)))
+
+
+def _share(kept: float, total: float) -> float:
+    return min(1.0, kept / total) if total else 1.0
+
+
+def _limited(
+    differences: Mapping[str, Tensor | LowRank], rank: int
+) -> tuple[dict[str, Tensor | LowRank], float, float]:
+    """With the squared norms that are kept, and that there were."""
     kept = total = 0.0
     limited: dict[str, Tensor | LowRank] = {}
-    for name, difference in memory.differences.items():
+    for name, difference in differences.items():
         energy = dot(difference, difference)
         shape = shape_of(difference)
         current = difference.left.shape[1] if isinstance(difference, LowRank) else min(shape, default=0)
@@ -63,21 +89,21 @@ def limit_rank(memory: Memory, rank: int) -> Truncation:
             limited[name] = difference
             kept += energy
         total += energy
-    made = with_ranks(replace(for_use(memory), differences=limited))
-    return Truncation(made, min(1.0, kept / total) if total else 1.0)
+    return limited, kept, total
 
 
 def with_ranks(memory: Memory) -> Memory:
     """The memory with its learner's ranks set to those of its differences, so that learning can go on from it.
 
     A level that had a rank and holds full differences now, since it was merged with such, has none any more. A level
-    without a rank stays as it is.
+    without a rank stays as it is. Of adapters the newest is gone on with.
     """
+    differences = memory.adapters[-1].differences if memory.adapters else memory.differences
     settings = deepcopy(memory.settings)
     learner: dict[str, Any] = settings.get("learner") or {"levels": {}, "options": {"rank": None}}
     of_all, learner["options"]["rank"] = learner["options"]["rank"], None
     for level, values in learner["levels"].items():
-        found = [memory.differences.get(name) for name in memory.parameters.get(level, [])]
+        found = [differences.get(name) for name in memory.parameters.get(level, [])]
         there = [d for d in found if d is not None]
         ranks = [d.left.shape[1] for d in there if isinstance(d, LowRank)]
         values["rank"] = values["rank"] or of_all

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from nestling.continual.store.adapters import Adapter, adapters_of
 from nestling.continual.store.applying import put_in, put_in_for_a_while, take_out
 from nestling.continual.store.memory_file import MemoryFileError, read_fields, write_fields
 from nestling.continual.store.records import DocumentRecord, LowRank, tensors_of
-from nestling.continual.store.scope import Scope, scope_of
 
 __all__ = ["DocumentRecord", "LowRank", "Memory", "MemoryFileError"]
 
@@ -62,13 +62,13 @@ class Memory:
         return sum(t.numel() * t.element_size() for t in (*held, *self.tensors.values()))
 
     @property
-    def scope(self) -> Scope | None:
-        """Where it speaks; None is everywhere.
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What it was taught, study by study, each with the scope in which it speaks; none where it speaks everywhere.
 
         Raises:
-            ValueError: the settings hold something else there.
+            ValueError: as `adapters_of`.
         """
-        return scope_of(self.settings)
+        return adapters_of(self.settings, self.differences)
 
     @property
     def tokens(self) -> int:
@@ -103,9 +103,9 @@ class Memory:
         return cls(**read_fields(Path(path))[0])
 
     def apply(self, model: nn.Module, *, keep_originals: bool = True) -> None:
-        """Add what was learned to the model's parameters, in place; with a scope, beside them.
+        """Add what was learned to the model's parameters, in place; of a memory with adapters, beside them.
 
-        A memory with a scope acts by forward hooks, so that `save_pretrained` writes the base model then.
+        A memory with adapters acts by forward hooks, so that `save_pretrained` writes the base model then.
 
         Args:
             model: the base model, any module with these parameters in the dtype it was learned in.
@@ -115,7 +115,7 @@ class Memory:
         Raises:
             MemoryUseError: another base model, or a memory is applied already. Nothing has changed then.
         """
-        put_in(model, self.fingerprint, self.differences, keep_originals=keep_originals, scope=self.scope)
+        put_in(model, self.fingerprint, self.differences, keep_originals=keep_originals, adapters=self.adapters)
 
     def remove(self, model: nn.Module) -> None:
         """Take out what `apply` added.
@@ -132,5 +132,5 @@ class Memory:
         Raises:
             MemoryUseError: as `apply`.
         """
-        with put_in_for_a_while(model, self.fingerprint, self.differences, self.scope):
+        with put_in_for_a_while(model, self.fingerprint, self.differences, self.adapters):
             yield model

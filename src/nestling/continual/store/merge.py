@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.continual.store.adapters import Adapter, put_together
 from nestling.continual.store.low_rank import nearest_of_low, with_ranks
 from nestling.continual.store.memory import Memory
 from nestling.continual.store.records import DocumentRecord, LowRank, dense, dot, shape_of, tensors_of
@@ -79,9 +80,12 @@ def compare(a: Memory, b: Memory) -> Comparison:
 
 
 def merge(
-    a: Memory, b: Memory, weights: Shares = (0.5, 0.5), level_weights: Mapping[str, Shares] | None = None
+    a: Memory, b: Memory, weights: Shares | None = None, level_weights: Mapping[str, Shares] | None = None
 ) -> Memory:
     """A memory whose difference is `weights[0] * A + weights[1] * B`, parameter by parameter.
+
+    Memories that were studied keep their adapters, each times its memory's weight; one that both have stands once, with
+    the larger of the two weights. So neither speaks in a text that concerns the other alone.
 
     The result holds no optimizer state, which has no meaning at the new place: learning goes on from it afresh.
     Settings and periods are A's. Documents are those of both; of one that both have read, the records of the side that
@@ -91,7 +95,8 @@ def merge(
         a: learned on the same base model as `b`, with the same levels.
         b: the other.
         weights: of the two. (0.5, 0.5) keeps to what both agree on and is right for forks of one memory; (1, 1) adds up
-            what was learned apart, and suits memories that learned of different things from the base.
+            what was learned apart, and suits memories that learned of different things from the base. None is that for
+            adapters, and (0.5, 0.5) for memories that speak everywhere.
         level_weights: other weights for the levels named.
 
     Raises:
@@ -100,6 +105,8 @@ def merge(
     """
     _check_base(a, b)
     given = dict(level_weights or {})
+    if weights is None:
+        weights = (1.0, 1.0) if a.adapters and b.adapters else (0.5, 0.5)
     if {n: sorted(p) for n, p in a.parameters.items()} != {n: sorted(p) for n, p in b.parameters.items()}:
         raise MergeError("the two memories divide the parameters into different levels; merge needs the same levels")
     if unknown := sorted(given.keys() - a.periods.keys()):
@@ -107,12 +114,11 @@ def merge(
     if not all(math.isfinite(w) for pair in (weights, *given.values()) for w in pair):
         raise MergeError("a weight is not a finite number")
     levels = level_of(a)
-    merged: dict[str, Tensor | LowRank] = {}
-    for name in sorted(a.differences.keys() | b.differences.keys()):
-        pair = given.get(levels.get(name, ""), weights)
-        merged[name] = _weighted(a.differences.get(name), b.differences.get(name), pair)
+    shares = {n: given.get(levels.get(n, ""), weights) for n in sorted(a.differences.keys() | b.differences.keys())}
+    merged, adapters = _sum(a, b, shares)
+    for name, (x, y) in shares.items():
         if not all(bool(torch.isfinite(t).all()) for t in tensors_of(merged[name])):
-            raise MergeError(f"the weights {pair[0]:g} and {pair[1]:g} give values in {name} beyond float32; give less")
+            raise MergeError(f"the weights {x:g} and {y:g} give values in {name} beyond float32; give less")
     return with_ranks(
         Memory(
             fingerprint=a.fingerprint,
@@ -120,21 +126,42 @@ def merge(
             parameters={name: list(names) for name, names in a.parameters.items()},
             differences=merged,
             documents=_joined(a.documents, b.documents),
-            settings=_settings(a, b),
+            settings=a.settings | adapters,
         )
     )
 
 
-def _settings(a: Memory, b: Memory) -> dict[str, Any]:
-    """A's, with a scope of what both were taught."""
-    if (a.scope is None) != (b.scope is None):
+def _sum(a: Memory, b: Memory, shares: Mapping[str, Shares]) -> tuple[dict[str, Tensor | LowRank], dict[str, Any]]:
+    """Differences of the merge, and what settings say of its adapters."""
+    own, others = a.adapters, b.adapters
+    if bool(own) != bool(others):
         raise MergeError(
             "one of the two memories was studied and speaks only where a text names what it was taught, the other one "
             "everywhere; merge memories of one kind"
         )
-    if a.scope is None or b.scope is None:
-        return dict(a.settings)
-    return a.settings | {"scope": a.scope.joined(b.scope).values()}
+    if not own:
+        pairs = {name: (a.differences.get(name), b.differences.get(name)) for name in shares}
+        return {name: _weighted(*pairs[name], share) for name, share in shares.items()}, {}
+    if a.differences.keys() != b.differences.keys():
+        raise MergeError("the two memories have adapters of different parameters")
+    shared = [(x, y) for x in own for y in others if _same(x, y)]
+    both = {id(each) for pair in shared for each in pair}
+    found = [_times(x, {n: max(s) if id(x) in both else s[0] for n, s in shares.items()}) for x in own]
+    found += [_times(y, {n: s[1] for n, s in shares.items()}) for y in others if id(y) not in both]
+    return put_together(found)
+
+
+def _same(x: Adapter, y: Adapter) -> bool:
+    """One adapter, to the last bit."""
+    if x.scope != y.scope:
+        return False
+    pairs = [(x.differences[name], y.differences[name]) for name in x.differences]
+    return all(torch.equal(p.left, q.left) and torch.equal(p.right, q.right) for p, q in pairs)
+
+
+def _times(adapter: Adapter, weights: Mapping[str, float]) -> Adapter:
+    own = {name: LowRank(weights[name] * d.left, d.right) for name, d in adapter.differences.items()}
+    return Adapter(adapter.scope, own)
 
 
 def level_of(memory: Memory) -> dict[str, str]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nestling.continual.component import named, own
 from nestling.continual.learner.observation import Counters
+from nestling.continual.store.adapters import Adapter, put_together
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.memory import Memory
-from nestling.continual.store.scope import scope_of
 from nestling.continual.stream.chunks import Piece, decode
 from nestling.optim.noise_scale import KEYS, check_values
 
@@ -30,6 +30,9 @@ def to_memory(learner: Learner) -> Memory:
     for weights in learner.weights.values():
         differences |= weights.differences()
         tensors |= {f"exact.{name}": value for name, value in weights.exact().items()}
+    adapters: dict[str, Any] = {}
+    if learner.scope is not None:
+        differences, adapters = put_together([*learner.earlier.adapters, Adapter(learner.scope, differences)])
     stream, log = learner.stream, learner.log
     tensors["history"] = stream.history.clone()
     tensors |= {f"pieces.{i}": piece.encode() for i, piece in enumerate(stream.pieces)}
@@ -54,7 +57,7 @@ def to_memory(learner: Learner) -> Memory:
             "optimizer": optimizer,
             "studies": list(learner.studies),
         }
-        | ({} if learner.scope is None else {"scope": learner.scope.values()})
+        | adapters
         | kept,
         tensors=tensors,
     )
@@ -64,15 +67,16 @@ def load(learner: Learner, memory: Memory) -> None:
     """Give a learner the state of a memory; see `Learner.load`."""
     check_model(memory, learner.fingerprint)
     _check_levels(learner, memory)
+    *earlier, newest = memory.adapters or (None,)
+    scope, differences = (None, memory.differences) if newest is None else (newest.scope, newest.differences)
     exact = {name.removeprefix("exact."): t for name, t in memory.tensors.items() if name.startswith("exact.")}
     try:
         for weights in learner.weights.values():
-            weights.check(memory.differences, exact)
+            weights.check(differences, exact)
         taking = [
             component.prepare(own(name, memory.tensors), memory.settings.get(name) if memory.tensors else None)
             for name, component in learner.components.items()
         ]
-        scope = scope_of(memory.settings)
         learner.check_scope(scope)
         if memory.tensors:
             _load_progress(learner, memory)
@@ -81,9 +85,10 @@ def load(learner: Learner, memory: Memory) -> None:
             learner.counters.adopted = 1
             taking = [component.replaced for component in learner.components.values()]
         for weights in learner.weights.values():
-            weights.load(memory.differences, exact)
+            weights.load(differences, exact)
         for take in taking:
             take()
+        learner.earlier.replace(earlier)
         learner.set_scope(scope)
     except torch.OutOfMemoryError:
         raise

@@ -14,7 +14,7 @@ say nothing. Once the evidence of a passage has reached the threshold the memory
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -76,11 +76,6 @@ class Scope:
         object.__setattr__(self, "_words", dict(self.forms))
         object.__setattr__(self, "_where", where)
 
-    @property
-    def about(self) -> str:
-        """How much there is in it, in words."""
-        return f"one of its {len(self.passages):,} passages by some of {len(self.surprise):,} words"
-
     def opens(self, ids: Sequence[int]) -> int:
         """The place of the first token at which the memory speaks; their number where it is silent."""
         return next((place for place, found in self._evidence(ids) if found >= self.threshold), len(ids))
@@ -138,15 +133,12 @@ class Scope:
         }
 
 
-def scope_of(settings: Mapping[str, Any]) -> Scope | None:
-    """That of a memory's settings, checked; None where the memory speaks everywhere.
+def scope_from(values: Any) -> Scope:
+    """The scope whose `values` these are, checked.
 
     Raises:
-        ValueError: what stands there is no scope.
+        ValueError: they are of no scope.
     """
-    values = settings.get("scope")
-    if values is None:
-        return None
     try:
         return Scope(
             forms=tuple((tuple(_whole(t) for t in tokens), _whole(word)) for tokens, word in values["forms"]),

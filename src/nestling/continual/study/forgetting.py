@@ -275,8 +275,8 @@ def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tup
     """What came after `before`, without some documents. The last of `before` may have gone on."""
     try:
         sessions = studies_of(memory.settings)[len(studies_of(before.settings)) :]
-        # Earlier studies had no scope.
-        how = [Study(**({"everywhere": True} | each["settings"])) for each in sessions]
+        # Earlier studies had no scope and asked for no kinds.
+        how = [Study(**({"everywhere": True, "kinds": 0} | each["settings"])) for each in sessions]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not say how it was studied: {error}") from error
     by_study = _studied(sessions)

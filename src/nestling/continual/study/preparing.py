@@ -68,6 +68,11 @@ def speaks_within(learner: Learner, settings: Study) -> bool:
     return learner.scope is not None or bool(new)
 
 
+def goes_on(learner: Learner) -> bool:
+    """Whether a study goes on with the adapter of the one before, which was left before its end."""
+    return bool(learner.studies) and not learner.studies[-1]["finished"]
+
+
 def scope_for(
     learner: Learner,
     settings: Study,
@@ -75,14 +80,14 @@ def scope_for(
     tokenizer: PreTrainedTokenizerBase,
     own: Tensor | None,
 ) -> Scope | None:
-    """Of what was studied before and of these lessons."""
+    """Of these lessons; of what an unfinished study has begun as well, where this one goes on with it."""
     if not speaks_within(learner, settings):
         return None
     assert own is not None
     passages = [lesson.exercise.answer for lesson in lessons if lesson.exercise.kind == "passage"]
     with learner.base_weights(), learning(learner.model, ()):
         scope = make_scope(passages, learner.reader, tokenizer, own)
-    return scope if learner.scope is None else learner.scope.joined(scope)
+    return learner.scope.joined(scope) if learner.scope is not None and goes_on(learner) else scope
 
 
 def inside(lessons: Sequence[Lesson], scope: Scope) -> list[Lesson]:

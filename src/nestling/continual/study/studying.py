@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from nestling.continual.component import Bounds, Companion
+from nestling.continual.learner.earlier import close_adapter, open_adapter
 from nestling.continual.learner.gradients import take_gradients
 from nestling.continual.learner.guards import check_not_diverged
 from nestling.continual.learner.weights import LevelWeights, LowRankWeights
@@ -28,7 +29,7 @@ from nestling.continual.stream.scoring import learning
 from nestling.continual.stream.tokenizing import plain_tokens
 from nestling.continual.study.curriculum import Curriculum
 from nestling.continual.study.lessons import Lesson, of_others, split_by
-from nestling.continual.study.preparing import inside, lessons_for, own_text, preservation_of, scope_for
+from nestling.continual.study.preparing import goes_on, inside, lessons_for, own_text, preservation_of, scope_for
 from nestling.continual.study.preservation import Preservation
 from nestling.continual.study.settings import Study
 
@@ -123,7 +124,9 @@ def study(
         + specific * KL(base || model) on exercises that are said of other people
         + what the learner rehearses
 
-    by AdamW. The levels learn together, without their periods; their own optimizers keep their states.
+    by AdamW. The levels learn together, without their periods; their own optimizers keep their states. Within a scope
+    every study has an adapter of its own, beside those of earlier studies, which speak and stay as they are; one that
+    was left before its end is gone on with.
 
     Args:
         learner: attached.
@@ -146,8 +149,10 @@ def study(
     if scope is not None:
         lessons = inside(lessons, scope)
     course = _Course(learner, lessons, tokenizer, settings, preservation_of(learner, settings, own))
-    done = Studied(len(lessons), made - len(lessons))
+    done, another = Studied(len(lessons), made - len(lessons)), before is not None and not goes_on(learner)
     try:
+        if another:
+            open_adapter(learner)
         learner.set_scope(scope)
         with nullcontext() if course.preserved is None else course.preserved.coordinates():
             course.begin()
@@ -162,7 +167,9 @@ def study(
                     break
                 events.round(done)
     finally:
-        if not done.steps:
+        if not done.steps and another:
+            close_adapter(learner)
+        elif not done.steps:
             learner.set_scope(before)
         learner.weights_replaced()
         _record(learner, texts, tokenizer, course, done)

@@ -1,0 +1,71 @@
+"""What a learner's memory was taught in earlier studies: adapters that speak, and learn no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from nestling.continual.learner.weights import LowRankWeights
+from nestling.continual.store.adapters import Adapter
+from nestling.continual.store.applying import layers_of
+from nestling.continual.store.records import LowRank
+from nestling.continual.store.scope_gate import Scoped
+
+if TYPE_CHECKING:
+    from nestling.continual.learner.learner import Learner
+
+
+class EarlierAdapters:
+    """The adapters of finished studies, on a model.
+
+    Args:
+        model: the learner's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.attached = model, True
+        self.adapters: tuple[Adapter, ...] = ()
+        self._on: tuple[Scoped, ...] = ()
+
+    def replace(self, adapters: Sequence[Adapter]) -> None:
+        """Others in their place."""
+        made = tuple(Scoped(layers_of(self.model, each), each.scope) for each in adapters)
+        attached = self.attached
+        self.detach()
+        self.adapters, self._on = tuple(adapters), made
+        if attached:
+            self.attach()
+
+    def attach(self) -> None:
+        """Hooks on."""
+        for each in self._on if not self.attached else ():
+            each.attach(self.model)
+        self.attached = True
+
+    def detach(self) -> None:
+        """Hooks off."""
+        for each in self._on:
+            each.detach()
+        self.attached = False
+
+
+def open_adapter(learner: Learner) -> None:
+    """What the learner learns now is an earlier adapter from here on, and it begins another one."""
+    assert learner.scope is not None
+    own = {name: d for each in learner.weights.values() for name, d in each.differences().items()}
+    low = {name: d for name, d in own.items() if isinstance(d, LowRank)}
+    learner.earlier.replace([*learner.earlier.adapters, Adapter(learner.scope, low)])
+    for weights in learner.weights.values():
+        if isinstance(weights, LowRankWeights):
+            weights.start_again()
+
+
+def close_adapter(learner: Learner) -> None:
+    """Undo `open_adapter`."""
+    *earlier, last = learner.earlier.adapters
+    learner.earlier.replace(earlier)
+    for weights in learner.weights.values():
+        weights.load(last.differences, {})
+    learner.set_scope(last.scope)
