@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestling.cli import main, studying
+from nestling.cli import main, sleeping, studying
+from nestling.cli.learning import Stopped
 from nestling.continual.store.store import MemoryStore, load_memory
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
@@ -19,6 +20,7 @@ from tests.test_cli_memory import out
 
 QUICK = ("--rounds", "2", "--lr", "1e-2", "--rank", "3")
 TEXTS = {"vera": "Vera Sorborg lives here. She keeps an owl.\n", "emil": "Emil Morby works as a judge.\n"}
+TEXTS |= {"ada": "Ada Hale plays the harp.\n", "more": "Greta Sund mends nets.\n"}
 
 
 @pytest.fixture
@@ -133,3 +135,47 @@ def test_what_is_wrong_is_said(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert "rank=40 is more than" in said
     assert "rounds" in fails(capsys, "study", "model", "vera.txt", "--memory", "memory", "--rounds", "0")
     assert not (place / "memory").exists()
+
+
+def test_studies_are_slept_over(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no two studies" in fails_after(capsys, "vera.txt", "--keep-texts")
+    study(capsys, "emil.txt")
+    said = " ".join(out(capsys, "sleep", "model", "--memory", "memory", "--rounds", "2", "--length", "8").split())
+    assert re.search(r"2 adapters became one, on \d+ exercises of 2 kept texts and \d of 4 texts of its own", said)
+    assert re.search(r"otherwise by [\d.]+ nats a token, with the new one by [\d.]+: \d+% of the difference", said)
+    memory = load_memory("memory")
+    assert len(memory.adapters) == 1 and MemoryStore(Path("memory")).head().note == "slept: one adapter of 2"
+    monkeypatch.setattr(sleeping, "sleep", stopped)
+    study(capsys, "ada.txt")
+    before = load_memory("memory")
+    assert main(["sleep", "model", "--memory", "memory"]) == 130
+    assert "memory is as it was" in capsys.readouterr().out
+    assert_same(load_memory("memory"), before)
+    assert "no memory at nowhere" in fails(capsys, "sleep", "model", "--memory", "nowhere")
+
+
+def stopped(*_: object) -> None:
+    raise Stopped
+
+
+def fails_after(capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """What sleep says after one study."""
+    study(capsys, *more)
+    return fails(capsys, "sleep", "model", "--memory", "memory")
+
+
+def test_a_document_is_forgotten_through_sleep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    night = ("--rounds", "2", "--length", "8")
+    for memory, texts in (("memory", ("vera.txt", "emil.txt", "ada.txt")), ("never", ("vera.txt", "ada.txt"))):
+        for text in texts:
+            study(capsys, text, "--keep-texts", memory=memory)
+        out(capsys, "sleep", "model", "--memory", memory, *night)
+        study(capsys, "more.txt", "--keep-texts", memory=memory)
+    said = " ".join(out(capsys, "memory", "forget", "memory", "emil.txt", "--model", "model").split())
+    assert "studied 2 documents again from snapshot 3, and slept again" in said
+    assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
+    out(capsys, "memory", "forget", "memory", "vera.txt", "ada.txt", "--model", "model")
+    study(capsys, "more.txt", memory="alone")
+    assert_same(untimed(load_memory("memory")), untimed(load_memory("alone")))

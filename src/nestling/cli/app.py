@@ -20,6 +20,7 @@ from nestling.cli.inspect_command import inspect
 from nestling.cli.learn_command import learn
 from nestling.cli.memory_command import memory
 from nestling.cli.read_command import read
+from nestling.cli.sleep_command import sleep
 from nestling.cli.study_command import study
 from nestling.cli.train_command import train
 from nestling.errors import UserError
@@ -46,6 +47,7 @@ app.command()(evaluate)
 app.command()(read)
 app.command()(learn)
 app.command()(study)
+app.command()(sleep)
 app.add_typer(memory, name="memory")
 app.command()(inspect)
 app.command()(convert)

@@ -31,6 +31,8 @@ from nestling.continual.study.forgetting import (
     refuse_without,
     save_forgotten,
 )
+from nestling.continual.study.settings import Study
+from nestling.continual.study.sleeping import Sleep
 from nestling.errors import UserError
 from nestling.tasks.text import read_documents
 
@@ -116,8 +118,11 @@ def _report(console: Console, store: MemoryStore, plan: Forgetting) -> None:
     parts = []
     if read := {part.document.digest for part in plan.parts}:
         parts.append(f"read {_documents(len(read))} again {begin}, {plan.tokens:,} tokens")
-    if studied := {digest for each in plan.again if isinstance(each, Session) for digest in each.names}:
+    sessions = [each for each in plan.again if isinstance(each, Session)]
+    if studied := {digest for each in sessions if isinstance(each.settings, Study) for digest in each.names}:
         parts.append(f"studied {_documents(len(studied))} again" + ("" if parts else f" {begin}"))
+    if any(isinstance(each.settings, Sleep) for each in sessions):
+        parts.append("slept again" + ("" if parts else f" {begin}"))
     done = ", and ".join(parts) or "nothing had come after it"
     say(console, f"{store.path} has forgotten {names}; {done}")
     numbers = ", ".join(map(str, plan.gone))

@@ -148,7 +148,7 @@ def write(
     with (
         torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
         learning(model, ()),
-        _generating(model, plain),
+        generating(model, plain),
     ):
         torch.manual_seed(seed)
         for begin in range(0, pieces, ROWS):
@@ -164,7 +164,7 @@ def write(
 
 
 @contextmanager
-def _generating(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+def generating(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """With other generation settings than its own, which fill up those that are given in a call."""
     kept, model.generation_config = model.generation_config, settings
     try:

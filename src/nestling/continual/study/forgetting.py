@@ -26,6 +26,7 @@ from nestling.continual.store.resume import check_model, studies_of
 from nestling.continual.store.snapshots import Snapshot
 from nestling.continual.store.store import MemoryStore
 from nestling.continual.study.settings import Study
+from nestling.continual.study.sleeping import SLEEP, Sleep, sleep
 from nestling.continual.study.studying import Events, Step
 from nestling.errors import UserError
 
@@ -61,7 +62,7 @@ class Studying:
 
 @dataclass(frozen=True)
 class Session:
-    """A study that is done again without some of its texts.
+    """A study, or a sleep, that is done again without some of its texts.
 
     Attributes:
         names: of its other texts, by digest, in order.
@@ -70,7 +71,7 @@ class Session:
     """
 
     names: dict[str, str]
-    settings: Study
+    settings: Study | Sleep
     most: int | None
 
 
@@ -275,8 +276,7 @@ def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tup
     """What came after `before`, without some documents. The last of `before` may have gone on."""
     try:
         sessions = studies_of(memory.settings)[len(studies_of(before.settings)) :]
-        # Earlier studies had no scope and asked for no kinds.
-        how = [Study(**({"everywhere": True, "kinds": 0} | each["settings"])) for each in sessions]
+        how = [_settings(each) for each in sessions]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not say how it was studied: {error}") from error
     by_study = _studied(sessions)
@@ -285,7 +285,7 @@ def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tup
     for each, settings in zip(sessions, how, strict=True):
         left = {digest: names.get(digest, digest) for digest in each["digests"] if digest not in digests}
         most = None if each["finished"] else each["steps"]
-        if left:
+        if left or isinstance(settings, Sleep):
             found.append((each["records"] - 0.5, Session(left, settings, most)))
     read: dict[str, int] = {}
     for i, record in enumerate(memory.documents):
@@ -303,6 +303,13 @@ def _again(memory: Memory, before: Memory, digests: set[str], path: Path) -> tup
             )
         found.append((i, Part(record, first + done, first + record.tokens)))
     return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
+
+
+def _settings(session: Mapping[str, Any]) -> Study | Sleep:
+    """How it was done. Earlier studies had no scope and asked for no kinds."""
+    if session.get(SLEEP):
+        return Sleep(**session["settings"])
+    return Study(**({"everywhere": True, "kinds": 0} | session["settings"]))
 
 
 def _studied(sessions: Sequence[Mapping[str, Any]]) -> set[int]:
@@ -324,5 +331,9 @@ def _study_again(learner: Learner, session: Session, studied: Studying) -> None:
             raise _Enough
 
     texts = {name: studied.text(digest) for digest, name in session.names.items()}
+    if isinstance(session.settings, Sleep):
+        if learner.earlier.adapters:  # of one adapter alone nobody would have asked for it
+            sleep(learner, texts, studied.tokenizer, session.settings)
+        return
     with suppress(_Enough):
         learner.study(texts, studied.tokenizer, session.settings, Events(step=step))

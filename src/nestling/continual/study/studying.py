@@ -223,7 +223,7 @@ class _Course:
             lessons = [self.lessons[i] for i in chosen]
             share = (number + place / len(order)) / settings.rounds
             for group in self.optimizer.param_groups:
-                group["lr"] = group["rate"] * _warm_cosine(share)
+                group["lr"] = group["rate"] * warm_cosine(share)
             losses = self._learn(lessons)
             for i, (lesson, own) in zip(chosen, split_by(lessons, losses), strict=True):
                 self.curriculum.saw(i, number, lesson.done(own < LIKELY))
@@ -272,7 +272,7 @@ class _Course:
         return [Companion(pieces, settings.specific, losses)] if pieces and settings.specific else []
 
 
-def _warm_cosine(share: float) -> float:
+def warm_cosine(share: float) -> float:
     """Of the highest rate, at this share of the rounds."""
     warm = min(1.0, share / WARM_UP + LEAST)
     return warm * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * share)))
