@@ -21,6 +21,7 @@ from benchmarks.mixers import against_naive, all_mixers
 from benchmarks.optimizers import optimizers
 from benchmarks.peak_memory import peak_memory
 from benchmarks.report import Report, show, write_json
+from benchmarks.studying import study_throughput
 from benchmarks.throughput import against_attention, against_public
 from benchmarks.timing import MIN_ROUNDS
 from nestling.errors import UserError
@@ -43,6 +44,7 @@ class Suite(StrEnum):
     NAIVE = "naive"
     OPTIMIZERS = "optimizers"
     LEARNING = "learning"
+    STUDY = "study"
     CONTENTION = "contention"
 
 
@@ -76,6 +78,7 @@ def main(
         Suite.NAIVE: lambda: [against_naive(rounds, quick)],
         Suite.OPTIMIZERS: lambda: optimizers(rounds, quick),
         Suite.LEARNING: lambda: [learning(rounds, quick, threads)],
+        Suite.STUDY: lambda: [study_throughput(rounds, quick, threads)],
         Suite.CONTENTION: lambda: contention(rounds, quick),
     }
     reports: list[Report] = []

@@ -14,6 +14,7 @@ from benchmarks import peak_memory
 from benchmarks.learning import measure_here
 from benchmarks.optimizers import Float32Muon, _float32_iteration
 from benchmarks.report import Report, Verdict, write_json
+from benchmarks.studying import study_throughput
 from benchmarks.subjects import MIXERS, matrix_config, mixer_subject, mlp_config, neural_memory_subject, titans_subject
 from benchmarks.timing import Subject, Timing, interleave, speed_ratio
 from nestling.ops import native
@@ -105,3 +106,8 @@ def test_memory_is_measured_in_another_process() -> None:
     assert 0 < short < long < 2**30
     with pytest.raises(RuntimeError, match="failed"):
         peak_memory.measure("matrix", -1, threads=1)
+
+
+def test_a_study_is_timed_beside_others() -> None:
+    report = study_throughput(rounds=2, quick=True, threads=torch.get_num_threads())
+    assert [row[0].split(",")[0] for row in report.rows] == ["study", "peft's LoRA", "learn"] and not report.verdicts

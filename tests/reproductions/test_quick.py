@@ -25,6 +25,7 @@ SHOWN = {
     "reading": "`cms_3+sleep`",
     "small_lm": "| transformer | ",
     "update_frequency": "| one level | ratio 1 |",
+    "sleep": "| without dreams |",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nestling.continual.store.scope import LEAST, LONGEST, MARGIN, SHORTEST, Scope, scope_from
+from nestling.continual.store.scope import KNOWN, LATE, LEAST, LONGEST, MARGIN, SHORTEST, Scope, scope_from
 
 SCOPE = Scope(
     forms=(((7, 8), 0), ((17, 8), 0), ((3,), 1), ((4,), 2), ((5, 5, 5), 3)),
@@ -107,3 +107,32 @@ def test_two_scopes_joined_open_where_either_does() -> None:
         assert both.opens(ids) <= max(min(SCOPE.opens(ids), other.opens(ids)), len(ids))
     assert both.opens([40, 3]) == both.opens([41, 42, 3]) - 1 == 1 and both.opens([4, 41, 42]) == 3
     assert SCOPE.joined(SCOPE) == SCOPE
+
+
+def test_of_two_adapters_the_one_speaks_that_the_text_is_about() -> None:
+    """1 is a name that both have, 2 and 3 are the names behind it."""
+
+    def scope(*words: int) -> Scope:
+        return Scope(
+            tuple(((w,), i) for i, w in enumerate(words)), (16.0,) * len(words), (tuple(range(len(words))),), 9.0
+        )
+
+    vera_hale, vera_sorborg = scope(1, 2), scope(1, 3)
+    text = [9, 1, 2, 9, 9]
+    assert vera_hale.speaking(text, [vera_sorborg]) == [False, True, True, True, True]
+    assert vera_sorborg.speaking(text, [vera_hale]) == [False, True, False, False, False]
+    assert vera_sorborg.speaking(text) == [False, True, True, True, True]  # alone
+    both = [1, 2, 9, 1, 3]
+    assert vera_sorborg.speaking(both, [vera_hale]) == [True, False, False, False, True]
+    assert vera_hale.speaking(both, [vera_sorborg]) == [True] * 5
+    later = [1, 2] + [9] * LATE + [1, 3]
+    assert vera_hale.speaking(later, [vera_sorborg])[-3:] == [True, True, False]
+    assert vera_sorborg.speaking(later, [vera_hale])[-3:] == [False, True, True]
+    assert vera_hale.speaking(text, [vera_hale]) == [False, True, True, True, True]  # the same words: both
+    for ids in (text, both, later):
+        for length in range(len(ids)):
+            assert vera_sorborg.speaking(ids[:length], [vera_hale]) == vera_sorborg.speaking(ids, [vera_hale])[:length]
+    many = scope(*range(100, 100 + KNOWN))
+    for number in range(KNOWN + 2):
+        assert many.opens([100, number]) == 0
+    assert len(many._known) <= KNOWN

@@ -11,7 +11,7 @@ from nestling.continual.learner.weights import LowRankWeights
 from nestling.continual.store.adapters import Adapter
 from nestling.continual.store.applying import layers_of
 from nestling.continual.store.records import LowRank
-from nestling.continual.store.scope_gate import Scoped
+from nestling.continual.store.scope_gate import Scoped, ScopeGate
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
@@ -22,16 +22,17 @@ class EarlierAdapters:
 
     Args:
         model: the learner's.
+        beside: the gates on it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.attached = model, True
+    def __init__(self, model: nn.Module, beside: list[ScopeGate]) -> None:
+        self.model, self.beside, self.attached = model, beside, True
         self.adapters: tuple[Adapter, ...] = ()
         self._on: tuple[Scoped, ...] = ()
 
     def replace(self, adapters: Sequence[Adapter]) -> None:
         """Others in their place."""
-        made = tuple(Scoped(layers_of(self.model, each), each.scope) for each in adapters)
+        made = tuple(Scoped(layers_of(self.model, each), each.scope, self.beside) for each in adapters)
         attached = self.attached
         self.detach()
         self.adapters, self._on = tuple(adapters), made

@@ -97,7 +97,7 @@ class Learner:
         self.reader = Reader(model, options.bfloat16)
         self.gate = ScopeGate()
         self.weights = make_weights(model, self.settings, self.gate)
-        self.earlier = EarlierAdapters(model)
+        self.earlier = EarlierAdapters(model, self.gate.beside)
         self.on_model: list[OnModel] = [*self.weights.values(), self.earlier]
         self.components: dict[str, LearnerComponent] = {}
         self.parameters = {name: weights.learned for name, weights in self.weights.items()}

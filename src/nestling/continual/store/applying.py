@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestling.continual.store.adapters import Adapter
 from nestling.continual.store.fingerprint import base_fingerprint
 from nestling.continual.store.records import LowRank, dense, identity, shape_of
-from nestling.continual.store.scope_gate import Scoped
+from nestling.continual.store.scope_gate import Scoped, ScopeGate
 from nestling.errors import UserError
 
 # On the module itself, so that a deep copy of a model knows what it holds.
@@ -74,7 +74,8 @@ def put_in(
     _check_base(model, fingerprint, record)
     targets = _targets(model, differences)
     if adapters:
-        beside = tuple(Scoped(layers_of(model, each), each.scope) for each in adapters)
+        gates: list[ScopeGate] = []
+        beside = tuple(Scoped(layers_of(model, each), each.scope, gates) for each in adapters)
         for each in beside:
             each.attach(model)
         setattr(model, ATTRIBUTE, Applied(owner, fingerprint, beside=beside))

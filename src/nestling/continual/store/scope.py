@@ -28,8 +28,17 @@ LEAST = 9.0
 LONGEST = 32
 """Tokens of a word at most."""
 
+LATE = 32
+"""Tokens: what was read of late, where two adapters have words in common."""
+KNOWN = 256
+"""Texts whose words are remembered: several scopes look at one text."""
+
 Form = tuple[tuple[int, ...], int]
 """Tokens that a word is written with, and which word it is."""
+Span = tuple[int, int]
+"""Place of a word's last token, and how many it has."""
+Mention = tuple[int, int, int]
+"""The same, and which word it is."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Scope:
     threshold: float
     _words: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
     _where: list[list[int]] = field(init=False, repr=False, compare=False)
+    _known: dict[tuple[int, ...], list[Mention]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError where it does not fit together."""
@@ -75,14 +85,39 @@ class Scope:
                 where[word].append(passage)
         object.__setattr__(self, "_words", dict(self.forms))
         object.__setattr__(self, "_where", where)
+        object.__setattr__(self, "_known", {})
 
     def opens(self, ids: Sequence[int]) -> int:
         """The place of the first token at which the memory speaks; their number where it is silent."""
-        return next((place for place, found in self._evidence(ids) if found >= self.threshold), len(ids))
+        return next((place for place, found in self._evidence(ids) if max(found.values()) >= self.threshold), len(ids))
+
+    def speaking(self, ids: Sequence[int], others: Sequence[Scope] = ()) -> list[bool]:
+        """At which tokens the memory speaks: from `opens` to the end, where it is alone.
+
+        Args:
+            ids: tokens.
+            others: scopes of other adapters beside it. As long as a passage of theirs has all words of late that a
+                passage here has, and more, that one is not what the text is about: Vera Hale is no reason to speak of
+                Vera Sorborg.
+        """
+        if not others:
+            first = self.opens(ids)
+            return [place >= first for place in range(len(ids))]
+        evidence = dict(self._evidence(ids))
+        events = {place for scope in (self, *others) for place, _, _ in scope._mentions(ids)}
+        reached: set[int] = set()
+        found, speaks = [], False
+        for place in range(len(ids)):
+            reached.update(p for p, nats in evidence.get(place, {}).items() if nats >= self.threshold)
+            if place in events and reached:
+                own, theirs = self._late(ids, place), [s for scope in others for s in scope._late(ids, place).values()]
+                speaks = any(not any(own.get(p, set()) < each for each in theirs) for p in reached)
+            found.append(speaks)
+        return found
 
     def highest(self, ids: Sequence[int]) -> float:
         """The most evidence there is of any passage at any of these tokens, nats; 0 where there is none."""
-        return max((found for _, found in self._evidence(ids)), default=0.0)
+        return max((max(found.values()) for _, found in self._evidence(ids)), default=0.0)
 
     def joined(self, other: Scope) -> Scope:
         """Of what both were taught. Words that both have are one: the commoner estimate counts."""
@@ -106,22 +141,44 @@ class Scope:
             words.setdefault(tokens, number[word])
         return number, words, surprise
 
-    def _evidence(self, ids: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """Wherever a word ends, its place and the most evidence of the passages that it stands in."""
+    def _evidence(self, ids: Sequence[int]) -> Iterator[tuple[int, dict[int, float]]]:
+        """Wherever a word ends, its place and the evidence of every passage that it stands in."""
         read: dict[int, set[int]] = {}
+        for place, _, word in self._mentions(ids):
+            common = _common(place)
+            found = {}
+            for passage in self._where[word]:
+                words = read.setdefault(passage, set())
+                words.add(word)
+                found[passage] = sum(max(0.0, self.surprise[each] - common) for each in words)
+            if found:
+                yield place, found
+
+    def _mentions(self, ids: Sequence[int]) -> list[Mention]:
+        """All words that are rare where they stand, in the order in which they end."""
+        key = tuple(ids)
+        if key not in self._known:
+            if len(self._known) == KNOWN:
+                self._known.clear()
+            self._known[key] = list(self._found(key))
+        return self._known[key]
+
+    def _found(self, ids: tuple[int, ...]) -> Iterator[Mention]:
         longest = max((len(tokens) for tokens in self._words), default=0)
         for place in range(len(ids)):
-            common = math.log(max(SHORTEST, place + 1)) + MARGIN
             for length in range(1, min(longest, place + 1) + 1):
-                word = self._words.get(tuple(ids[place + 1 - length : place + 1]))
-                if word is None or self.surprise[word] <= common:
-                    continue
-                found = 0.0
+                word = self._words.get(ids[place + 1 - length : place + 1])
+                if word is not None and self.surprise[word] > _common(place):
+                    yield place, length, word
+
+    def _late(self, ids: Sequence[int], place: int) -> dict[int, set[Span]]:
+        """Which words of every passage were read of late, up to a place: where they stand."""
+        spans: dict[int, set[Span]] = {}
+        for end, length, word in self._mentions(ids):
+            if place - LATE < end <= place:
                 for passage in self._where[word]:
-                    words = read.setdefault(passage, set())
-                    words.add(word)
-                    found = max(found, sum(max(0.0, self.surprise[each] - common) for each in words))
-                yield place, found
+                    spans.setdefault(passage, set()).add((end, length))
+        return spans
 
     def values(self) -> dict[str, Any]:
         """JSON values."""
@@ -148,6 +205,11 @@ def scope_from(values: Any) -> Scope:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the memory's scope is none: {error}") from error
+
+
+def _common(place: int) -> float:
+    """Surprise up to which a word says nothing at a place."""
+    return math.log(max(SHORTEST, place + 1)) + MARGIN
 
 
 def _whole(value: object) -> int:

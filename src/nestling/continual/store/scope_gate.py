@@ -27,14 +27,18 @@ class ScopeGate:
     everything. Where that cannot be known (tokens given as embeddings, a cache made before, rows put together anew) the
     memory acts everywhere. Of beams that change places the tokens of the beam that was there before are taken.
 
-    Attributes:
+    Args:
         scope: None acts everywhere.
+        beside: the gates on one model, which this one joins while it is attached.
+
+    Attributes:
+        scope: likewise.
         open: `[rows, tokens]` of the present pass, on its device; None is everywhere.
         silent: nowhere in the present pass.
     """
 
-    def __init__(self, scope: Scope | None = None) -> None:
-        self.scope = scope
+    def __init__(self, scope: Scope | None = None, beside: list[ScopeGate] | None = None) -> None:
+        self.scope, self.beside = scope, [] if beside is None else beside
         self.open: Bool[Tensor, "rows tokens"] | None = None
         self.silent = False
         self._read: tuple[Tensor, Tensor] | None = None
@@ -48,6 +52,7 @@ class ScopeGate:
                 model.register_forward_pre_hook(partial(_before, self), with_kwargs=True),
                 model.register_forward_hook(partial(_after, self), with_kwargs=True, always_call=True),
             ]
+            self.beside.append(self)
 
     def detach(self) -> None:
         """Watch it no more."""
@@ -55,6 +60,7 @@ class ScopeGate:
             handle.remove()
         self._handles = []
         self._clear()
+        self.beside[:] = [gate for gate in self.beside if gate is not self]
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
@@ -92,8 +98,9 @@ class ScopeGate:
         if found is None:
             return
         self._read = ids_read, kept = found
-        first = torch.tensor([_first(self.scope, *row) for row in zip(ids_read.tolist(), kept.tolist(), strict=True)])
-        new = torch.arange(ids_read.shape[1])[-ids.shape[1] :] >= first[:, None]
+        others = [gate.scope for gate in self.beside if gate is not self and gate.scope is not None]
+        rows = zip(ids_read.tolist(), kept.tolist(), strict=True)
+        new = torch.tensor([_speaking(self.scope, others, *row) for row in rows])[:, -ids.shape[1] :]
         self.silent = not bool(new.any())
         self.open = None if bool(new.all()) else new.to(ids.device)
 
@@ -104,10 +111,13 @@ class Scoped:
     Args:
         pairs: every layer with its difference.
         scope: where.
+        beside: the gates on one model.
     """
 
-    def __init__(self, pairs: Sequence[tuple[nn.Linear, LowRank]], scope: Scope) -> None:
-        self.pairs, self.gate = pairs, ScopeGate(scope)
+    def __init__(
+        self, pairs: Sequence[tuple[nn.Linear, LowRank]], scope: Scope, beside: list[ScopeGate] | None = None
+    ) -> None:
+        self.pairs, self.gate = pairs, ScopeGate(scope, beside)
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -192,8 +202,11 @@ def _length(cache: object) -> int:
     return 1 if past is None else past[0].shape[1]
 
 
-def _first(scope: Scope, ids: list[int], counts: list[bool]) -> int:
-    """The place of the first token at which the memory speaks, among all."""
-    places = [place for place, counted in enumerate(counts) if counted]
-    found = scope.opens([ids[place] for place in places])
-    return places[found] if found < len(places) else len(ids)
+def _speaking(scope: Scope, others: Sequence[Scope], ids: list[int], counts: list[bool]) -> list[bool]:
+    """At which tokens the memory speaks, among all; where some do not count, as at the one that counts before."""
+    found = iter(scope.speaking([token for token, counted in zip(ids, counts, strict=True) if counted], others))
+    speaks, all_of_them = False, []
+    for counted in counts:
+        speaks = next(found) if counted else speaks
+        all_of_them.append(speaks)
+    return all_of_them

@@ -34,7 +34,7 @@ from nestling.continual.study.lessons import within
 from nestling.continual.study.preparing import lessons_for, own_text, preservation_of
 from nestling.continual.study.settings import Study
 from nestling.continual.study.studying import CLIP, PASS, RATE_OF_RANKS, warm_cosine
-from nestling.settings import check, setting
+from nestling.settings import NO_FLAG, check, setting
 
 if TYPE_CHECKING:
     from nestling.continual.learner.learner import Learner
@@ -54,6 +54,7 @@ class Sleep:
 
     Attributes:
         rounds: through all that is read.
+        exercises: read all exercises of the texts; without, their passages alone, as plain replay does.
         dreams: texts that the model writes of every passage before.
         length: tokens of each.
         lr: of AdamW, on the new factors.
@@ -63,6 +64,7 @@ class Sleep:
     """
 
     rounds: int = setting(6, help="Rounds through all that is read.", panel=PANEL, at_least=1)
+    exercises: bool = setting(True, help="Read all exercises of the texts.", flag=NO_FLAG)
     dreams: int = setting(2, help="Texts that the model writes of every passage before.", panel=PANEL, at_least=0)
     length: int = setting(48, help="Tokens of each.", panel=PANEL, at_least=1)
     lr: float = setting(RATE_OF_RANKS, help="Learning rate.", flag="lr", panel=PANEL, above=0, below=math.inf)
@@ -170,7 +172,8 @@ class _Night:
         self.rng = random.Random(f"sleep {settings.seed}")
         self.adapters = len(scopes)
         lessons = lessons_for(learner, Study(), list(texts.values()), tokenizer) if texts else []
-        self.lessons = [lesson.piece for lesson in within(lessons, self.scope)]
+        inside = within(lessons, self.scope)
+        self.lessons = [lesson.piece for lesson in inside if settings.exercises or lesson.exercise.kind == "passage"]
         starts = beginnings(lessons, learner.earlier, tokenizer) * settings.dreams
         self.dreamt = dream(learner, starts, settings.length, settings.seed, self.scope)
         if not self.lessons and not self.dreamt:
