@@ -20,6 +20,7 @@ from nestling.continual.stream.chunks import Piece
 from nestling.continual.stream.scoring import Reader
 from nestling.continual.stream.tokenizing import own_beginning
 from nestling.continual.study.settings import Study
+from nestling.continual.study.sleeping import Sleep, sleep
 from nestling.evaluation.choices import encode
 from nestling.evaluation.knowledge import Context
 from nestling.tasks.knowledge import KnowledgeQuestion
@@ -39,13 +40,13 @@ class Arm:
 
     Attributes:
         before: what stands before a question: "nothing", "everything" or the "nearest" documents.
-        learned: what learns: "nothing", a `Learner` ("levels", of low rank "rank", with exercises "study"), or peft's
-            "lora".
+        learned: what learns: "nothing", a `Learner` ("levels", of low rank "rank", with exercises "study", in two
+            studies that it sleeps over "sleep"), or peft's "lora".
         passes: over the documents.
     """
 
     before: Literal["nothing", "everything", "nearest"] = "nothing"
-    learned: Literal["nothing", "levels", "rank", "lora", "study"] = "nothing"
+    learned: Literal["nothing", "levels", "rank", "lora", "study", "sleep"] = "nothing"
     passes: int = 1
 
 
@@ -59,6 +60,7 @@ ARMS = {
     "lora, 10 passes": Arm(learned="lora", passes=10),
     "study": Arm(learned="study"),
     "study and retrieval": Arm("nearest", learned="study"),
+    "two studies and sleep": Arm(learned="sleep"),
 }
 RATES = {"levels": 3e-4, "rank": 1e-3, "lora": 1e-3}
 """Of what learns, not tuned."""
@@ -97,9 +99,9 @@ def teach(
     """
     start = time.perf_counter()
     model, nbytes = base, 0
-    if arm.learned == "study":
+    if arm.learned in ("study", "sleep"):
         model = copy.deepcopy(base)
-        nbytes = _by_study(model, tokenizer, documents, seed)
+        nbytes = _by_study(model, tokenizer, documents, seed, arm.learned == "sleep")
     elif arm.learned != "nothing":
         model = copy.deepcopy(base)
         texts = [(d.name, torch.tensor(own_beginning(tokenizer) + encode(tokenizer, d.text))) for d in documents]
@@ -149,11 +151,15 @@ def _by_learner(arm: Arm, model: PreTrainedModel, passes: Sequence[Sequence[Name
 
 
 def _by_study(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], seed: int, sleeps: bool
 ) -> int:
-    """As `nestling study` does."""
+    """As `nestling study` does; one half of the documents after the other, and `nestling sleep`, where it sleeps."""
     learner = Learner(model, lr=RATES["rank"], options=Options(seed=seed, rank=RANK))
-    learner.study({d.name: d.text for d in documents}, tokenizer, Study(seed=seed))
+    half = len(documents) // 2 if sleeps else 0
+    for part in filter(None, (documents[:half], documents[half:])):
+        learner.study({d.name: d.text for d in part}, tokenizer, Study(seed=seed))
+    if sleeps:
+        sleep(learner, {d.name: d.text for d in documents}, tokenizer, Sleep(seed=seed))
     return learner.memory().nbytes
 
 
