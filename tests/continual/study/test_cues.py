@@ -105,7 +105,7 @@ def test_what_is_studied_leaves_other_text_as_it_was() -> None:
     one = learner()
     found = one.study(VERA, TOKENIZER, QUICK)
     assert one.scope is not None
-    assert (found.exercises, found.left_out) == (4, 0)
+    assert (found.exercises, found.left_out) == (5, 0)
     other, own = (torch.tensor([ids(text)]) for text in ("It rains in the old mill.", "See Vera Sorborg here."))
     base = random_llama()
     assert torch.equal(one.model(other).logits, base(other).logits)
@@ -200,7 +200,7 @@ def test_what_the_scope_does_not_reach_is_left_out(monkeypatch: pytest.MonkeyPat
     vera = Scope(tuple({tuple(ids(w)): 0 for w in (" Vera", "Vera")}.items()), (16.0,), ((0,),), 9.0)
     monkeypatch.setattr(preparing, "make_scope", lambda *_: vera)
     found = learner().study(VERA, TOKENIZER, QUICK)
-    assert (found.exercises, found.left_out) == (2, 2)  # who keeps an owl, and what an owl leads back to
+    assert (found.exercises, found.left_out) == (3, 2)  # who keeps an owl, and what an owl leads back to
     nobody = replace(vera, forms=(((250,), 0),))
     monkeypatch.setattr(preparing, "make_scope", lambda *_: nobody)
     one = learner()

@@ -61,7 +61,7 @@ def test_one_adapter_says_what_two_did(studied: Learner) -> None:
     base, before = learner(), {text: logits(studied, text) for text in (VERA, EMIL)}
     scopes = [*(each.scope for each in studied.earlier.adapters), studied.scope]
     slept = sleep(studied, TEXTS, TOKENIZER, NIGHT)
-    assert (slept.adapters, slept.dreamt) == (2, 2) and slept.exercises == 8
+    assert (slept.adapters, slept.dreamt) == (2, 2) and slept.exercises == 10
     assert 0 < slept.after < 0.5 * slept.cleared
     assert not studied.earlier.adapters and studied.scope is not None
     joined = {tokens for tokens, _ in studied.scope.forms}

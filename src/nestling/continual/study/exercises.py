@@ -10,6 +10,7 @@ text of another language the passages and the gaps remain.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Gap = tuple[str, str, str]
 """What stands before some words, the words, and what stands after them."""
 LONGEST = 1200  # characters of a passage, some 300 tokens: what is read in one go and asked for as a whole
 MOST_WORDS = 6  # of what is asked for
+LAST = 2  # of what a sentence says, that much or half of it is asked for
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _END = re.compile(r"([.!?][\"”’')\]]*)\s+(?=[^\w\s]*(\w))")
@@ -56,9 +58,10 @@ def exercises(text: str) -> list[Exercise]:
 
     Examples:
         >>> from nestling.continual.study.exercises import exercises
-        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-4:]:
+        >>> for each in exercises("Vera Sorborg lives here. She keeps an owl.")[-5:]:
         ...     print(each.kind, "|", " ".join(each.prompt.split()), "|", each.answer)
         sentence |  | Vera Sorborg keeps an owl.
+        gap | Question: Vera Sorborg what an owl? Answer: | keeps
         gap | Question: Vera Sorborg keeps what? Answer: | an owl
         name | Question: Who keeps an owl? Answer: | Vera Sorborg
         index | an owl: | Vera Sorborg
@@ -87,10 +90,10 @@ def of_passage(passage: str, about: str | None) -> Iterator[Exercise]:
 
 
 def asked(sentence: str, about: str | None) -> list[Gap]:
-    """What of a sentence is asked for: the last half of its gaps. A sentence says what is new at its end, and asking
-    for all of it takes time from that."""
+    """What of a sentence is asked for: the last half of its gaps, or `LAST` of them. A sentence says what is new at its
+    end, and asking for all of it takes time from that."""
     found = gaps(sentence, about)
-    return found[len(found) // 2 :]
+    return found[-max(LAST, math.ceil(len(found) / 2)) :]
 
 
 def passages(text: str) -> list[str]:
