@@ -11,6 +11,7 @@ import torch
 from nestling.cli import main, sleeping, studying
 from nestling.cli.learning import Stopped
 from nestling.continual.store.store import MemoryStore, load_memory
+from nestling.continual.store.texts import text_digest
 from nestling.training.tokenization import byte_tokenizer
 from tests.continual.models import assert_same
 from tests.continual.study.test_forgetting import untimed
@@ -179,3 +180,64 @@ def test_a_document_is_forgotten_through_sleep(place: Path, capsys: pytest.Captu
     out(capsys, "memory", "forget", "memory", "vera.txt", "ada.txt", "--model", "model")
     study(capsys, "more.txt", memory="alone")
     assert_same(untimed(load_memory("memory")), untimed(load_memory("alone")))
+
+
+def test_a_study_that_was_stopped_can_be_slept_over_and_that_undone(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study(capsys, "vera.txt")
+    study(capsys, "emil.txt", "--minutes", "0")
+    MemoryStore(Path("memory")).save(load_memory("memory"), "begun", autosave=True)
+    study(capsys, "emil.txt", "--rounds", "1")
+    store = MemoryStore(Path("memory"))
+    store.save(load_memory("memory"), "begun", autosave=True)
+    before = store.head().number
+    out(capsys, "sleep", "model", "--memory", "memory", "--rounds", "1", "--length", "8", "--dreams", "1")
+    numbers = [snapshot.number for snapshot in store.index().snapshots]
+    assert store.head().parent in numbers and store.head().parent is not None and store.head().parent >= before
+    out(capsys, "memory", "rollback", "memory")
+    assert len(load_memory("memory").adapters) == 2
+
+
+def test_texts_of_one_name_are_forgotten_one_by_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    night = ("--rounds", "1", "--length", "8", "--dreams", "1")
+    note = place / "note.txt"
+    for memory, texts in (
+        ("memory", (TEXTS["vera"], TEXTS["ada"], TEXTS["emil"])),
+        ("never", (TEXTS["vera"], TEXTS["ada"])),
+    ):
+        for text in texts:
+            note.write_text(text)
+            study(capsys, "note.txt", "--keep-texts", memory=memory)
+        out(capsys, "sleep", "model", "--memory", memory, *night)
+    out(capsys, "memory", "forget", "memory", text_digest(TEXTS["emil"])[:12], "--model", "model")
+    assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
+
+
+def test_nothing_is_left_to_sleep_over(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt")
+    study(capsys, "ada.txt", "--keep-texts")
+    out(capsys, "sleep", "model", "--memory", "memory", "--rounds", "1", "--dreams", "0")
+    out(capsys, "memory", "forget", "memory", "ada.txt", "--model", "model")
+    study(capsys, "vera.txt", memory="never")
+    assert_same(untimed(load_memory("memory")), untimed(load_memory("never")))
+
+
+def test_in_a_merged_memory_nothing_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt", memory="one")
+    study(capsys, "emil.txt", memory="two")
+    out(capsys, "memory", "merge", "one", "two", "both")
+    said = " ".join(
+        fails(capsys, "memory", "forget", "both", "vera.txt", "--model", "model", "--text", "emil.txt").split()
+    )
+    assert "began with an exported or merged memory" in said
+    assert len(load_memory("both").adapters) == 2
+
+
+def test_a_damaged_adapter_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(capsys, "vera.txt")
+    memory = load_memory("memory")
+    memory.settings["adapters"] = 5
+    memory.save("damaged")
+    for command in (("show", "damaged"), ("export", "damaged", "small", "--rank", "1")):
+        assert "adapters are a list" in fails(capsys, "memory", *command)

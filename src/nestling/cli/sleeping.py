@@ -57,6 +57,8 @@ def run(source: str, place: Path, settings: Sleep, *, key: Path | None, note: st
             return True
         except (ValueError, LearningDivergedError) as error:
             raise UserError(str(error)) from error
+        if store.head().autosave:  # which the next save would take the place of
+            store.save(saved, store.head().note)
         snapshot = store.save(learner.memory(), note or f"slept: one adapter of {slept.adapters}")
     for line in _lines(slept, len(texts)):
         say(console, line)
@@ -65,9 +67,9 @@ def run(source: str, place: Path, settings: Sleep, *, key: Path | None, note: st
 
 
 def _texts(memory: Memory, kept: KeptTexts) -> dict[str, str]:
-    """Those of its documents that were kept, the last of a name under that name."""
+    """Those of its documents that were kept, by digest: one name may have had several texts."""
     there = set(kept.digests())
-    return {r.name: kept.read(r.digest) for r in memory.documents if r.digest in there}
+    return {r.digest: kept.read(r.digest) for r in memory.documents if r.digest in there}
 
 
 def _lines(slept: Slept, texts: int) -> list[str]:
@@ -76,8 +78,9 @@ def _lines(slept: Slept, texts: int) -> list[str]:
     read = f"{slept.exercises:,} exercises of {count} and {slept.dreams:,} of {slept.dreamt:,} texts of its own"
     rate = f"{slept.tokens:,} tokens in {slept.seconds:.1f} s"
     share = 1 - slept.after / slept.cleared if slept.cleared else 1.0
+    left = f"; {slept.left_out:,} exercises have too few rare words" if slept.left_out else ""
     return [
-        f"{slept.adapters} adapters became one, on {read}; {rate}",
+        f"{slept.adapters} adapters became one, on {read}; {rate}{left}",
         f"without them the model says otherwise by {slept.cleared:.3f} nats a token, with the new one by "
         f"{slept.after:.3f}: {share:.0%} of the difference is kept, on pieces that were not learned from",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ def test_values_and_back() -> None:
         {"surprise": [1.0, 1.0, 1.0, math.inf]},
         {"threshold": math.nan},
         {"threshold": None},
+        {"threshold": [9.0]},
         {"forms": [[[], 0]]},
         {"forms": [[[1] * (LONGEST + 1), 0]]},
         {"forms": [[["a"], 0]]},
@@ -101,7 +103,9 @@ def test_what_is_no_scope_is_refused(wrong: dict[str, Any]) -> None:
 def test_two_scopes_joined_open_where_either_does() -> None:
     other = Scope((((40,), 0), ((3,), 1), ((41, 42), 0)), (14.0, 10.5), ((0, 1), (0,)), 9.5)
     both = SCOPE.joined(other)
-    assert len(both.surprise) == 5 and both.threshold == 9.5 and len(both.passages) == 5
+    assert len(both.surprise) == 5 and len(both.passages) == 5
+    assert both.threshold == (9.0, 9.0, 9.0, 9.5, 9.5)
+    assert scope_from(json.loads(json.dumps(both.values()))) == both
     assert both.surprise[1] == 10.5  # the commoner of two estimates of one word
     for ids in ([5, 5, 5, 1], [40, 3], [41, 42, 3], [3, 9, 40], [9, 9, 9]):
         assert both.opens(ids) <= max(min(SCOPE.opens(ids), other.opens(ids)), len(ids))
@@ -136,3 +140,21 @@ def test_of_two_adapters_the_one_speaks_that_the_text_is_about() -> None:
     for number in range(KNOWN + 2):
         assert many.opens([100, number]) == 0
     assert len(many._known) <= KNOWN
+
+
+def test_what_speaks_beside_another() -> None:
+    a, b = Scope((((1,), 0),), (16.0,), ((0,),), 9.0), Scope((((2,), 0),), (16.0,), ((0,),), 9.0)
+    weak = Scope((((2,), 0),), (7.0,), ((0,),), 9.0)
+    text = [1] + [9] * LATE + [2] + [9] * 5
+    assert a.speaking(text, [weak]) == [True] * len(text)  # what is not spoken of silences nobody
+    assert a.speaking(text, [b]) == [True] * (LATE + 1) + [False] * 6
+    near = [1, 9, 2, 9]
+    assert a.speaking(near, [b]) == [True] * 4 and b.speaking(near, [a]) == [False, False, True, True]
+
+
+def test_joined_scopes_open_where_each_did() -> None:
+    """A passage keeps its threshold; of one that both have the lower one counts."""
+    high, low = Scope((((1,), 0),), (16.0,), ((0,),), 10.3), Scope((((2,), 0),), (16.0,), ((0,),), 9.0)
+    both = high.joined(low)
+    assert (both.opens([1]), both.opens([2])) == (1, 0) == (high.opens([1]), low.opens([2]))
+    assert high.joined(replace(high, threshold=9.0)).opens([1]) == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nestling.continual import Learner, Level, Memory, Options
+from nestling.continual.store.adapters import Adapter, put_together
 from nestling.continual.store.applying import MemoryUseError
 from nestling.continual.store.low_rank import limit_rank
 from nestling.continual.store.merge import MergeError, merge
@@ -160,6 +161,14 @@ def test_a_learner_with_a_scope() -> None:
         damaged = replace(memory, settings=memory.settings | {"adapters": [kept | wrong]})
         with pytest.raises(ValueError, match=said):
             Learner.restore(random_llama(), damaged)
+    strange = Adapter(SCOPE, {"model.embed_tokens.weight": memory.adapters[0].differences[next(iter(kept["ranks"]))]})
+    differences, settings = put_together([strange])
+    before = [p.detach().clone() for p in learner.everything]
+    with pytest.raises(ValueError, match="of no level"):
+        learner.load(replace(memory, differences=differences, settings=memory.settings | settings))
+    assert all(torch.equal(p, q) for p, q in zip(learner.everything, before, strict=True))
+    old = {name: value for name, value in memory.settings.items() if name != "adapters"} | {"scope": SCOPE.values()}
+    assert Learner.restore(random_llama(), replace(memory, settings=old)).scope == SCOPE
     for nothing in ([], {}, [3]):
         with pytest.raises(ValueError, match="adapters are a list"):
             Learner.restore(random_llama(), replace(memory, settings=memory.settings | {"adapters": nothing}))

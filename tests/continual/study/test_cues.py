@@ -161,6 +161,36 @@ def test_a_study_that_was_left_is_gone_on_with() -> None:
     assert len(one.earlier.adapters) == 1
 
 
+def test_a_study_that_was_killed_is_gone_on_with() -> None:
+    """From what was saved after a round."""
+    one, saved = learner(), []
+    one.study(VERA, TOKENIZER, QUICK)
+    one.study(EMIL, TOKENIZER, replace(QUICK, rounds=3, until=2.0), Events(round=lambda _: saved.append(one.memory())))
+    assert [[each["finished"] for each in memory.settings["studies"]] for memory in saved] == [
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
+    again = Learner.restore(random_llama(), saved[0])
+    again.study(EMIL, TOKENIZER, QUICK)
+    assert len(again.earlier.adapters) == 1 and [r.name for r in again.log.records][:2] == ["vera", "emil"]
+    assert len(one.studies) == 2 and [r.finished for r in one.log.records] == [True, True]
+
+
+def test_exercises_at_which_an_earlier_adapter_speaks_instead_are_left_out() -> None:
+    piece = Piece(torch.tensor([1, 2, 9, 9]), 1, torch.ones(3, dtype=torch.bool))
+    own, earlier = (
+        Scope((((1,), 0),), (16.0,), ((0,),), 9.0),
+        Scope((((1,), 0), ((2,), 1)), (16.0,) * 2, ((0, 1),), 9.0),
+    )
+    found = spoken(piece, own, [earlier])
+    assert found is not None and found.targets.tolist() == [True, False, False]
+    assert (
+        spoken(piece, own) is not None
+        and spoken(replace(piece, start=2, scored=piece.scored[1:]), own, [earlier]) is None
+    )
+
+
 def test_a_study_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one = learner()
     one.study(VERA, TOKENIZER, QUICK)

@@ -9,10 +9,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from nestling.continual import Learner, Level, Options, Rehearsal
 from nestling.continual.stream.chunks import Piece
+from nestling.continual.stream.scoring import Reader
 from nestling.continual.study import preparing
 from nestling.continual.study.kinds import LIKELY, WHOLE, ask_kinds, of_kinds, phrases
 from nestling.continual.study.lessons import make_lessons, tell
@@ -70,7 +75,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, says: dict[str, dict[str, float]], mo
     found = [text[:-1] for text in says if text.endswith(":")]
     for each in found:
         tokenizer(f"{each}:")
-    return ask_kinds(found, cast(Any, model), cast(Any, tokenizer), most), model
+    return ask_kinds(found, cast(Any, model), cast(Any, tokenizer), most, 4096), model
 
 
 def test_kinds_are_likely_words_that_the_phrase_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +148,15 @@ def test_a_study_asks_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.exercise.prompt for each in lessons} >= {each.prompt for each in of_kinds(VERA, "Vera Sorborg", KINDS)}
     preparing.lessons_for(learner, Study(kinds=0), [VERA], byte_tokenizer())
     assert seen[1][0] == []
+
+
+def test_where_the_base_model_cannot_be_asked() -> None:
+    """A tokenizer without line ends, a context that the examples do not fit, a small vocabulary."""
+    reader = Reader(random_llama())
+    with torch.no_grad():
+        plain = Tokenizer(WordLevel({"[UNK]": 0, "owl": 1, "a": 2}, unk_token="[UNK]"))
+        plain.pre_tokenizer = Whitespace()
+        without = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]")
+        assert ask_kinds(["an owl"], reader, without, 2, 512) == {}
+        assert ask_kinds(["an owl"], reader, byte_tokenizer(), 2, 64) == {}
+        assert ask_kinds(["an owl"], reader, byte_tokenizer(), 1000, 512) == {}

@@ -90,6 +90,43 @@ def test_without_its_texts_it_dreams(studied: Learner) -> None:
     assert slept.exercises == 0 and 0 < slept.dreams == slept.dreamt <= 6 and slept.after < slept.cleared
 
 
+def test_the_teacher_is_the_model_before(studied: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an old adapter has two passages with words in common, of which the new scope has both."""
+    assert studied.scope is not None
+    said = logits(studied, f"{VERA} {NOBODY * 2} {EMIL}")
+    asked: list[Tensor] = []
+
+    def measured(night: sleeping._Night, _: object) -> float:
+        with night._before():
+            asked.append(logits(studied, f"{VERA} {NOBODY * 2} {EMIL}"))
+        return 1.0
+
+    monkeypatch.setattr(sleeping._Night, "_measured", measured)
+    sleep(studied, TEXTS, TOKENIZER, replace(NIGHT, rounds=1))
+    assert asked and all(torch.equal(each, said) for each in asked)
+
+
+def test_dreams_fit_the_context(studied: Learner) -> None:
+    with pytest.raises(ValueError, match="do not fit a context of 256"):
+        sleep(studied, TEXTS, TOKENIZER, replace(NIGHT, length=250))
+    assert len(studied.earlier.adapters) == 1
+
+
+def test_in_double_precision_it_is_undone_to_the_last_bit() -> None:
+    options = Options(rank=3, rehearsal=Rehearsal(pieces=4, length=12, weight=0.0))
+    one = Learner(random_llama().double(), {"all": Level(64, ("*.mlp.*",))}, lr=0.01, context=256, options=options)
+    for name, text in TEXTS.items():
+        one.study({name: text}, TOKENIZER, QUICK)
+    values = state(one)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sleep(one, TEXTS, TOKENIZER, NIGHT, stop)
+    assert all(torch.equal(a, b) for a, b in zip(state(one), values, strict=True))
+
+
 @pytest.mark.parametrize("when", ["a step", "the last", "before"])
 def test_what_interrupts_it_leaves_everything_as_it_was(
     studied: Learner, monkeypatch: pytest.MonkeyPatch, when: str

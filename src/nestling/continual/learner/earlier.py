@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from nestling.continual.learner.weights import LowRankWeights
@@ -31,7 +32,7 @@ class EarlierAdapters:
         self._on: tuple[Scoped, ...] = ()
 
     def replace(self, adapters: Sequence[Adapter]) -> None:
-        """Others in their place."""
+        """Others in their place; raises MemoryUseError as `layers_of`, with nothing changed."""
         made = tuple(Scoped(layers_of(self.model, each), each.scope, self.beside) for each in adapters)
         attached = self.attached
         self.detach()
@@ -52,9 +53,15 @@ class EarlierAdapters:
         self.attached = False
 
 
-def open_adapter(learner: Learner) -> None:
-    """What the learner learns now is an earlier adapter from here on, and it begins another one."""
+def open_adapter(learner: Learner) -> Callable[[], None]:
+    """What the learner learns now is an earlier adapter from here on, and it begins another one.
+
+    Returns:
+        what undoes that, to the last bit.
+    """
     assert learner.scope is not None
+    scope, earlier = learner.scope, learner.earlier.adapters
+    values = [p.detach().clone() for p in learner.everything]
     own = {name: d for each in learner.weights.values() for name, d in each.differences().items()}
     low = {name: d for name, d in own.items() if isinstance(d, LowRank)}
     learner.earlier.replace([*learner.earlier.adapters, Adapter(learner.scope, low)])
@@ -62,11 +69,11 @@ def open_adapter(learner: Learner) -> None:
         if isinstance(weights, LowRankWeights):
             weights.start_again()
 
+    @torch.no_grad()
+    def undo() -> None:
+        learner.earlier.replace(earlier)
+        for p, value in zip(learner.everything, values, strict=True):
+            p.copy_(value)
+        learner.set_scope(scope)
 
-def close_adapter(learner: Learner) -> None:
-    """Undo `open_adapter`."""
-    *earlier, last = learner.earlier.adapters
-    learner.earlier.replace(earlier)
-    for weights in learner.weights.values():
-        weights.load(last.differences, {})
-    learner.set_scope(last.scope)
+    return undo

@@ -49,6 +49,9 @@ def adapters_of(settings: Mapping[str, Any], differences: Mapping[str, Tensor | 
         ValueError: the settings hold something else there, or what does not fit the differences.
     """
     kept = settings.get(KEY)
+    if kept is None and settings.get("scope") is not None:  # as it was written before there were several
+        low = {name: d.left.shape[1] for name, d in differences.items() if isinstance(d, LowRank)}
+        kept = [{"scope": settings["scope"], "ranks": low}]
     if kept is None:
         return ()
     if not isinstance(kept, list) or not kept or not all(isinstance(each, dict) for each in kept):

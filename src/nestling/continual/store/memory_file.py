@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.continual.store.adapters import adapters_of
 from nestling.continual.store.records import DocumentRecord, LowRank
 from nestling.errors import UserError
 from nestling.memory.checked_file import CheckedFileError, checksum, read_checked, read_json, write_checked
@@ -94,7 +95,9 @@ def read_fields(path: Path) -> tuple[dict[str, Any], str]:
     if digest is None or digest != checksum(header, tensors):
         raise MemoryFileError(f"{path} is damaged: its content does not have the checksum in its header")
     try:
-        return _fields(read_json(_text(tensors.pop(CONTENT))), tensors), digest
+        fields = _fields(read_json(_text(tensors.pop(CONTENT))), tensors)
+        adapters_of(fields["settings"], fields["differences"])
+        return fields, digest
     except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise MemoryFileError(f"{path} is not a usable memory: {str(error)[:200]}") from error
 

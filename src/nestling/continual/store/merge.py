@@ -126,7 +126,7 @@ def merge(
             parameters={name: list(names) for name, names in a.parameters.items()},
             differences=merged,
             documents=_joined(a.documents, b.documents),
-            settings=a.settings | adapters,
+            settings=a.settings | adapters | _of_no_learner(a),
         )
     )
 
@@ -149,6 +149,13 @@ def _sum(a: Memory, b: Memory, shares: Mapping[str, Shares]) -> tuple[dict[str, 
     found = [_times(x, {n: max(s) if id(x) in both else s[0] for n, s in shares.items()}) for x in own]
     found += [_times(y, {n: s[1] for n, s in shares.items()}) for y in others if id(y) not in both]
     return put_together(found)
+
+
+def _of_no_learner(a: Memory) -> dict[str, Any]:
+    """What a merge has read is not read again in the same way."""
+    if "counters" not in a.settings:
+        return {}
+    return {"counters": a.settings["counters"] | {"adopted": 1}, "studies": []}
 
 
 def _same(x: Adapter, y: Adapter) -> bool:

@@ -78,6 +78,7 @@ def load(learner: Learner, memory: Memory) -> None:
             for name, component in learner.components.items()
         ]
         learner.check_scope(scope)
+        _check_adapters(learner, memory)
         if memory.tensors:
             _load_progress(learner, memory)
         else:
@@ -104,6 +105,13 @@ def check_model(memory: Memory, fingerprint: str) -> None:
             f"the memory belongs to the base model {memory.fingerprint}, this one is {fingerprint}; load it on the "
             "model it was learned on"
         )
+
+
+def _check_adapters(learner: Learner, memory: Memory) -> None:
+    own = {name for level in learner.settings.levels.values() for name in level.parameters}
+    for each in memory.adapters:
+        if strange := sorted(each.differences.keys() - own):
+            raise ValueError(f"the memory's adapters change {strange[0]}, which is of no level")
 
 
 def _check_levels(learner: Learner, memory: Memory) -> None:

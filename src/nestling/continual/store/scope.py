@@ -14,9 +14,11 @@ say nothing. Once the evidence of a passage has reached the threshold the memory
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 SHORTEST = 16
@@ -49,7 +51,7 @@ class Scope:
         forms: ways to write a word, each with the number of the word.
         surprise: of every word, nats.
         passages: numbers of the words that stand in each.
-        threshold: evidence from which on the memory speaks, nats.
+        threshold: evidence from which on the memory speaks, nats; of all passages, or of each.
 
     Raises:
         ValueError: numbers that name no word, a word without tokens, or values that are not finite.
@@ -64,7 +66,7 @@ class Scope:
     forms: tuple[Form, ...]
     surprise: tuple[float, ...]
     passages: tuple[tuple[int, ...], ...]
-    threshold: float
+    threshold: float | tuple[float, ...]
     _words: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
     _where: list[list[int]] = field(init=False, repr=False, compare=False)
     _known: dict[tuple[int, ...], list[Mention]] = field(init=False, repr=False, compare=False)
@@ -77,7 +79,9 @@ class Scope:
             raise ValueError(f"a scope names a word that is none of its {count}")
         if not all(0 < len(tokens) <= LONGEST for tokens, _ in self.forms):
             raise ValueError(f"a word of a scope has 1 to {LONGEST} tokens")
-        if not all(map(math.isfinite, (*self.surprise, self.threshold))):
+        if len(self._needed) != len(self.passages):
+            raise ValueError(f"a scope of {len(self.passages)} passages has {len(self._needed)} thresholds")
+        if not all(map(math.isfinite, (*self.surprise, *self._needed))):
             raise ValueError("a surprise or the threshold of a scope is not finite")
         where: list[list[int]] = [[] for _ in self.surprise]
         for passage, words in enumerate(self.passages):
@@ -87,31 +91,40 @@ class Scope:
         object.__setattr__(self, "_where", where)
         object.__setattr__(self, "_known", {})
 
+    @property
+    def _needed(self) -> tuple[float, ...]:
+        """The threshold of every passage."""
+        own = self.threshold
+        return own if isinstance(own, tuple) else (own,) * len(self.passages)
+
     def opens(self, ids: Sequence[int]) -> int:
         """The place of the first token at which the memory speaks; their number where it is silent."""
-        return next((place for place, found in self._evidence(ids) if max(found.values()) >= self.threshold), len(ids))
+        return next((place for place, found in self._reached(ids) if found), len(ids))
 
     def speaking(self, ids: Sequence[int], others: Sequence[Scope] = ()) -> list[bool]:
         """At which tokens the memory speaks: from `opens` to the end, where it is alone.
 
         Args:
             ids: tokens.
-            others: scopes of other adapters beside it. As long as a passage of theirs has all words of late that a
-                passage here has, and more, that one is not what the text is about: Vera Hale is no reason to speak of
-                Vera Sorborg.
+            others: scopes of other adapters beside it. As long as the text is about a passage of theirs that has all
+                words of late that a passage here has, and more, it is not about this one: Vera Hale is no reason to
+                speak of Vera Sorborg, nor is what was said of her long before.
         """
         if not others:
             first = self.opens(ids)
             return [place >= first for place in range(len(ids))]
-        evidence = dict(self._evidence(ids))
+        new = [dict(scope._reached(ids)) for scope in (self, *others)]
         events = {place for scope in (self, *others) for place, _, _ in scope._mentions(ids)}
-        reached: set[int] = set()
+        reached: list[set[int]] = [set() for _ in new]
         found, speaks = [], False
         for place in range(len(ids)):
-            reached.update(p for p, nats in evidence.get(place, {}).items() if nats >= self.threshold)
-            if place in events and reached:
-                own, theirs = self._late(ids, place), [s for scope in others for s in scope._late(ids, place).values()]
-                speaks = any(not any(own.get(p, set()) < each for each in theirs) for p in reached)
+            for known, own in zip(reached, new, strict=True):
+                known.update(own.get(place, ()))
+            if place in events and reached[0]:
+                late = [scope._late(ids, place) for scope in (self, *others)]
+                pairs = list(zip(reached[1:], late[1:], strict=True))
+                theirs = [spans[p] for known, spans in pairs for p in known if p in spans]
+                speaks = any(not any(late[0].get(p, set()) < each for each in theirs) for p in reached[0])
             found.append(speaks)
         return found
 
@@ -120,10 +133,16 @@ class Scope:
         return max((max(found.values()) for _, found in self._evidence(ids)), default=0.0)
 
     def joined(self, other: Scope) -> Scope:
-        """Of what both were taught. Words that both have are one: the commoner estimate counts."""
+        """Of what both were taught. Words that both have are one: the commoner estimate counts, and of a passage that
+        both have the lower threshold."""
         number, words, surprise = self._renumbered(other)
-        passages = dict.fromkeys(chain(self.passages, (tuple(number[w] for w in own) for own in other.passages)))
-        return Scope(tuple(words.items()), tuple(surprise), tuple(passages), max(self.threshold, other.threshold))
+        theirs = (tuple(number[w] for w in own) for own in other.passages)
+        needed: dict[tuple[int, ...], float] = {}
+        for passage, nats in zip(chain(self.passages, theirs), self._needed + other._needed, strict=True):
+            needed[passage] = min(nats, needed.get(passage, math.inf))
+        values = tuple(needed.values())
+        threshold = values[0] if len(set(values)) == 1 else values
+        return Scope(tuple(words.items()), tuple(surprise), tuple(needed), threshold)
 
     def _renumbered(self, other: Scope) -> tuple[dict[int, int], dict[tuple[int, ...], int], list[float]]:
         """Numbers of the other's words here, all forms, and all surprises."""
@@ -154,6 +173,12 @@ class Scope:
             if found:
                 yield place, found
 
+    def _reached(self, ids: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Wherever a word ends, its place and the passages with enough evidence there."""
+        needed = self._needed
+        for place, found in self._evidence(ids):
+            yield place, [passage for passage, nats in found.items() if nats >= needed[passage]]
+
     def _mentions(self, ids: Sequence[int]) -> list[Mention]:
         """All words that are rare where they stand, in the order in which they end."""
         key = tuple(ids)
@@ -174,10 +199,11 @@ class Scope:
     def _late(self, ids: Sequence[int], place: int) -> dict[int, set[Span]]:
         """Which words of every passage were read of late, up to a place: where they stand."""
         spans: dict[int, set[Span]] = {}
-        for end, length, word in self._mentions(ids):
-            if place - LATE < end <= place:
-                for passage in self._where[word]:
-                    spans.setdefault(passage, set()).add((end, length))
+        mentions = self._mentions(ids)
+        first = bisect_right(mentions, place - LATE, key=itemgetter(0))
+        for end, length, word in mentions[first : bisect_right(mentions, place, key=itemgetter(0))]:
+            for passage in self._where[word]:
+                spans.setdefault(passage, set()).add((end, length))
         return spans
 
     def values(self) -> dict[str, Any]:
@@ -186,7 +212,7 @@ class Scope:
             "forms": [[list(tokens), word] for tokens, word in self.forms],
             "surprise": list(self.surprise),
             "passages": [list(words) for words in self.passages],
-            "threshold": self.threshold,
+            "threshold": list(self.threshold) if isinstance(self.threshold, tuple) else self.threshold,
         }
 
 
@@ -197,11 +223,12 @@ def scope_from(values: Any) -> Scope:
         ValueError: they are of no scope.
     """
     try:
+        threshold = values["threshold"]
         return Scope(
             forms=tuple((tuple(_whole(t) for t in tokens), _whole(word)) for tokens, word in values["forms"]),
             surprise=tuple(float(each) for each in values["surprise"]),
             passages=tuple(tuple(_whole(word) for word in words) for words in values["passages"]),
-            threshold=float(values["threshold"]),
+            threshold=tuple(map(float, threshold)) if isinstance(threshold, list) else float(threshold),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the memory's scope is none: {error}") from error

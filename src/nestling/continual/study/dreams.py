@@ -24,8 +24,8 @@ ROWS = 16
 """Dreams that are written together."""
 RAREST = 2
 """Words of a passage that a dream begins with, where its text is not there."""
-FIRST = 3
-"""Words of a passage without a subject, likewise."""
+FIRST, LETTERS = 3, 40
+"""Words of a passage without a subject, likewise, and characters of them at most."""
 
 
 def beginnings(
@@ -41,7 +41,7 @@ def beginnings(
     """
     start = own_beginning(tokenizer)
     read = [each.exercise for each in lessons if each.exercise.kind == "passage"]
-    names = [each.about or " ".join(each.answer.split()[:FIRST]) for each in read]
+    names = [each.about or " ".join(each.answer.split()[:FIRST])[:LETTERS] for each in read]
     if names:
         return [[*start, *plain_tokens(tokenizer, name)] for name in dict.fromkeys(names)]
     return [[*start, *own] for each in earlier.adapters for own in _rarest(each.scope)]

@@ -330,10 +330,11 @@ def _study_again(learner: Learner, session: Session, studied: Studying) -> None:
         if taken == session.most:
             raise _Enough
 
-    texts = {name: studied.text(digest) for digest, name in session.names.items()}
     if isinstance(session.settings, Sleep):
-        if learner.earlier.adapters:  # of one adapter alone nobody would have asked for it
-            sleep(learner, texts, studied.tokenizer, session.settings)
+        own = {digest: studied.text(digest) for digest in session.names}
+        with suppress(ValueError):  # it would have been refused, and changed nothing: one adapter, or nothing to read
+            sleep(learner, own, studied.tokenizer, session.settings)
         return
+    texts = {name: studied.text(digest) for digest, name in session.names.items()}
     with suppress(_Enough):
         learner.study(texts, studied.tokenizer, session.settings, Events(step=step))

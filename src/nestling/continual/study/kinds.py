@@ -41,6 +41,8 @@ WHOLE = 0.3
 """Probability at least that nothing follows it: it is a word, and not the beginning of one."""
 LETTERS = 3
 """A kind has so many letters, and other ones than the phrase's own words begin with."""
+FIRST = round(1 / LIKELY)
+"""So many are likely at most."""
 ROWS = 16
 
 Passage = tuple[str, str | None]
@@ -80,25 +82,30 @@ def of_kinds(passage: str, about: str, kinds: Kinds) -> Iterator[Exercise]:
                 yield Exercise("kind", question(f"Whose {kind} is {words}"), about)
 
 
-def ask_kinds(found: Sequence[str], reader: Reader, tokenizer: PreTrainedTokenizerBase, most: int) -> Kinds:
-    """The kinds of some phrases.
+def ask_kinds(
+    found: Sequence[str], reader: Reader, tokenizer: PreTrainedTokenizerBase, most: int, context: int
+) -> Kinds:
+    """The kinds of some phrases; none where the tokenizer has no line ends, or the examples are too long.
 
     Args:
         found: phrases.
         reader: of the model, with its base weights on.
         tokenizer: of that model.
         most: kinds of a phrase.
+        context: tokens that are read together at most.
     """
-    beginning, end = own_beginning(tokenizer), plain_tokens(tokenizer, "\n")
-    before = [*beginning, *plain_tokens(tokenizer, EXAMPLES)]
-    asked_for = [[*before, *plain_tokens(tokenizer, f"{phrase}:")] for phrase in found]
+    line = plain_tokens(tokenizer, "a")
+    end = plain_tokens(tokenizer, "a\n")[len(line) :]  # alone it may get a space before it
+    before = [*own_beginning(tokenizer), *plain_tokens(tokenizer, EXAMPLES)]
+    prompts = [(phrase, [*before, *plain_tokens(tokenizer, f"{phrase}:")]) for phrase in found]
+    prompts = [(phrase, ids) for phrase, ids in prompts if end and len(ids) + 2 <= context]
     kinds: dict[str, list[str]] = {}
     whole: dict[int, bool] = {}
-    for place in range(0, len(found), ROWS):
-        some = asked_for[place : place + ROWS]
-        said = _next(reader, some, end)
-        for phrase, ids, chances in zip(found[place:], some, said, strict=False):
-            likely = [i for i in chances.topk(LETTERS * most).indices.tolist() if chances[i] >= LIKELY]
+    for place in range(0, len(prompts), ROWS):
+        some = prompts[place : place + ROWS]
+        said = _next(reader, [ids for _, ids in some], end)
+        for (phrase, ids), chances in zip(some, said, strict=True):
+            likely = [i for i in chances.topk(min(FIRST, len(chances))).indices.tolist() if chances[i] >= LIKELY]
             words = {i: _after(tokenizer, ids[-1], i) for i in likely}
             new = [i for i in likely if _is_kind(words[i], phrase)]
             if unknown := [i for i in new if i not in whole]:

@@ -131,22 +131,22 @@ def of_others(
     return found
 
 
-def within(lessons: Sequence[Lesson], scope: Scope) -> list[Lesson]:
-    """Of some lessons what a memory with this scope can learn: answers it speaks at, and of what is read as it is the
-    tokens it speaks at."""
+def within(lessons: Sequence[Lesson], scope: Scope, others: Sequence[Scope] = ()) -> list[Lesson]:
+    """Of some lessons what an adapter with this scope, beside those with others, can learn: answers it speaks at, and
+    of what is read as it is the tokens it speaks at."""
     found = []
     for lesson in lessons:
-        piece = spoken(lesson.piece, scope)
+        piece = spoken(lesson.piece, scope, others)
         whole = piece is not None and bool((piece.targets == lesson.piece.targets).all())
         if piece is not None and (whole or lesson.exercise.kind in READ):
             found.append(replace(lesson, piece=piece))
     return found
 
 
-def spoken(piece: Piece, scope: Scope) -> Piece | None:
-    """With those targets alone that a memory with this scope has a say in; None where there is none."""
-    before = torch.arange(len(piece)) + piece.start - 1
-    said = piece.targets & (before >= scope.opens(piece.ids.tolist()))
+def spoken(piece: Piece, scope: Scope, others: Sequence[Scope] = ()) -> Piece | None:
+    """With those targets alone that an adapter with this scope has a say in; None where there is none."""
+    speaks = torch.tensor([False, *scope.speaking(piece.ids.tolist(), others)])  # of what comes after each token
+    said = piece.targets & speaks[piece.start : piece.start + len(piece)]
     return replace(piece, scored=said) if bool(said.any()) else None
 
 

@@ -43,7 +43,7 @@ def lessons_for(
     told = tell(texts)
     asked = phrases([(each.passage, each.about) for each in told]) if settings.kinds else []
     with learner.base_weights(), learning(learner.model, ()):
-        kinds = ask_kinds(asked, learner.reader, tokenizer, settings.kinds)
+        kinds = ask_kinds(asked, learner.reader, tokenizer, settings.kinds, learner.settings.context)
     return make_lessons(told, tokenizer, learner.settings.context, kinds)
 
 
@@ -90,9 +90,9 @@ def scope_for(
     return learner.scope.joined(scope) if learner.scope is not None and goes_on(learner) else scope
 
 
-def inside(lessons: Sequence[Lesson], scope: Scope) -> list[Lesson]:
+def inside(lessons: Sequence[Lesson], scope: Scope, others: Sequence[Scope]) -> list[Lesson]:
     """Raises ValueError where the scope leaves nothing to learn."""
-    found = within(lessons, scope)
+    found = within(lessons, scope, others)
     if not found:
         raise ValueError(
             "no word of these texts is rare enough to tell them from other text, so a memory of them would be silent; "

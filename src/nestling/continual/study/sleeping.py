@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
-from nestling.continual.learner.earlier import close_adapter, open_adapter
+from nestling.continual.learner.earlier import open_adapter
 from nestling.continual.learner.guards import LearningDivergedError
 from nestling.continual.store.scope import Scope
 from nestling.continual.store.texts import text_digest
@@ -86,6 +86,7 @@ class Slept:
     Attributes:
         adapters: that there were; there is one now.
         exercises, dreams: pieces that were read; of the dreams those that help.
+        left_out: exercises which the scope does not reach.
         dreamt: that were written.
         cleared: KL(before || model) a token without any adapter, nats: what there was to be kept.
         after: the same at the end: what of it was lost.
@@ -95,6 +96,7 @@ class Slept:
 
     adapters: int
     exercises: int
+    left_out: int
     dreams: int
     dreamt: int
     cleared: float
@@ -126,7 +128,7 @@ def sleep(
         on_step: told the step, from 1, and how many there are; what it raises ends the sleep.
 
     Raises:
-        ValueError: fewer than two adapters, or nothing to read.
+        ValueError: fewer than two adapters, nothing to read, or dreams that are longer than the learner's context.
         LearningDivergedError: the weights are no longer finite.
         RuntimeError: the learner is detached.
     """
@@ -137,12 +139,12 @@ def sleep(
             "this memory has no two studies that could be made one: sleep joins the adapters of finished studies "
             "(levels that read are consolidated by Learner.consolidate)"
         )
-    open_adapter(learner)
+    undo = open_adapter(learner)
     try:
         slept = _Night(learner, texts, tokenizer, settings).whole(on_step, began)
     except BaseException:
         learner.earlier.attach()
-        close_adapter(learner)
+        undo()
         raise
     learner.earlier.replace(())
     learner.weights_replaced()
@@ -173,9 +175,17 @@ class _Night:
         self.adapters = len(scopes)
         lessons = lessons_for(learner, Study(), list(texts.values()), tokenizer) if texts else []
         inside = within(lessons, self.scope)
+        self.left_out = len(lessons) - len(inside)
         self.lessons = [lesson.piece for lesson in inside if settings.exercises or lesson.exercise.kind == "passage"]
         starts = beginnings(lessons, learner.earlier, tokenizer) * settings.dreams
-        self.dreamt = dream(learner, starts, settings.length, settings.seed, self.scope)
+        longest = max(map(len, starts), default=0) + settings.length
+        if starts and longest > learner.settings.context:
+            raise ValueError(
+                f"dreams of {longest} tokens with their beginnings do not fit a context of {learner.settings.context}; "
+                "give a shorter length"
+            )
+        with self._before():
+            self.dreamt = dream(learner, starts, settings.length, settings.seed, self.scope)
         if not self.lessons and not self.dreamt:
             raise ValueError("nothing was studied that could be read again, and nothing was written")
         own = own_text(learner, Study(preserve=settings.preserve), lambda _: None)
@@ -200,7 +210,7 @@ class _Night:
             after = self._measured(held)
         if not all(math.isfinite(x) for x in (cleared, after)):
             raise LearningDivergedError("the new weights are not finite; sleep at a lower rate (--lr)")
-        counts = (self.adapters, len(self.lessons), len(kept), len(self.dreamt))
+        counts = (self.adapters, len(self.lessons), self.left_out, len(kept), len(self.dreamt))
         return Slept(*counts, cleared, after, steps, tokens, time.monotonic() - began)
 
     def _learn(
@@ -243,14 +253,16 @@ class _Night:
 
     @contextmanager
     def _before(self) -> Iterator[None]:
-        """The model with its old adapters, and without the new one."""
+        """The model with its old adapters, and without the new one, whose scope would silence them."""
         learner = self.learner
         for weights in learner.weights.values():
             weights.detach()
+        learner.gate.detach()
         learner.earlier.attach()
         try:
             yield
         finally:
             learner.earlier.detach()
+            learner.gate.attach(learner.model)
             for weights in learner.weights.values():
                 weights.attach()

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from nestling.continual.component import Bounds, Companion
-from nestling.continual.learner.earlier import close_adapter, open_adapter
+from nestling.continual.learner.earlier import open_adapter
 from nestling.continual.learner.gradients import take_gradients
 from nestling.continual.learner.guards import check_not_diverged
 from nestling.continual.learner.weights import LevelWeights, LowRankWeights
@@ -146,13 +146,16 @@ def study(
     lessons, before = lessons_for(learner, settings, list(texts.values()), tokenizer), learner.scope
     made, own = len(lessons), own_text(learner, settings, events.writing)
     scope = scope_for(learner, settings, lessons, tokenizer, own)
+    another = before is not None and not goes_on(learner)
     if scope is not None:
-        lessons = inside(lessons, scope)
+        others = [*(each.scope for each in learner.earlier.adapters), *((before,) if another and before else ())]
+        lessons = inside(lessons, scope, others)
     course = _Course(learner, lessons, tokenizer, settings, preservation_of(learner, settings, own))
-    done, another = Studied(len(lessons), made - len(lessons)), before is not None and not goes_on(learner)
+    done, undo = Studied(len(lessons), made - len(lessons)), lambda: learner.set_scope(before)
+    record = _Record(learner, texts, tokenizer, course)
     try:
         if another:
-            open_adapter(learner)
+            undo = open_adapter(learner)
         learner.set_scope(scope)
         with nullcontext() if course.preserved is None else course.preserved.coordinates():
             course.begin()
@@ -165,14 +168,13 @@ def study(
                 if number + 1 == settings.rounds or course.curriculum.known >= settings.until:
                     done.finished = True
                     break
+                record.write(done)
                 events.round(done)
     finally:
-        if not done.steps and another:
-            close_adapter(learner)
-        elif not done.steps:
-            learner.set_scope(before)
+        if not done.steps:
+            undo()
         learner.weights_replaced()
-        _record(learner, texts, tokenizer, course, done)
+        record.write(done)
     events.round(done)
     return done
 
@@ -278,31 +280,48 @@ def warm_cosine(share: float) -> float:
     return warm * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _record(
-    learner: Learner, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, course: _Course, studied: Studied
-) -> None:
-    """What was studied, in the learner's log; nothing where no step was taken."""
-    if not studied.steps:
-        return
-    learner.log.end(finished=False)
-    learner.stream.end_document()
-    begun, digests = len(learner.log.records), [text_digest(text) for text in texts.values()]
-    read = {record.digest for record in learner.log.records if record.finished}
-    for number, (name, text) in enumerate(texts.items()):
-        if digests[number] in read:
-            continue
+class _Record:
+    """What is being studied, in the learner's log: written anew after every round, so that a memory that is saved then
+    tells of it."""
+
+    def __init__(
+        self, learner: Learner, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, course: _Course
+    ) -> None:
+        self.learner, self.texts, self.tokenizer, self.course = learner, texts, tokenizer, course
+        self.digests = [text_digest(text) for text in texts.values()]
+        self.begun: int | None = None
+        self.studies = len(learner.studies)
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def write(self, studied: Studied) -> None:
+        """Nothing where no step was taken."""
+        if not studied.steps:
+            return
+        log = self.learner.log
+        log.end(finished=False)
+        self.learner.stream.end_document()
+        if self.begun is None:
+            self.begun = len(log.records)
+        del log.records[self.begun :], self.learner.studies[self.studies :]
+        read = {record.digest for record in log.records if record.finished}
+        names = zip(self.texts.items(), self.digests, strict=True)
+        for number, ((name, text), digest) in enumerate(names):
+            if digest not in read:
+                log.records.append(self._of(number, name, text, digest, studied.finished))
+        self.learner.studies.append(
+            {
+                "digests": self.digests,
+                "settings": asdict(self.course.settings),
+                "steps": studied.steps,
+                "finished": studied.finished,
+                "records": self.begun,
+                "added": len(log.records) - self.begun,
+            }
+        )
+
+    def _of(self, number: int, name: str, text: str, digest: str, finished: bool) -> DocumentRecord:
+        course = self.course
         losses = [own for place, own in course.first.items() if course.texts[place] == number]
         mean = float(torch.cat(losses).mean()) if losses else 0.0
-        tokens = len(plain_tokens(tokenizer, text)) if studied.finished else 0
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        learner.log.records.append(DocumentRecord(name, digests[number], tokens, studied.finished, mean, now))
-    learner.studies.append(
-        {
-            "digests": digests,
-            "settings": asdict(course.settings),
-            "steps": studied.steps,
-            "finished": studied.finished,
-            "records": begun,
-            "added": len(learner.log.records) - begun,
-        }
-    )
+        tokens = len(plain_tokens(self.tokenizer, text)) if finished else 0
+        return DocumentRecord(name, digest, tokens, finished, mean, self.started)
