@@ -40,13 +40,12 @@ from nestling.continual.stream.scoring import read_frozen
 from nestling.evaluation.language import LossReport
 from nestling.evaluation.translation import EncodedPairs, encode_pairs, score_translations
 from nestling.models import NestlingForCausalLM, convert
-from nestling.models.pretrained import load_pretrained
 from nestling.tasks.translation import Pair, read_aligned_pairs, read_cldf_pairs, split_pairs
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.figure8.report import criterion, make_report
 from reproductions.harness.command import Reproduction
 from reproductions.harness.grid import best_rate, grow_rate
-from reproductions.harness.machine import add_machine_arguments, hardware, use_machine
+from reproductions.harness.machine import add_machine_arguments, hardware
 from reproductions.harness.rows import Row, Rows
 from reproductions.harness.stream_methods import METHODS, StreamModel, period_names
 from reproductions.harness.tiny import tiny_llama
@@ -252,9 +251,7 @@ def run(args: argparse.Namespace, rows: Rows) -> None:
     wanted = ["model", "flores"] + ([] if args.measure else ["kalamang", "second", "validation"])
     if missing := [name for name in wanted if getattr(args, name) is None]:
         raise SystemExit(f"--{', --'.join(missing)} is needed (or --quick)")
-    use_machine(args)
-    model, tokenizer = load_pretrained(args.model)
-    model.to(args.device)
+    model, tokenizer = given_model(args)
     sizes = Sizes(tokens=args.tokens, test=args.test, ask_context=args.ask_context, scored=args.scored)
     made = Experiment(model, tokenizer, Path(args.model).name, sizes, rows, args.measures, args.seed)
     if args.measure:

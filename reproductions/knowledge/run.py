@@ -27,7 +27,6 @@ from nestling.continual.learn_documents import frozen_loss
 from nestling.continual.stream.scoring import read_frozen
 from nestling.evaluation.choices import ask_last_words, encode
 from nestling.evaluation.knowledge import absence_auroc, ask_knowledge, knowledge_scores
-from nestling.models.pretrained import load_pretrained
 from nestling.tasks.knowledge import (
     KnowledgeQuestion,
     Material,
@@ -40,7 +39,8 @@ from nestling.tasks.knowledge import (
 from nestling.tasks.text import Document, read_documents, strip_gutenberg
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.harness.command import Reproduction
-from reproductions.harness.machine import add_machine_arguments, use_machine
+from reproductions.harness.machine import add_machine_arguments
+from reproductions.harness.pretrained import given_model
 from reproductions.harness.rows import Row, Rows
 from reproductions.harness.tiny import tiny_llama
 from reproductions.knowledge.arms import ARMS, Arm, Taught, before, teach
@@ -154,11 +154,7 @@ def run(args: argparse.Namespace, rows: Rows) -> None:
     Raises:
         SystemExit: no model.
     """
-    if args.model is None:
-        raise SystemExit("--model PATH is needed (or --quick)")
-    use_machine(args)
-    model, tokenizer = load_pretrained(args.model)
-    model.to(args.device)
+    model, tokenizer = given_model(args)
     judges = make_judges(tokenizer, args.wikitext, args.lambada, (), args.wikitext_tokens, args.lambada_items)
     made = Experiment(model, tokenizer, Path(args.model).name, judges, rows, args.people, args.items, args.chat)
     sources = real_sources(args)

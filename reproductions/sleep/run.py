@@ -27,12 +27,12 @@ from nestling.continual.study.sleeping import Sleep, sleep
 from nestling.continual.study.studying import Events, Step
 from nestling.evaluation.choices import encode
 from nestling.evaluation.knowledge import ask_knowledge, knowledge_scores
-from nestling.models.pretrained import load_pretrained
 from nestling.tasks.knowledge import World, ask_world, make_world
 from nestling.tasks.text import read_documents, strip_gutenberg
 from nestling.training.tokenization import byte_tokenizer
 from reproductions.harness.command import Reproduction
-from reproductions.harness.machine import add_machine_arguments, use_machine
+from reproductions.harness.machine import add_machine_arguments
+from reproductions.harness.pretrained import given_model
 from reproductions.harness.rows import Row, Rows
 from reproductions.harness.tiny import tiny_llama
 from reproductions.sleep.report import ARMS, make_report
@@ -166,11 +166,7 @@ def run(args: argparse.Namespace, rows: Rows) -> None:
     Raises:
         SystemExit: no model.
     """
-    if args.model is None:
-        raise SystemExit("--model PATH is needed (or --quick)")
-    use_machine(args)
-    model, tokenizer = load_pretrained(args.model)
-    model.to(args.device)
+    model, tokenizer = given_model(args)
     texts: dict[str, Tensor] = {}
     readers: dict[str, Callable[[str], str]] = {"WikiText": str, "book": strip_gutenberg}
     for name, path in (("WikiText", args.wikitext), ("book", args.book)):

@@ -91,7 +91,7 @@ def test_without_its_texts_it_dreams(studied: Learner) -> None:
 
 
 def test_the_teacher_is_the_model_before(studied: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where an old adapter has two passages with words in common, of which the new scope has both."""
+    """Before a step and after the last one."""
     assert studied.scope is not None
     said = logits(studied, f"{VERA} {NOBODY * 2} {EMIL}")
     asked: list[Tensor] = []

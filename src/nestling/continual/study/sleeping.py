@@ -253,7 +253,7 @@ class _Night:
 
     @contextmanager
     def _before(self) -> Iterator[None]:
-        """The model with its old adapters, and without the new one, whose scope would silence them."""
+        """The model with its old adapters, and without the new one and its gate."""
         learner = self.learner
         for weights in learner.weights.values():
             weights.detach()
